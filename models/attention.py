@@ -1,0 +1,65 @@
+"""Grouped-query attention over positions, and the static cache of keys and values.
+
+Masks come from positions, not from slots: a slot holds the position of its token, or EMPTY, so left and right padding,
+a cache that is not full and a sliding window are one comparison.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+EMPTY = np.int32(2**30)
+"""The position of a slot that holds no token: later than any query."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens so far, in slots that are filled in order.
+
+    keys, values  one a layer, (b, slots, kv heads, head_dim), the activations' dtype
+    positions     (b, slots) int32, EMPTY where a slot holds no token or padding
+    length        () int32, slots filled
+    tokens        (b,) int32, real tokens so far: the position of the next one
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    positions: jax.Array
+    length: jax.Array
+    tokens: jax.Array
+
+
+def token_positions(mask: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`(queries, slots)`, both (b, t) int32: positions count the real tokens of a row, on from `before` (b,).
+
+    As queries, padding tokens take a neighbour's position, whatever they compute being unused; as slots they are EMPTY.
+    """
+    queries = jnp.maximum(before[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    return queries, jnp.where(mask, queries, EMPTY)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array, slots: jax.Array, window: int | None
+) -> jax.Array:
+    """Attention of q (b, t, h, d) over k and v (b, s, kv, d), in their dtype; scores and softmax in float32.
+
+    queries  (b, t) int32  positions of the queries
+    slots    (b, s) int32  positions of the keys
+    window   a query sees the keys less than `window` positions before it; None: all
+    """
+    b, t, heads, d = q.shape
+    grouped = q.reshape(b, t, k.shape[2], heads // k.shape[2], d)
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32)
+    distance = queries[:, :, None] - slots[:, None, :]
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    # Finite, so that the row of a padding token, which sees nothing, is not NaN.
+    scores = jnp.where(seen[:, None, None], scores * jnp.float32(d**-0.5), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=precision, preferred_element_type=jnp.float32)
+    return mixed.astype(v.dtype).reshape(b, t, heads * d)

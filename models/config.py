@@ -1,0 +1,303 @@
+"""Qwen3's `config.json`, every field either implemented, known to change nothing at inference, or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..policies.dtypes import as_dtype, is_activation, is_narrow
+from ..policies.errors import InvalidCheckpoint, MissingFile, UnknownDtype, UnsupportedConfig
+from ..policies.policy import Block
+
+# Accepted and unused: what training, transformers itself or a tokenizer reads.
+_CHANGES_NOTHING = frozenset(
+    """
+    architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward id2label initializer_range
+    is_encoder_decoder label2id max_length name_or_path _name_or_path output_attentions output_hidden_states
+    problem_type return_dict transformers_version use_cache
+    """.split()
+)
+_HANDLED = frozenset(
+    """
+    attention_bias dtype eos_token_id head_dim hidden_act hidden_size intermediate_size layer_types
+    max_position_embeddings max_window_layers model_type num_attention_heads num_hidden_layers num_key_value_heads
+    pad_token_id quantization_config rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
+    tie_word_embeddings torch_dtype use_qk_norm use_sliding_window vocab_size
+    """.split()
+)
+_YARN = frozenset(
+    """
+    attention_factor beta_fast beta_slow factor mscale mscale_all_dim original_max_position_embeddings truncate
+    """.split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """YaRN's settings (Peng et al. 2023, https://arxiv.org/abs/2309.00071), as transformers reads them.
+
+    factor            by how much the context is stretched
+    original_length   positions the model was trained with
+    attention_factor  multiplies cos and sin; `0.1 ln(factor) + 1` where the config names none
+    beta_fast         rotations over the trained length above which a frequency is kept
+    beta_slow         rotations below which it is divided by `factor`
+    truncate          whether the bounds of the ramp between are rounded outwards to whole dimensions
+    """
+
+    factor: float
+    original_length: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """What `quantization_config` says of the files: a cross-check, since the tensors decide.
+
+    block          (rows, columns) over which one scale holds
+    not_converted  modules it lists as left unquantised, as the checkpoint spells them
+    """
+
+    block: Block = (128, 128)
+    not_converted: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config:
+    """The shape of a dense Qwen3.
+
+    windows       per layer the sliding window in tokens, the query itself included; None attends to everything
+    dtype         the dtype the checkpoint was meant to run in; None where the config names none that is not narrow
+    quantization  None for an unquantised checkpoint
+    eos_token_id  ids that end a generation
+    pad_token_id  what follows in a row that has ended
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    yarn: Yarn | None = None
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    windows: tuple[int | None, ...] = ()
+    dtype: np.dtype | None = None
+    quantization: Quantization | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer."""
+        return self.windows[layer] if self.windows else None
+
+    @staticmethod
+    def from_json(source: str | os.PathLike[str] | Mapping[str, Any]) -> Qwen3Config:
+        """The config in a `config.json` (a path) or in the mapping that one holds.
+
+        Both the published form (`torch_dtype`, `rope_theta`, `rope_scaling`) and the newer one (`dtype`,
+        `rope_parameters`) are read.
+
+        Raises:
+          MissingFile, InvalidCheckpoint: no such file, not JSON, or a field of the wrong type.
+          UnsupportedConfig: a field or value that is not implemented, by name.
+        """
+        name, fields = ("config.json", source) if isinstance(source, Mapping) else (os.fspath(source), read_json(source))
+        return _Reader(name, fields).config()
+
+
+def read_json(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+      MissingFile, InvalidCheckpoint
+    """
+    try:
+        fields = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFile(f"{os.fspath(path)}: there is no such file. A checkpoint's folder holds config.json.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidCheckpoint(f"{os.fspath(path)}: not readable as JSON: {error}. Fetch the file again.") from error
+    if not isinstance(fields, dict):
+        raise InvalidCheckpoint(f"{os.fspath(path)}: expected a JSON object, found {type(fields).__name__}.")
+    return fields
+
+
+class _Reader:
+    """Reads fields with their types checked, and names the file in every error."""
+
+    def __init__(self, name: str, fields: Mapping[str, Any]):
+        self.name, self.fields = name, fields
+
+    def unsupported(self, text: str) -> UnsupportedConfig:
+        return UnsupportedConfig(f"{self.name}: {text}")
+
+    def get(self, key: str, kind: type, default: Any = None, fields: Mapping[str, Any] | None = None) -> Any:
+        """The field `key`, of type `kind`; null counts as absent."""
+        value = (self.fields if fields is None else fields).get(key)
+        if value is None:
+            return default
+        accepted = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise InvalidCheckpoint(f"{self.name}: {key}: expected {kind.__name__}, found {value!r}.")
+        return kind(value) if kind is float else value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self.get(key, int, default)
+        if value is None:
+            raise InvalidCheckpoint(f"{self.name}: {key} is missing. A Qwen3 config names it.")
+        if value < 1:
+            raise InvalidCheckpoint(f"{self.name}: {key}: expected a positive integer, found {value}.")
+        return value
+
+    def config(self) -> Qwen3Config:
+        model_type = self.get("model_type", str)
+        if model_type != "qwen3":
+            raise self.unsupported(f"model_type {model_type!r} is not implemented. Dense Qwen3 is 'qwen3'.")
+        if unknown := sorted(k for k, v in self.fields.items() if k not in _HANDLED | _CHANGES_NOTHING and v is not None):
+            listed = ", ".join(f"{key} = {self.fields[key]!r}" for key in unknown[:5])
+            raise self.unsupported(f"fields that are not implemented: {listed}. Remove them if they change nothing.")
+        if (act := self.get("hidden_act", str, "silu")) != "silu":
+            raise self.unsupported(f"hidden_act {act!r} is not implemented. Qwen3 uses 'silu'.")
+        if not self.get("use_qk_norm", bool, True):
+            raise self.unsupported("use_qk_norm false is not implemented. Qwen3 normalises queries and keys.")
+        heads, layers = self.size("num_attention_heads"), self.size("num_hidden_layers")
+        kv_heads, head_dim = self.size("num_key_value_heads", heads), self.size("head_dim", 128)
+        if heads % kv_heads:
+            raise InvalidCheckpoint(f"{self.name}: {heads} attention heads do not divide among {kv_heads} key-value heads.")
+        if head_dim % 2:
+            raise InvalidCheckpoint(f"{self.name}: head_dim {head_dim} is odd, and RoPE rotates pairs.")
+        theta, yarn = self.rope()
+        eos = self.fields.get("eos_token_id")
+        return Qwen3Config(
+            vocab_size=self.size("vocab_size"),
+            hidden_size=self.size("hidden_size"),
+            intermediate_size=self.size("intermediate_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=self.size("max_position_embeddings", 32768),
+            rms_norm_eps=self.get("rms_norm_eps", float, 1e-6),
+            rope_theta=theta,
+            yarn=yarn,
+            attention_bias=self.get("attention_bias", bool, False),
+            tie_word_embeddings=self.get("tie_word_embeddings", bool, False),
+            windows=self.windows(layers),
+            dtype=self.dtype(),
+            quantization=self.quantization(),
+            eos_token_id=self.token_ids("eos_token_id", eos),
+            pad_token_id=self.get("pad_token_id", int),
+        )
+
+    def token_ids(self, key: str, ids: Any) -> tuple[int, ...]:
+        listed = () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+        if any(not isinstance(i, int) or isinstance(i, bool) for i in listed):
+            raise InvalidCheckpoint(f"{self.name}: {key}: expected token ids, found {ids!r}.")
+        return listed
+
+    def dtype(self) -> np.dtype | None:
+        """None where it is narrow: then the embedding's dtype is meant."""
+        name = self.get("dtype", str) or self.get("torch_dtype", str)
+        if name is None:
+            return None
+        try:
+            dtype = as_dtype(name.removeprefix("torch."))
+        except UnknownDtype as error:
+            raise self.unsupported(f"torch_dtype: {error}") from error
+        if is_narrow(dtype):
+            return None
+        if not is_activation(dtype):
+            raise self.unsupported(f"torch_dtype {name!r}: a model runs in float32, bfloat16 or float16.")
+        return dtype
+
+    def windows(self, layers: int) -> tuple[int | None, ...]:
+        window = self.size("sliding_window", 4096) if self.get("use_sliding_window", bool, False) else None
+        kinds = self.get("layer_types", list)
+        if kinds is None:
+            first = self.get("max_window_layers", int, 28)
+            kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+        if len(kinds) != layers:
+            raise InvalidCheckpoint(f"{self.name}: layer_types names {len(kinds)} layers, num_hidden_layers is {layers}.")
+        if unknown := sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}):
+            raise self.unsupported(f"layer_types: {unknown[0]!r} is not implemented.")
+        if window is None and "sliding_attention" in kinds:
+            raise InvalidCheckpoint(f"{self.name}: layer_types has sliding layers, but use_sliding_window is not true.")
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds) if window else ()
+
+    def rope(self) -> tuple[float, Yarn | None]:
+        scaling = self.get("rope_scaling", dict) or {}
+        parameters = {**(self.get("rope_parameters", dict) or {}), **scaling}
+        # Where transformers wrote both, the one inside is what it read.
+        theta = self.get("rope_theta", float, self.get("rope_theta", float, 10000.0), parameters)
+        if theta <= 0:
+            raise InvalidCheckpoint(f"{self.name}: rope_theta: expected a positive number, found {theta}.")
+        kind = self.get("rope_type", str, self.get("type", str, "default", parameters), parameters)
+        known = {"rope_type", "type", "rope_theta"} | (_YARN if kind == "yarn" else set())
+        if kind not in ("default", "yarn"):
+            raise self.unsupported(f"rope type {kind!r} is not implemented. Known are 'default' and 'yarn'.")
+        if unknown := sorted(key for key, value in parameters.items() if key not in known and value is not None):
+            raise self.unsupported(f"rope settings that are not implemented: {', '.join(unknown)}.")
+        return theta, self.yarn(parameters) if kind == "yarn" else None
+
+    def yarn(self, parameters: Mapping[str, Any]) -> Yarn:
+        longest = self.size("max_position_embeddings", 32768)
+        original = self.get("original_max_position_embeddings", int, longest, parameters)
+        factor = self.get("factor", float, longest / original if original > 0 else 0.0, parameters)
+        if factor < 1 or original < 1:
+            raise InvalidCheckpoint(f"{self.name}: yarn: factor {factor} and original length {original} do not stretch anything.")
+        mscale, mscale_all = self.get("mscale", float, 0.0, parameters), self.get("mscale_all_dim", float, 0.0, parameters)
+
+        def magnitude(weight: float) -> float:
+            return 0.1 * weight * float(np.log(factor)) + 1.0 if factor > 1 else 1.0
+
+        inferred = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+        return Yarn(
+            factor,
+            original,
+            self.get("attention_factor", float, inferred, parameters),
+            self.get("beta_fast", float, None, parameters) or 32.0,
+            self.get("beta_slow", float, None, parameters) or 1.0,
+            self.get("truncate", bool, True, parameters),
+        )
+
+    def quantization(self) -> Quantization | None:
+        fields = self.get("quantization_config", dict)
+        if fields is None:
+            return None
+        method = self.get("quant_method", str, None, fields)
+        if method != "fp8":
+            raise self.unsupported(f"quant_method {method!r} is not implemented. Known is 'fp8', block-scaled float8.")
+        known = {
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "dequantize": False,
+            "scale_fmt": "float",
+            "modules_to_convert": None,
+        }
+        for key, value in fields.items():
+            if key in ("quant_method", "weight_block_size", "modules_to_not_convert") or value is None:
+                continue
+            if key not in known or value != known[key]:
+                raise self.unsupported(f"quantization_config: {key} = {value!r} is not implemented.")
+        block = self.get("weight_block_size", list, [128, 128], fields)
+        if len(block) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in block):
+            raise InvalidCheckpoint(f"{self.name}: weight_block_size: expected two positive integers, found {block!r}.")
+        listed = self.get("modules_to_not_convert", list, [], fields)
+        if any(not isinstance(module, str) for module in listed):
+            raise InvalidCheckpoint(f"{self.name}: modules_to_not_convert: expected names of modules, found {listed!r}.")
+        return Quantization((block[0], block[1]), tuple(listed))

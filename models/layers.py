@@ -1,0 +1,138 @@
+"""Layers that read the policy: they hold arrays and resolved specs, and take no `dtype=`.
+
+Kernels stand **(out, in)**, as in the checkpoints: nothing is transposed on load, export gives the same bytes, and both
+operands of a matmul are contiguous along the axis that is summed, which FP8 tensor cores require.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+
+from ..policies.blocks import quantize
+from ..policies.dtypes import is_narrow, saturating_cast
+from ..policies.matmul import scaled_matmul
+from ..policies.policy import ParamSpec, Policy, Scope
+from ..policies.presets import get_policy
+from ..policies.trees import Narrow
+
+
+def scope_of(policy: Policy | Scope | Any) -> Scope:
+    """The scope a module works in, from whatever was given as its `policy=`."""
+    return policy if isinstance(policy, Scope) else get_policy(policy).at()
+
+
+def stored(value: jax.Array, spec: ParamSpec) -> tuple[nnx.Variable, Narrow | None]:
+    """The variables of a parameter that was drawn in float32: itself and its scales, as `spec` stores them."""
+    if spec.storage is not None and is_narrow(spec.storage):
+        assert spec.block is not None
+        kernel, scale_inv = quantize(value, spec.storage, spec.block, scale_dtype=spec.scale or jnp.float32)
+        return Narrow(kernel, block=spec.block), Narrow(scale_inv, block=spec.block)
+    return nnx.Param(saturating_cast(value, spec.storage or value.dtype)), None
+
+
+class Linear(nnx.Module):
+    """y = x @ (kernel * scale_inv).T + bias, scaled block by block, in the activations' dtype.
+
+    kernel     (out, in)                     the policy's storage dtype
+    scale_inv  (ceil(out/bo), ceil(in/bi))   what each block is multiplied by; None where the kernel is not narrow
+    bias       (out,)                        None without `use_bias`
+
+    >>> layer = Linear(4, 3, policy={"params": {"kernel": "f8_e4m3fn"}, "compute": "bf16"}, rngs=nnx.Rngs(0))
+    >>> layer.kernel.dtype.name, layer.kernel.shape, layer(jnp.ones((2, 4))).dtype.name
+    ('float8_e4m3fn', (3, 4), 'bfloat16')
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = False,
+        policy: Policy | Scope | Any = None,
+        rngs: nnx.Rngs,
+    ):
+        scope = scope_of(policy)
+        self.activations = scope.activations
+        self.compute = scope.spec("kernel").compute
+        draw = initializers.lecun_normal(in_axis=-1, out_axis=-2)
+        kernel = draw(rngs.params(), (out_features, in_features), jnp.float32)
+        self.kernel, scale_inv = stored(kernel, scope.spec("kernel"))
+        self.scale_inv = nnx.data(scale_inv)
+        bias = stored(jnp.zeros(out_features), scope.spec("bias"))[0] if use_bias else None
+        self.bias = nnx.data(bias)
+        self.bias_compute = scope.spec("bias").compute if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., in) to (..., out), in the activations' dtype: the policy's, or that of x."""
+        x = x.astype(self.activations or x.dtype)
+        y = block_matmul(x, self.kernel, self.scale_inv, self.compute)
+        if self.bias is None:
+            return y
+        bias = saturating_cast(self.bias[...], self.bias_compute or y.dtype)
+        return (y.astype(bias.dtype) + bias).astype(y.dtype)
+
+
+def block_matmul(x: jax.Array, kernel: nnx.Variable, scale_inv: Narrow | None, compute: np.dtype | None) -> jax.Array:
+    """`scaled_matmul` of the arrays in a parameter's variables; a narrow kernel knows its block."""
+    if scale_inv is None:
+        return scaled_matmul(x, kernel[...], compute=compute)
+    return scaled_matmul(x, kernel[...], scale_inv[...], block=kernel.block, compute=compute)
+
+
+class Embedding(nnx.Module):
+    """Rows of a table, cast after the gather; `attend` is the tied head.
+
+    embedding            (vocabulary, features)
+    embedding_scale_inv  (ceil(vocabulary/bo), ceil(features/bi)), None where the table is not narrow
+    """
+
+    def __init__(self, vocabulary: int, features: int, *, policy: Policy | Scope | Any = None, rngs: nnx.Rngs):
+        scope = scope_of(policy)
+        self.activations = scope.activations
+        self.compute = scope.spec("embedding").compute
+        table = initializers.normal(0.02)(rngs.params(), (vocabulary, features), jnp.float32)
+        self.embedding, scale_inv = stored(table, scope.spec("embedding"))
+        self.embedding_scale_inv = nnx.data(scale_inv)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """(..., ) ids to (..., features) in the activations' dtype; an id outside the table gives NaN, not a neighbour."""
+        rows = jnp.take(self.embedding[...], ids, axis=0, mode="fill")
+        wide = self.activations or (jnp.float32 if self.embedding_scale_inv is not None else rows.dtype)
+        if self.embedding_scale_inv is not None:
+            height, width = self.embedding.block
+            scales = jnp.take(self.embedding_scale_inv[...].astype(jnp.float32), ids // height, axis=0, mode="fill")
+            rows = rows.astype(jnp.float32) * jnp.repeat(scales, width, axis=-1)[..., : rows.shape[-1]]
+        compute = wide if self.compute is None or is_narrow(self.compute) else self.compute
+        return saturating_cast(rows, compute).astype(wide)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """(..., features) to logits (..., vocabulary), under the rule of `embedding`."""
+        return block_matmul(x, self.embedding, self.embedding_scale_inv, self.compute)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) in float32, cast, then times `scale`, (features,), in the compute dtype of `scale`.
+
+    Rounding follows transformers' Qwen3RMSNorm: where the compute dtype is the activations' one, the normalised x is
+    rounded to it before the product.
+    """
+
+    def __init__(self, features: int, *, eps: float, policy: Policy | Scope | Any = None, rngs: nnx.Rngs):
+        scope = scope_of(policy)
+        self.activations, self.eps = scope.activations, eps
+        self.compute = scope.spec("scale").compute
+        self.scale, _ = stored(jnp.ones(features), scope.spec("scale"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., features) to the same, in the activations' dtype."""
+        result = self.activations or x.dtype
+        compute = self.compute or result
+        wide = x.astype(jnp.float32)
+        normalised = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(self.eps))
+        return (normalised.astype(compute) * saturating_cast(self.scale[...], compute)).astype(result)

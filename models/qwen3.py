@@ -1,0 +1,226 @@
+"""Dense Qwen3 in Flax NNX.  Numerics follow transformers' `modeling_qwen3`, rounding points included."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..policies.errors import InvalidTokens
+from ..policies.plan import explain
+from ..policies.policy import ParamSpec, Policy, Scope
+from ..policies.presets import get_policy
+from ..policies.trees import variables_by_path
+from ..policies.wrappers import fill, stored_specs
+from . import rope
+from .attention import EMPTY, KVCache, attend, token_positions
+from .config import Qwen3Config
+from .layers import Embedding, Linear, RMSNorm, scope_of
+
+LinearFactory = Callable[..., nnx.Module]
+"""Called as `linear(in_features, out_features, use_bias=…, policy=…, rngs=…)`."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: Qwen3Config, layer: int, *, policy: Scope, linear: LinearFactory, rngs: nnx.Rngs):
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.window = config.window(layer)
+
+        def projection(name: str, features: int, out: int) -> nnx.Module:
+            return linear(features, out, use_bias=config.attention_bias, policy=policy.at(name), rngs=rngs)
+
+        self.q_proj = projection("q_proj", config.hidden_size, self.heads * self.head_dim)
+        self.k_proj = projection("k_proj", config.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = projection("v_proj", config.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = projection("o_proj", self.heads * self.head_dim, config.hidden_size)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps, policy=policy.at("q_norm"), rngs=rngs)
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps, policy=policy.at("k_norm"), rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, step: _Step, past: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """x (b, t, hidden) to the same, and the keys and values to keep."""
+        b, t, _ = x.shape
+        q = self.q_norm(self.q_proj(x).reshape(b, t, self.heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x).reshape(b, t, self.kv_heads, self.head_dim))
+        v = self.v_proj(x).reshape(b, t, self.kv_heads, self.head_dim)
+        q, k = rope.rotate(q, step.cos, step.sin), rope.rotate(k, step.cos, step.sin)
+        if past is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(past[0], k, step.start, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(past[1], v, step.start, axis=1)
+        return self.o_proj(attend(q, k, v, step.queries, step.slots, self.window)), (k, v)
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Qwen3Config, *, policy: Scope, linear: LinearFactory, rngs: nnx.Rngs):
+        wide, narrow = config.intermediate_size, config.hidden_size
+        self.gate_proj = linear(narrow, wide, use_bias=False, policy=policy.at("gate_proj"), rngs=rngs)
+        self.up_proj = linear(narrow, wide, use_bias=False, policy=policy.at("up_proj"), rngs=rngs)
+        self.down_proj = linear(wide, narrow, use_bias=False, policy=policy.at("down_proj"), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (b, t, hidden) to the same."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up)
+
+
+class Layer(nnx.Module):
+    """Attention, then the MLP, each on normalised input and added to the stream."""
+
+    def __init__(self, config: Qwen3Config, layer: int, *, policy: Scope, linear: LinearFactory, rngs: nnx.Rngs):
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(config.hidden_size, eps=config.rms_norm_eps, policy=policy.at(name), rngs=rngs)
+
+        self.self_attn = Attention(config, layer, policy=policy.at("self_attn"), linear=linear, rngs=rngs)
+        self.mlp = MLP(config, policy=policy.at("mlp"), linear=linear, rngs=rngs)
+        self.input_layernorm = norm("input_layernorm")
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+
+    def __call__(self, x, step, past):  # type: ignore[no-untyped-def]
+        """See `Attention`."""
+        mixed, kept = self.self_attn(self.input_layernorm(x), step, past)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What all layers share in one call: rotations, positions, and where in the cache the call's tokens go."""
+
+    cos: jax.Array
+    sin: jax.Array
+    queries: jax.Array
+    slots: jax.Array
+    start: jax.Array | None
+
+
+class Qwen3(nnx.Module):
+    """A dense Qwen3 causal language model under a policy: `model(input_ids, attention_mask)` gives logits.
+
+    config  its shape
+    policy  anything `get_policy` takes; None stores parameters in float32 and computes in the config's dtype
+    linear  the class of all projections and of an untied head, for LoRA and the like: called as
+            `linear(in_features, out_features, use_bias=…, policy=…, rngs=…)`
+
+    Raises:
+      UnmatchedRule, ShadowedRule: a rule of the policy that decides none of the model's parameters.
+    """
+
+    def __init__(
+        self, config: Qwen3Config, *, policy: Policy | Scope | Any = None, linear: LinearFactory = Linear, rngs: nnx.Rngs
+    ):
+        scope = scope_of(policy)
+        activations = scope.activations or config.dtype or np.dtype(np.float32)
+        scope = dataclasses.replace(scope, activations=activations)
+        self.config, self.linear, self.activations = config, linear, activations
+        self.output = scope.policy.output or activations
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, policy=scope.at("embed_tokens"), rngs=rngs)
+        self.layers = nnx.List(
+            Layer(config, i, policy=scope.at("layers", i), linear=linear, rngs=rngs)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, policy=scope.at("norm"), rngs=rngs)
+        head = None
+        if not config.tie_word_embeddings:
+            head = linear(config.hidden_size, config.vocab_size, use_bias=False, policy=scope.at("lm_head"), rngs=rngs)
+        self.lm_head = nnx.data(head)
+        if not isinstance(policy, Scope):
+            explain(scope.policy, self)
+
+    def __call__(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+        """Logits (b, t, vocabulary) in the policy's output dtype, or the activations' one.
+
+        input_ids       (b, t) int32
+        attention_mask  (b, t), nonzero for real tokens, which may stand anywhere in a row; None: all are real
+
+        Raises:
+          InvalidTokens: for shapes and dtypes that do not fit.
+        """
+        hidden, _ = self.hidden(input_ids, attention_mask)
+        return self.logits(hidden)
+
+    def hidden(
+        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The stream before the last norm, (b, t, hidden), and the cache with the call's tokens added."""
+        ids, mask = _tokens(input_ids, attention_mask)
+        before = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.tokens
+        queries, slots = token_positions(mask, before)
+        start = None
+        if cache is not None:
+            start = cache.length
+            slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, slots, start, axis=1)
+        step = _Step(*rope.cos_sin(queries, self.config, self.activations), queries, slots, start)
+        x, kept = self.embed_tokens(ids), []
+        for i, layer in enumerate(self.layers):
+            x, keys_values = layer(x, step, None if cache is None else (cache.keys[i], cache.values[i]))
+            kept.append(keys_values)
+        if cache is None:
+            return x, None
+        keys, values = zip(*kept, strict=True)
+        tokens = cache.tokens + mask.sum(axis=1, dtype=jnp.int32)
+        return x, KVCache(keys, values, slots, cache.length + ids.shape[1], tokens)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """The last norm and the head: (..., hidden) to (..., vocabulary)."""
+        x = self.norm(hidden)
+        logits = self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
+        return logits.astype(self.output)
+
+    def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """A cache for `slots` tokens of each of `batch` rows, in the activations' dtype."""
+        shape = (batch, slots, self.config.num_key_value_heads, self.config.head_dim)
+
+        def zeros() -> tuple[jax.Array, ...]:
+            return tuple(jnp.zeros(shape, self.activations) for _ in range(self.config.num_hidden_layers))
+
+        positions = jnp.full((batch, slots), EMPTY)
+        return KVCache(zeros(), zeros(), positions, jnp.int32(0), jnp.zeros(batch, jnp.int32))
+
+    def with_policy(self, policy: Any) -> Qwen3:
+        """The same parameters stored and computed under another policy; what is already as asked is shared."""
+        policy = get_policy(policy)
+        state = policy.store(nnx.state(self))
+        return assemble(self.config, policy, stored_specs(policy, state), variables_by_path(state), self.linear)
+
+
+def assemble(
+    config: Qwen3Config,
+    policy: Policy,
+    specs: Mapping[str, ParamSpec],
+    parameters: Mapping[str, Any],
+    linear: LinearFactory = Linear,
+) -> Qwen3:
+    """The model whose parameters, by path, are `parameters`, stored as `specs` says and computed as `policy` says."""
+    return fill(abstract(config, policy, specs, linear), parameters)
+
+
+def abstract(
+    config: Qwen3Config, policy: Policy, specs: Mapping[str, ParamSpec] | None = None, linear: LinearFactory = Linear
+) -> Qwen3:
+    """The model with shapes in place of arrays; nothing is allocated."""
+    scope = Scope(policy, policy.activations, stored=specs)
+    return nnx.eval_shape(lambda: Qwen3(config, policy=scope, linear=linear, rngs=nnx.Rngs(0)))
+
+
+def _tokens(input_ids: jax.Array, attention_mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    ids = jnp.asarray(input_ids)
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise InvalidTokens(f"input_ids: expected integers of shape (batch, length), found {ids.dtype} {ids.shape}.")
+    mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
+    if mask.shape != ids.shape:
+        raise InvalidTokens(f"attention_mask: expected the shape of input_ids, {ids.shape}, found {mask.shape}.")
+    return ids.astype(jnp.int32), mask

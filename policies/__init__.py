@@ -1,0 +1,63 @@
+"""What dtype a parameter has: policies, their resolution, casting, block formats, the matmul, and wrappers."""
+
+from .blocks import dequantize, quantize
+from .dtypes import as_dtype, dtype_name, saturating_cast
+from .errors import (
+    InvalidCheckpoint,
+    InvalidPolicy,
+    InvalidScale,
+    InvalidTokens,
+    MissingFile,
+    PerparamError,
+    ShadowedRule,
+    UnknownDtype,
+    UnmatchedRule,
+    UnpairedScale,
+    UnsupportedCast,
+    UnsupportedConfig,
+)
+from .matmul import scaled_matmul
+from .plan import Plan, Row
+from .policy import DEFAULT_BLOCK, ParamSpec, Policy, Rule, Scope, Slot
+from .presets import get_policy, preset_names
+from .training import join_trainable, refuse_narrow, split_trainable
+from .trees import Found, Narrow
+from .wrappers import apply, init
+
+__all__ = [
+    "DEFAULT_BLOCK",
+    "Found",
+    "InvalidCheckpoint",
+    "InvalidPolicy",
+    "InvalidScale",
+    "InvalidTokens",
+    "MissingFile",
+    "Narrow",
+    "ParamSpec",
+    "PerparamError",
+    "Plan",
+    "Policy",
+    "Row",
+    "Rule",
+    "Scope",
+    "ShadowedRule",
+    "Slot",
+    "UnknownDtype",
+    "UnmatchedRule",
+    "UnpairedScale",
+    "UnsupportedCast",
+    "UnsupportedConfig",
+    "apply",
+    "as_dtype",
+    "dequantize",
+    "dtype_name",
+    "get_policy",
+    "init",
+    "join_trainable",
+    "preset_names",
+    "quantize",
+    "refuse_narrow",
+    "saturating_cast",
+    "scaled_matmul",
+    "split_trainable",
+]

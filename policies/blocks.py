@@ -1,0 +1,126 @@
+"""Quantisation block by block, in plain jnp: the oracle that every faster implementation is held against.
+
+Invariants, for a weight `w` of any shape, its last two axes cut into blocks that may be ragged at the edges:
+
+- `scale_inv = amax(block) / largest(dtype)` in float32, at least the smallest normal float32; 1 for an all-zero block;
+- `kernel = w / scale_inv`, divided correctly rounded, rounded half to even into `dtype`, saturating;
+- `kernel * scale_inv` in float32 is the weight: despite its published name the scale is a multiplier.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from . import dtypes
+from .errors import InvalidScale, UnsupportedCast
+from .policy import DEFAULT_BLOCK, Block
+
+
+def grid_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
+    """The shape of the scales of an array of `shape`: leading axes as they are, `ceil(dim / block)` of the last two.
+
+    >>> grid_shape((8, 576, 200), (128, 128))
+    (8, 5, 2)
+    """
+    if len(shape) < 2:
+        raise InvalidScale(f"blocks lie over two axes, found the shape {shape}. Only parameters of two or more dimensions are narrow.")
+    return (*shape[:-2], *(math.ceil(dim / side) for dim, side in zip(shape[-2:], block, strict=True)))
+
+
+def check_grid(shape: tuple[int, ...], grid: tuple[int, ...], block: Block, where: str = "scale_inv") -> None:
+    """Raises InvalidScale unless scales of shape `grid` fit a kernel of `shape` in blocks of `block`."""
+    expected = grid_shape(shape, block)
+    if tuple(grid) != expected:
+        raise InvalidScale(
+            f"{where}: scales of shape {tuple(grid)} do not fit a kernel of shape {tuple(shape)} in blocks of "
+            f"{tuple(block)}, expected {expected}. Name the block the kernel was quantised with."
+        )
+
+
+def expand(scale_inv: jax.Array, shape: tuple[int, ...], block: Block) -> jax.Array:
+    """The scale of every element: `scale_inv` repeated over its blocks and cut to `shape`."""
+    for axis, side in ((-2, block[0]), (-1, block[1])):
+        index = np.arange(shape[axis]) // side
+        scale_inv = jnp.take(scale_inv, index, axis=axis) if scale_inv.shape[axis] != 1 else scale_inv
+    return jnp.broadcast_to(scale_inv, shape)
+
+
+def block_amax(weight: jax.Array, block: Block) -> jax.Array:
+    """The largest magnitude of each block, in float32, `[..., ceil(rows / block), ceil(columns / block)]`."""
+    rows, columns = weight.shape[-2:]
+    height, width = min(block[0], max(rows, 1)), min(block[1], max(columns, 1))
+    *leading, down, across = grid_shape(weight.shape, (height, width))
+    padding = [(0, 0)] * len(leading) + [(0, down * height - rows), (0, across * width - columns)]
+    blocks = jnp.pad(jnp.abs(weight.astype(jnp.float32)), padding).reshape(*leading, down, height, across, width)
+    return blocks.max(axis=(-3, -1), initial=0.0)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "block", "scale_dtype"))
+def _quantize(weight: jax.Array, dtype: np.dtype, block: Block, scale_dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    amax = block_amax(weight, block)
+    # XLA on the CPU turns a division by anything constant along its inner loop into a product with the reciprocal,
+    # which is an ulp off in half of all cases.  Behind a barrier the divisor is an array of its own, and the quotient
+    # correctly rounded, with and without jit.
+    divisor = jax.lax.optimization_barrier(jnp.full_like(amax, dtypes.largest(dtype)))
+    floor = max(dtypes.smallest_normal(np.float32), dtypes.smallest_normal(scale_dtype))
+    scale_inv = jnp.where(amax == 0, 1.0, jnp.maximum(amax / divisor, floor))
+    scale_inv = dtypes.saturating_cast(scale_inv, scale_dtype)
+    divisors = jax.lax.optimization_barrier(expand(scale_inv.astype(jnp.float32), weight.shape, block))
+    return dtypes.saturating_cast(weight.astype(jnp.float32) / divisors, dtype), scale_inv
+
+
+def quantize(
+    weight: ArrayLike, dtype: DTypeLike, block: Block = DEFAULT_BLOCK, *, scale_dtype: DTypeLike = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """The scaled pair `(kernel, scale_inv)` whose product, block by block, is nearest to `weight`.
+
+    weight     (..., rows, columns)  floating point
+    kernel     (..., rows, columns)  dtype: one of the float8 types or int8
+    scale_inv  (..., ceil(rows/block[0]), ceil(columns/block[1]))  scale_dtype: f32, bf16 or f16
+
+    A scale that is to be stored rounded is rounded before the kernel is quantised with it.  The elementwise error of
+    e4m3fn is at most `max(|w| * 2**-4, scale_inv * 2**-10)`.
+
+    >>> kernel, scale_inv = quantize(jnp.array([[448.0, 1.0], [0.0, -896.0]]), "f8_e4m3fn", (1, 2))
+    >>> kernel.astype("float32").tolist(), scale_inv.tolist()
+    ([[448.0, 1.0], [0.0, -448.0]], [[1.0], [2.0]])
+
+    Raises:
+      UnsupportedCast: where `weight` is not floating point or `dtype` is not narrow.
+      InvalidScale: where `weight` has fewer than two dimensions.
+    """
+    weight, dtype, scale_dtype = jnp.asarray(weight), dtypes.as_dtype(dtype), dtypes.as_dtype(scale_dtype)
+    if not dtypes.is_narrow(dtype):
+        raise UnsupportedCast(f"{dtypes.dtype_name(dtype)} needs no scales. Narrow types are f8_e4m3fn, f8_e5m2, …, int8.")
+    if not dtypes.is_activation(scale_dtype):
+        raise UnsupportedCast(f"scales are f32, bf16 or f16, not {dtypes.dtype_name(scale_dtype)}.")
+    if not dtypes.is_floating(weight.dtype) or dtypes.is_narrow(weight.dtype):
+        raise UnsupportedCast(f"a {weight.dtype} array cannot be quantised. Give f32, bf16 or f16 weights.")
+    grid_shape(weight.shape, block)
+    return _quantize(weight, dtype, tuple(block), scale_dtype)
+
+
+def dequantize(
+    kernel: ArrayLike, scale_inv: ArrayLike, block: Block = DEFAULT_BLOCK, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """The weight of a scaled pair: `kernel * scale_inv` in float32, then cast to `dtype`, saturating.
+
+    kernel     (..., rows, columns)
+    scale_inv  (..., ceil(rows/block[0]), ceil(columns/block[1]))
+
+    >>> dequantize(jnp.ones((1, 3), "float8_e4m3fn"), jnp.array([[2.0, 3.0]]), (1, 2)).tolist()
+    [[2.0, 2.0, 3.0]]
+
+    Raises:
+      InvalidScale: where the grid of scales does not fit.
+    """
+    kernel, scale_inv = jnp.asarray(kernel), jnp.asarray(scale_inv)
+    check_grid(kernel.shape, scale_inv.shape, block)
+    weight = kernel.astype(jnp.float32) * expand(scale_inv.astype(jnp.float32), kernel.shape, block)
+    return dtypes.saturating_cast(weight, dtypes.as_dtype(dtype))

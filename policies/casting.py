@@ -1,0 +1,63 @@
+"""Casts that keep a tree's structure: by path for parameters, uniform for inputs and outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from . import dtypes
+from .errors import InvalidPolicy, UnsupportedCast
+from .policy import Policy, is_scale, scale_path
+from .resolution import Answer, resolve
+from .trees import map_parameters, parameters, rebox, unbox
+
+
+def cast(policy: Policy, tree: Any, slot: str, path: str | None = None) -> Any:
+    """See `Policy.cast`."""
+    if slot not in ("params", "compute"):
+        raise InvalidPolicy(f"cast to slot {slot!r}: parameters are cast to 'params' or 'compute', results by cast_output.")
+    if path is not None:
+        dtype = getattr(policy, slot).dtype(path)
+        return rebox(tree, _cast_leaf(path, unbox(tree), Answer(dtype, slot), slot, paired=is_scale(path)))
+    if isinstance(tree, nnx.Module):
+        graphdef, state = nnx.split(tree)
+        return nnx.merge(graphdef, cast(policy, state, slot))
+    flat = parameters(tree)
+    answers = resolve(slot, getattr(policy, slot), flat)
+
+    def visit(path: str, leaf: Any) -> Any:
+        paired = is_scale(path) or scale_path(path) in flat
+        return rebox(leaf, _cast_leaf(path, unbox(leaf), answers[path], slot, paired))
+
+    return map_parameters(visit, tree)
+
+
+def _cast_leaf(path: str, value: Any, answer: Answer, slot: str, paired: bool) -> Any:
+    if answer.dtype is None or paired or not dtypes.is_floating(value.dtype) or value.dtype == answer.dtype:
+        return value
+    if dtypes.is_narrow(answer.dtype):
+        raise UnsupportedCast(
+            f"{path}: a plain {dtypes.dtype_name(np.dtype(value.dtype))} array cannot be cast to "
+            f"{dtypes.dtype_name(answer.dtype)} ({slot}, rule {answer.rule!r}) without scales, which a cast cannot add. "
+            "Use policy.store(tree), perparam.init or perparam.quantize."
+        )
+    if dtypes.is_narrow(value.dtype):
+        raise UnsupportedCast(
+            f"{path}: a {dtypes.dtype_name(np.dtype(value.dtype))} array without its {scale_path(path)!r} has lost its "
+            "magnitude. Give the tree with both."
+        )
+    return dtypes.saturating_cast(value, answer.dtype)
+
+
+def cast_floats(tree: Any, dtype: np.dtype) -> Any:
+    """`tree` with every floating-point array cast plainly to `dtype`: overflow becomes infinity and stays visible."""
+
+    def visit(leaf: Any) -> Any:
+        floating = isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and dtypes.is_floating(leaf.dtype)
+        return jnp.asarray(leaf, dtype) if floating else leaf
+
+    return jax.tree.map(visit, tree)

@@ -1,0 +1,55 @@
+"""The errors of perparam.
+
+Every message says where (the path, the file and line), what was found, what was expected and what to do.  All derive
+from `PerparamError` and from the builtin that fits, so that `except ValueError` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class PerparamError(Exception):
+    """Base of every error that perparam raises on purpose."""
+
+
+class UnknownDtype(PerparamError, ValueError):
+    """A dtype name that nobody knows, or a dtype that cannot stand where it was written."""
+
+
+class InvalidPolicy(PerparamError, ValueError):
+    """A policy that cannot be read: YAML, a pattern, a slot, a preset name."""
+
+
+class UnmatchedRule(InvalidPolicy):
+    """A rule that matches no parameter."""
+
+
+class ShadowedRule(InvalidPolicy):
+    """A rule whose every parameter is taken by the rules before it."""
+
+
+class UnpairedScale(PerparamError, ValueError):
+    """A narrow kernel without its scale, or a scale without its kernel."""
+
+
+class InvalidScale(PerparamError, ValueError):
+    """A grid of scales that does not fit its kernel, or a scale that is not a positive finite number."""
+
+
+class UnsupportedCast(PerparamError, TypeError):
+    """A cast that the operation asked for cannot do."""
+
+
+class InvalidCheckpoint(PerparamError, ValueError):
+    """Files that do not hold what their names, headers or config promise."""
+
+
+class UnsupportedConfig(PerparamError, ValueError):
+    """A field of a model's config that perparam does not implement."""
+
+
+class MissingFile(PerparamError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class InvalidTokens(PerparamError, ValueError):
+    """Token ids or a mask that the model cannot take."""

@@ -1,0 +1,117 @@
+"""Anchored path patterns: `layers/*/self_attn/**/kernel`.
+
+A pattern without `/`, `*` and `{` is a bare name and matches the last component of a path, whatever stands before it.
+Any other is anchored at the root: `*` is one component or part of one, `**` any number of components (none included),
+`{a,b}` alternatives within a component.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+from .errors import InvalidPolicy
+
+_SPECIAL = re.compile(r"[?\[\]!()^$|\\,]")
+_BRACES = re.compile(r"\{([^{}/]*)\}")
+_LIMIT = 64  # alternatives a pattern may have: a line of braces must not become a million patterns
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """The compiled form of a pattern: its alternatives, each a tuple of components.
+
+    >>> Pattern.of("layers/*/{q,k}_proj/kernel").matches("layers/3/k_proj/kernel")
+    True
+    """
+
+    alternatives: tuple[tuple[str, ...], ...]
+    bare: bool
+
+    @staticmethod
+    @functools.cache
+    def of(text: str) -> Pattern:
+        """The pattern that `text` writes.
+
+        Raises:
+          InvalidPolicy: for an empty component and for any glob character other than `*`, `**` and `{a,b}`.
+        """
+        bare = not any(character in text for character in "/*{}")
+        alternatives = _expand(text)
+        for alternative in alternatives:
+            if special := _SPECIAL.search(alternative):
+                raise InvalidPolicy(
+                    f"{text!r}: {special.group()!r} has no meaning in a pattern. "
+                    "Write '*' (part of a component), '**' (any number of components), '{a,b}' (alternatives)."
+                )
+            for component in alternative.split("/"):
+                if not component:
+                    raise InvalidPolicy(
+                        f"{text!r} has an empty component. Paths look like layers/0/mlp/up_proj/kernel, "
+                        "without a leading, trailing or double '/'."
+                    )
+                if "**" in component and component != "**":
+                    raise InvalidPolicy(f"{text!r}: '**' is a component of its own. Write 'a/**/b', or 'a*' for a part.")
+        return Pattern(tuple(tuple(alternative.split("/")) for alternative in alternatives), bare)
+
+    def matches(self, path: str) -> bool:
+        """Whether the parameter at `path` is meant."""
+        components = path.split("/")
+        if self.bare:
+            return components[-1] == self.alternatives[0][0]
+        return any(_matches(alternative, components) for alternative in self.alternatives)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The last component of each alternative: what the pattern says of a parameter's name."""
+        return tuple(alternative[-1] for alternative in self.alternatives)
+
+
+def _expand(text: str) -> list[str]:
+    """The alternatives of `{a,b}`, written out."""
+    done, waiting = [], [text]
+    while waiting:
+        head = waiting.pop(0)
+        braces = _BRACES.search(head)
+        if braces is None:
+            if "{" in head or "}" in head:
+                raise InvalidPolicy(f"{text!r}: braces do not match. Alternatives are written '{{a,b}}', not nested.")
+            done.append(head)
+            continue
+        waiting[:0] = [head[: braces.start()] + word + head[braces.end() :] for word in braces.group(1).split(",")]
+        if len(waiting) + len(done) > _LIMIT:
+            raise InvalidPolicy(f"{text!r} has more than {_LIMIT} alternatives. Write several rules, or use '*'.")
+    return done
+
+
+@functools.cache
+def _component(pattern: str) -> re.Pattern[str]:
+    if pattern == "*":
+        return re.compile(".+")
+    return re.compile(".*".join(map(re.escape, re.sub(r"\*+", "*", pattern).split("*"))))
+
+
+def _matches(pattern: tuple[str, ...], components: list[str]) -> bool:
+    """Walks the path once and keeps the set of pattern positions reached, so `**/**/**` costs no more than `**`."""
+
+    def skip(positions: set[int]) -> set[int]:
+        reached = set(positions)
+        for position in sorted(positions):
+            while position < len(pattern) and pattern[position] == "**":
+                position += 1
+                reached.add(position)
+        return reached
+
+    positions = skip({0})
+    for component in components:
+        after = set()
+        for position in positions:
+            if position == len(pattern):
+                continue
+            if pattern[position] == "**":
+                after.add(position)
+            elif _component(pattern[position]).fullmatch(component):
+                after.add(position + 1)
+        positions = skip(after)
+    return len(pattern) in positions

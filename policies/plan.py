@@ -1,0 +1,258 @@
+"""The plan: what a policy does to every parameter, as data and as a table, before anything is allocated."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import re
+from typing import Any
+
+import numpy as np
+
+from . import dtypes
+from .blocks import grid_shape
+from .errors import InvalidPolicy
+from .policy import Policy, is_scale, scale_path
+from .resolution import Answer, resolve
+from .storage import Change, Step, plan_storage
+from .trees import Found
+from .trees import found as found_in
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter, or the scales of one.
+
+    path            where it stands
+    shape           as stored afterwards
+    found           dtype before; None for scales that are made
+    storage         dtype afterwards; None for scales that are dissolved
+    compute         what the compute slot says; None: narrow kernels as stored, anything else in the activations' dtype
+    storage_rule    the key of the `params` slot that decided, "default", or None
+    storage_source  file and line of that key
+    compute_rule    likewise of the `compute` slot
+    compute_source  likewise
+    change          kept, cast, quantised, dequantised or requantised; of scales also made or dissolved
+    bytes_before    as found
+    bytes           as stored
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    found: np.dtype | None
+    storage: np.dtype | None
+    compute: np.dtype | None
+    storage_rule: str | None
+    storage_source: str | None
+    compute_rule: str | None
+    compute_source: str | None
+    change: Change
+    bytes_before: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row with dtypes by name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: dtypes.dtype_name(x) if isinstance(x, np.dtype) else x for name, x in fields.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a policy resolved to; `str(plan)` is the table, in which equal layers share a line.
+
+    rows         one a parameter, in the tree's order, scales after their kernel
+    activations  the dtype of activations, None where the policy leaves it to the model
+    output       the dtype of what the model returns, likewise
+    """
+
+    rows: tuple[Row, ...]
+    activations: np.dtype | None = None
+    output: np.dtype | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters as stored."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def total_bytes_before(self) -> int:
+        """Bytes of all parameters as found."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_by_dtype(self) -> dict[np.dtype, int]:
+        """Bytes as stored, by dtype, the largest first."""
+        totals: collections.Counter[np.dtype] = collections.Counter()
+        for row in self.rows:
+            if row.storage is not None:
+                totals[row.storage] += row.bytes
+        return dict(totals.most_common())
+
+    def to_json(self) -> str:
+        """Rows and totals as JSON, one row a line and nothing that varies between runs: made to be diffed."""
+        rows = ",\n".join(f"  {json.dumps(row.to_dict())}" for row in self.rows)
+        rest = {
+            "activations": self.activations and dtypes.dtype_name(self.activations),
+            "output": self.output and dtypes.dtype_name(self.output),
+            "bytes_before": self.total_bytes_before,
+            "bytes": self.total_bytes,
+            "bytes_by_dtype": {dtypes.dtype_name(dtype): count for dtype, count in self.bytes_by_dtype.items()},
+        }
+        return f'{{"rows": [\n{rows}\n],\n{json.dumps(rest)[1:]}\n'
+
+    def __str__(self) -> str:
+        lines = [("path", "shape", "found", "storage", "compute", "rule (params | compute)", "bytes")]
+        for label, rows in self._folded():
+            lines.append((label, *self._cells(rows[0]), human_bytes(sum(row.bytes for row in rows))))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(line[:-1], widths[:-1], strict=True)) for line in lines]
+        return "\n".join([*(f"{row}  {line[-1]:>{widths[-1]}}" for row, line in zip(table, lines, strict=True)), "", self.summary()])
+
+    def _folded(self) -> list[tuple[str, list[Row]]]:
+        """Rows that differ only in the numbers of their path share a line: `layers/0-27/mlp/up_proj/kernel ×28`."""
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((re.sub(r"(?<![^/])\d+(?![^/])", "#", row.path), *self._cells(row)), []).append(row)
+        return [(_label([row.path for row in group]), group) for group in groups.values()]
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        """What the table says of a row, its path and bytes apart."""
+        found = "–" if row.found is None else dtypes.dtype_name(row.found)
+        storage = "" if row.storage is None else dtypes.dtype_name(row.storage)
+        change = "" if row.change == "kept" else row.change
+        if is_scale(row.path):
+            compute = ""
+        elif row.compute is not None:
+            compute = dtypes.dtype_name(row.compute)
+        elif row.storage is not None and dtypes.is_narrow(row.storage):
+            compute = "as stored"
+        else:
+            compute = "–" if self.activations is None else f"({dtypes.dtype_name(self.activations)})"
+        rules = [_key(row.storage_rule, row.storage_source), _key(row.compute_rule, row.compute_source)]
+        return "×".join(map(str, row.shape)), found, f"{storage} {change}".strip(), compute, " | ".join(rules)
+
+    def summary(self) -> str:
+        """The totals in two or three lines."""
+        totals = ", ".join(f"{dtypes.dtype_name(dtype)} {human_bytes(count)}" for dtype, count in self.bytes_by_dtype.items())
+        scales = sum(is_scale(row.path) for row in self.rows)
+        changed = collections.Counter(row.change for row in self.rows)
+        names = [f"activations {dtypes.dtype_name(self.activations)}"] if self.activations else []
+        names += [f"output {dtypes.dtype_name(self.output)}"] if self.output else []
+        return "\n".join(
+            [
+                f"{len(self.rows) - scales} parameters and {scales} grids of scales: "
+                + ", ".join(f"{count} {change}" for change, count in sorted(changed.items())),
+                f"stored in {human_bytes(self.total_bytes)} ({totals}), found in {human_bytes(self.total_bytes_before)}",
+                *filter(None, [", ".join(names)]),
+            ]
+        )
+
+
+def human_bytes(count: int) -> str:
+    """`count` bytes as people read them: 1.5 MiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size /= 1024
+    else:
+        unit = "TiB"
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def explain(policy: Policy, tree: Any, activations: np.dtype | None = None) -> Plan:
+    """See `Policy.explain`; `activations` is the model's own dtype, for where the policy names none."""
+    found = found_in(tree)
+    steps, answers = plan_storage(policy, found)
+    activations = policy.activations or activations
+    # The compute slot speaks of what is there once things are stored: a dissolved scale is gone, a made one has come.
+    stored = [path for path in found if not is_scale(path)]
+    computed = resolve("compute", policy.compute, [*stored, *(scale_path(path) for path in stored if steps[path].scale)])
+    rows = []
+    for path, step in steps.items():
+        check_compute(path, found[path], computed[path])
+        rows.append(_row(path, found[path].shape, found[path], step.storage, step.change, answers[path], computed[path]))
+        if step.scale or step.found_scale:
+            scales = scale_path(path)
+            answer = computed.get(scales, Answer())
+            rows.append(_scale_row(found[path], step, scales, found.get(scales), answers[scales], answer))
+    return Plan(tuple(rows), activations, policy.output or activations)
+
+
+def check_compute(path: str, one: Found, answer: Answer) -> None:
+    """Raises InvalidPolicy where a parameter that no matmul takes is to be computed narrow."""
+    if answer.dtype is not None and dtypes.is_narrow(answer.dtype) and len(one.shape) < 2:
+        raise InvalidPolicy(
+            f"{answer.source + ': ' if answer.source else ''}{answer.rule!r} (compute) asks "
+            f"{dtypes.dtype_name(answer.dtype)} of {path!r}, whose shape is {one.shape}. "
+            "Only kernels of two or more dimensions are computed narrow."
+        )
+
+
+def _scale_row(
+    kernel: Found, step: Step, path: str, before: Found | None, params: Answer, compute: Answer
+) -> Row:
+    """The row of the scales at `path`, which belong to `kernel`."""
+    if step.scale is None or step.block is None:
+        assert before is not None
+        return _row(path, before.shape, before, None, "dissolved", params, Answer())
+    change: Change = "made" if before is None else step.change
+    if change == "kept" and step.scale != step.found_scale:
+        change = "cast"
+    return _row(path, grid_shape(kernel.shape, step.block), before, step.scale, change, params, compute)
+
+
+def _row(
+    path: str,
+    shape: tuple[int, ...],
+    before: Found | None,
+    storage: np.dtype | None,
+    change: Change,
+    params: Answer,
+    compute: Answer,
+) -> Row:
+    after = Found(shape, storage).bytes if storage is not None else 0
+    return Row(
+        path,
+        shape,
+        before and before.dtype,
+        storage,
+        compute.dtype,
+        params.rule,
+        params.source,
+        compute.rule,
+        compute.source,
+        change,
+        before.bytes if before else 0,
+        after,
+    )
+
+
+# The table.
+
+
+def _label(paths: list[str]) -> str:
+    if len(paths) == 1:
+        return paths[0]
+    components = []
+    for column in zip(*(path.split("/") for path in paths), strict=True):
+        components.append(column[0] if len(set(column)) == 1 else _ranges(sorted({int(number) for number in column})))
+    return f"{'/'.join(components)} ×{len(paths)}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as 0-2,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _key(rule: str | None, source: str | None) -> str:
+    """A rule with the line it stands on."""
+    line = f":{source.rpartition(':')[2]}" if source else ""
+    return f"{rule}{line}" if rule else "–"

@@ -1,0 +1,70 @@
+"""Policies by name, and `get_policy`, through which every `policy=` argument goes."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from .dtypes import as_dtype
+from .errors import InvalidPolicy, UnknownDtype
+from .policy import Policy
+from .text import SLOTS
+
+_FOLDER = pathlib.Path(__file__).parent / "presets"
+
+
+@functools.cache
+def _preset(name: str) -> Policy:
+    file = _FOLDER / f"{name}.yaml"
+    return Policy.loads(file.read_text(encoding="utf-8"), name=file.name)
+
+
+@functools.cache
+def preset_names() -> tuple[str, ...]:
+    """The names of the presets, sorted."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
+
+
+def get_policy(policy: Any) -> Policy:
+    """The policy that `policy` stands for.
+
+    Tried in this order: a Policy, None (changes nothing), a mapping of slots, a path object, the name of a preset, the
+    name of a dtype (for all three slots), text with `=`, an existing file.
+
+    >>> get_policy("bf16") == Policy("bf16", "bf16", "bf16")
+    True
+
+    Raises:
+      InvalidPolicy: for anything else, and for what cannot be read.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if policy is None:
+        return Policy()
+    if isinstance(policy, Mapping):
+        if unknown := sorted(map(str, set(policy) - set(SLOTS))):
+            raise InvalidPolicy(f"unknown slot {unknown[0]!r}. A policy has {', '.join(SLOTS)}.")
+        return Policy(**policy)
+    if isinstance(policy, os.PathLike):
+        return Policy.load(policy)
+    if not isinstance(policy, str):
+        raise InvalidPolicy(f"{policy!r} is no policy. Give a Policy, a mapping, a preset's name or a YAML file.")
+    if policy in preset_names():
+        return _preset(policy)
+    try:
+        dtype = as_dtype(policy)
+    except UnknownDtype:
+        pass
+    else:
+        return Policy(dtype, dtype, dtype)
+    if "=" in policy:
+        return Policy.parse(policy)
+    if pathlib.Path(policy).is_file():
+        return Policy.load(policy)
+    near = difflib.get_close_matches(policy, preset_names(), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise InvalidPolicy(f"{policy!r} is neither a preset ({', '.join(preset_names())}), a dtype nor a file.{hint}")

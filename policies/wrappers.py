@@ -1,0 +1,191 @@
+"""`init` and `apply`: any Flax module, Linen or NNX, under a policy.
+
+A module that takes `policy=` reads it itself.  Any other is run unchanged: its parameters are stored as the policy
+says, and inside the compiled program each is cast, or dequantised, to its compute dtype just before the module runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+from . import dtypes
+from .blocks import dequantize
+from .casting import cast_floats
+from .errors import UnsupportedCast
+from .plan import explain
+from .policy import ParamSpec, Policy, Scope, is_scale, scale_path
+from .presets import get_policy
+from .resolution import resolve
+from .storage import found_block, pair_problems, raise_together
+from .trees import Narrow, found, parameters, replace_parameters, variables_by_path
+
+AnyModule = nn.Module | Callable[..., nnx.Module]
+
+
+def init(module: AnyModule, policy: Any, key: Any, *inputs: Any, **kwargs: Any) -> Any:
+    """The variables of `module`, drawn as it draws them (in float32, say) and then stored as `policy` says.
+
+    module  a Linen module, or for NNX whatever is called as `module(rngs=rngs)`: a class, a partial, a lambda; one
+            that takes `policy=` gets it and stores its own parameters
+    policy  anything `get_policy` takes
+    key     a PRNG key, or a dict of keys by stream
+    inputs  what Linen traces the module with; NNX needs none
+
+    Returns Linen's variable dict or an `nnx.State`.  A kernel that became narrow has its `scale_inv` beside it.
+
+    >>> variables = init(nn.Dense(3), {"params": {"kernel": "f8_e4m3fn"}}, jax.random.key(0), np.ones((1, 2), "f4"))
+    >>> {name: x.dtype.name for name, x in variables["params"].items()}
+    {'kernel': 'float8_e4m3fn', 'scale_inv': 'float32', 'bias': 'float32'}
+
+    Raises:
+      UnmatchedRule, ShadowedRule: a rule that decides nothing.
+    """
+    policy = get_policy(policy)
+    if isinstance(module, nn.Module):
+        return policy.store(module.init(key, *inputs, **kwargs))
+    rngs = nnx.Rngs(**key) if isinstance(key, Mapping) else nnx.Rngs(key)
+    if takes_policy(module):
+        state = nnx.state(module(policy=policy, rngs=rngs))
+        explain(policy, state)  # a module resolves names one by one; here every rule is held to have met one
+        return state
+    return policy.store(nnx.state(module(rngs=rngs)))
+
+
+def apply(
+    module: AnyModule,
+    policy: Any,
+    variables: Any,
+    *inputs: Any,
+    rngs: Mapping[str, Any] | None = None,
+    mutable: Any = False,
+    method: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """What `module` returns for `inputs` with `variables` as `init` stored them, in the policy's output dtype.
+
+    Floating-point inputs are cast to the compute default where there is one.  Parameters are cast or dequantised as
+    the compute slot says, and nothing is stored anew; Flax's own promotion rules hold inside a module that knows
+    nothing of perparam.
+
+    rngs     keys by stream, for dropout and the like
+    mutable  as in Linen (`["batch_stats"]`, True): `(result, updated variables)` is returned.  For NNX a filter
+             (`nnx.BatchStat`, True for all), and the updated variables are an `nnx.State` without parameters
+    method   a method of the module other than `__call__`, by name or as a function
+
+    Raises:
+      UnsupportedCast: a narrow compute dtype for a module that knows nothing of perparam.
+      UnmatchedRule, ShadowedRule, UnpairedScale, InvalidScale: see `Policy.explain`.
+    """
+    policy = get_policy(policy)
+    run = _apply_linen if isinstance(module, nn.Module) else _apply_nnx
+    if policy.activations is not None:
+        inputs, kwargs = cast_floats((inputs, kwargs), policy.activations)
+    return run(module, policy, variables, inputs, rngs, mutable, method, kwargs)
+
+
+def _apply_linen(module, policy, variables, inputs, rngs, mutable, method, kwargs):  # type: ignore[no-untyped-def]
+    computed = computed_variables(policy, variables, (inputs, kwargs))
+    result = module.apply(computed, *inputs, rngs=rngs, mutable=mutable, method=method, **kwargs)
+    if mutable is False:
+        return policy.cast_output(result)
+    result, updated = result
+    if "params" in updated:  # handed through by the module in compute dtypes; storage stays what it was
+        updated = {**updated, "params": variables["params"]}
+    return policy.cast_output(result), updated
+
+
+def _apply_nnx(module, policy, variables, inputs, rngs, mutable, method, kwargs):  # type: ignore[no-untyped-def]
+    if takes_policy(module):
+        scope = Scope(policy, policy.activations, stored=stored_specs(policy, variables))
+        explain(Policy(compute=policy.compute), variables)  # strict, and pairs are whole
+        model = nnx.eval_shape(lambda: module(policy=scope, rngs=nnx.Rngs(0)))
+    else:
+        variables = computed_variables(policy, variables, (inputs, kwargs))
+        model = nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
+    model = fill(model, variables_by_path(variables))
+    if rngs is not None:
+        nnx.reseed(model, **rngs)
+    if method is None:
+        result = model(*inputs, **kwargs)
+    else:
+        bound = getattr(model, method) if isinstance(method, str) else lambda *a, **k: method(model, *a, **k)
+        result = bound(*inputs, **kwargs)
+    if mutable is False:
+        return policy.cast_output(result)
+    return policy.cast_output(result), nnx.state(model, nnx.All(mutable, nnx.Not(nnx.Any(nnx.Param, Narrow))))
+
+
+def takes_policy(module: Callable[..., Any]) -> bool:
+    """Whether `module` is called with `policy=`."""
+    return "policy" in inspect.signature(module).parameters
+
+
+def stored_specs(policy: Policy, variables: Any) -> dict[str, ParamSpec]:
+    """How the parameters of `variables` are stored, by path."""
+    flat = found(variables)
+    specs = {}
+    for path, one in flat.items():
+        if is_scale(path):
+            continue
+        scales = flat.get(scale_path(path))
+        if scales is None:
+            specs[path] = ParamSpec(one.dtype)
+        else:
+            specs[path] = ParamSpec(one.dtype, scales.dtype, block=found_block(one, policy))
+    return specs
+
+
+def fill(model: nnx.Module, variables: Mapping[str, Any]) -> Any:
+    """The abstract `model` with the arrays of `variables`, by path; kinds and metadata of its variables stay the model's.
+
+    Raises:
+      UnsupportedCast: where the two do not have the same variables.
+    """
+    graphdef, state = nnx.split(model)
+    wanted = {"/".join(map(str, keys)): (keys, leaf) for keys, leaf in nnx.to_flat_state(state)}
+    if wanted.keys() != variables.keys():
+        missing, extra = sorted(wanted.keys() - variables.keys()), sorted(variables.keys() - wanted.keys())
+        raise UnsupportedCast(
+            f"the variables are not those of the module: it lacks {missing[:5]}, and does not have {extra[:5]}. "
+            "Give what init returned for the same module and policy."
+        )
+    leaves = [(keys, leaf.replace(variables[path])) for path, (keys, leaf) in wanted.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def computed_variables(policy: Policy, variables: Any, inputs: Any) -> Any:
+    """`variables` with every parameter in its compute dtype and every scaled pair one plain kernel.
+
+    A compute slot that leaves a narrow kernel alone means the compute default, or else the dtype of the first
+    floating-point array among `inputs`, or else float32.
+    """
+    flat, shapes = parameters(variables), found(variables)
+    raise_together(pair_problems(shapes, policy))
+    answers = resolve("compute", policy.compute, flat)
+    floats = [leaf.dtype for leaf in jax.tree.leaves(inputs) if hasattr(leaf, "dtype") and dtypes.is_floating(leaf.dtype)]
+    activations = policy.activations or (floats[0] if floats else np.dtype(np.float32))
+    computed = {}
+    for path, value in flat.items():
+        if is_scale(path):
+            continue
+        dtype, scale_inv = answers[path].dtype, flat.get(scale_path(path))
+        if dtype is not None and dtypes.is_narrow(dtype):
+            raise UnsupportedCast(
+                f"{path}: computing in {dtypes.dtype_name(dtype)} (rule {answers[path].rule!r}) needs a layer that "
+                "quantises its activations, and this module knows nothing of perparam. Write bf16 or null in compute, "
+                "or build the module from perparam's Linear."
+            )
+        if scale_inv is not None:
+            computed[path] = dequantize(value, scale_inv, found_block(shapes[path], policy), dtype or activations)
+        elif dtype is not None and dtypes.is_floating(value.dtype):
+            computed[path] = dtypes.saturating_cast(value, dtype)
+        else:
+            computed[path] = value
+    return replace_parameters(variables, computed, {})
