@@ -89,13 +89,11 @@ def as_dtype(dtype: DTypeLike) -> np.dtype:
         if found is None:
             raise UnknownDtype(f"unknown dtype {dtype!r}{_nearest(dtype)}")
     else:
-        if dtype in (float, int, bool, complex) or not (isinstance(dtype, (np.dtype, type)) or hasattr(dtype, "dtype")):
+        inner = getattr(dtype, "dtype", None)  # jax's scalar types and arrays have one; numpy's types an attribute
+        known = inner if isinstance(inner, np.dtype) else dtype
+        if not isinstance(known, np.dtype) and not (isinstance(known, type) and issubclass(known, np.generic)):
             raise UnknownDtype(f"{dtype!r} is no dtype. Write a name such as 'bf16', 'f32' or 'f8_e4m3fn'.")
-        try:
-            found = np.dtype(getattr(dtype, "dtype", dtype) if not isinstance(dtype, np.dtype) else dtype)
-        except TypeError as error:
-            raise UnknownDtype(f"{dtype!r} is no dtype. Write a name such as 'bf16' or 'f8_e4m3fn'.") from error
-        found = found.newbyteorder("=")
+        found = np.dtype(known).newbyteorder("=")
     if found == np.float64 and not jax.config.jax_enable_x64:
         raise UnknownDtype("float64 needs jax_enable_x64, else JAX makes it float32. Enable it, or write f32.")
     return found

@@ -1,10 +1,14 @@
 """The block-scaled matmul: the one place through which every linear layer goes.
 
 This is the formulation in plain jnp, right for every shape, block and mode, which faster ones will be held against.
-It widens a narrow kernel to float32 inside the compiled program, at the use.
+A narrow kernel is widened inside the compiled program, at the use.  On a CPU that goes slab by slab: XLA's CPU backend
+schedules plain `widen -> dot` pairs so that the float copies of all layers are alive together.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +16,12 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from . import dtypes
-from .blocks import check_grid, dequantize, quantize
+from .blocks import check_grid, dequantize, expand, grid_shape, quantize
 from .errors import UnsupportedCast
 from .policy import DEFAULT_BLOCK, Block
+
+SLAB = 256
+"""Rows of a kernel that are widened at a time."""
 
 ACTIVATION_BLOCK = 128
 """Columns of the activations that share a scale where both operands are narrow: what `activation_scheme: dynamic` means."""
@@ -54,33 +61,106 @@ def scaled_matmul(
     compute = None if compute is None else dtypes.as_dtype(compute)
     _check(x, kernel, scale_inv, block, compute)
     result = x.dtype
+    # Tied to x, a kernel is nothing that a compiler could cast once, outside a decoding loop, and carry along.
+    x, kernel, scale_inv = jax.lax.optimization_barrier((x, kernel, scale_inv))
+    narrow = dtypes.is_narrow(kernel.dtype)
     if compute is not None and dtypes.is_narrow(compute):
-        if scale_inv is None and not dtypes.is_narrow(kernel.dtype):
-            kernel, scale_inv = quantize(kernel, compute, block)
-        x, kernel = _quantized_rows(x, compute), _widened(kernel, scale_inv, block)
+        x = _straight_through(x.astype(jnp.float32), _rounded(x, compute, (1, ACTIVATION_BLOCK)))
+        if not narrow and scale_inv is None:
+            kernel = _straight_through(kernel.astype(jnp.float32), _rounded(kernel, compute, block))
     elif compute is not None:
-        x, kernel = x.astype(compute), dtypes.saturating_cast(_widened(kernel, scale_inv, block), compute)
-    elif scale_inv is not None or dtypes.is_narrow(kernel.dtype):
-        x, kernel = x.astype(jnp.float32), _widened(kernel, scale_inv, block)
-    else:
-        kernel = dtypes.saturating_cast(kernel, x.dtype)
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # f32 means f32, on every device
-    product = jax.lax.dot_general(
-        x, kernel, (((x.ndim - 1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    return product.astype(result)
+        x = x.astype(compute)
+    elif narrow or scale_inv is not None:
+        x = x.astype(jnp.float32)
+    if narrow:
+        if scale_inv is None:
+            scale_inv = jnp.ones(grid_shape(kernel.shape, block), jnp.float32)
+        return _scaled_dot(x, kernel, scale_inv, tuple(block)).astype(result)
+    weight = kernel if scale_inv is None else dequantize(kernel, scale_inv, block)
+    return _dot(x, dtypes.saturating_cast(weight, x.dtype)).astype(result)
 
 
-def _widened(kernel: jax.Array, scale_inv: ArrayLike | None, block: Block) -> jax.Array:
-    """The weight in float32."""
-    return kernel.astype(jnp.float32) if scale_inv is None else dequantize(kernel, scale_inv, block)
+def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x (..., in) @ weight (out, in).T in float32."""
+    # float32 means float32 on every device, where some default to fewer bits.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    axes = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _quantized_rows(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """x rounded to `dtype` with a scale per row and 128 columns, in float32: the product of payload and scale."""
-    rows = x.reshape(-1, x.shape[-1])
-    payload, scale = quantize(rows, dtype, (1, ACTIVATION_BLOCK))
-    return dequantize(payload, scale, (1, ACTIVATION_BLOCK)).reshape(x.shape)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scaled_dot(x: jax.Array, kernel: jax.Array, scale_inv: jax.Array, block: Block) -> jax.Array:
+    """x (..., in) @ (kernel * scale_inv).T in float32, the weight rounded to x's dtype; the kernel is narrow."""
+
+    def whole(x: jax.Array, kernel: jax.Array, scale_inv: jax.Array) -> jax.Array:
+        return _dot(x, dtypes.saturating_cast(dequantize(kernel, scale_inv, block), x.dtype))
+
+    def slabs(x: jax.Array, kernel: jax.Array, scale_inv: jax.Array) -> jax.Array:
+        def write(start: jax.Array | int, height: int, y: jax.Array) -> jax.Array:
+            part = _dot(x, _slab(kernel, scale_inv, block, start, height, x.dtype))
+            return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=y.ndim - 1)
+
+        rows = kernel.shape[0]
+        return _over_slabs(rows, write, jnp.zeros((*x.shape[:-1], rows), jnp.float32))
+
+    return jax.lax.platform_dependent(x, kernel, scale_inv, cpu=slabs, default=whole)
+
+
+def _scaled_dot_forward(x, kernel, scale_inv, block):  # type: ignore[no-untyped-def]
+    return _scaled_dot(x, kernel, scale_inv, block), (x[..., :0], kernel, scale_inv)
+
+
+def _scaled_dot_backward(block, residuals, gradient):  # type: ignore[no-untyped-def]
+    """dx = gradient @ (kernel * scale_inv).  Narrow kernels and their scales are frozen."""
+    like_x, kernel, scale_inv = residuals
+
+    def add(start: jax.Array | int, height: int, dx: jax.Array) -> jax.Array:
+        columns = jax.lax.dynamic_slice_in_dim(gradient, start, height, axis=gradient.ndim - 1)
+        weight = _slab(kernel, scale_inv, block, start, height, like_x.dtype)
+        return dx + _dot(columns, weight.astype(jnp.float32).T)
+
+    rows, features = kernel.shape
+    dx = _over_slabs(rows, add, jnp.zeros((*gradient.shape[:-1], features), jnp.float32))
+    return dx.astype(like_x.dtype), None, None
+
+
+_scaled_dot.defvjp(_scaled_dot_forward, _scaled_dot_backward)
+
+
+def _over_slabs(rows: int, step: Callable[[jax.Array | int, int, jax.Array], jax.Array], carry: jax.Array) -> jax.Array:
+    """`carry` after `step(start, height, carry)` over all rows of a kernel, SLAB at a time."""
+    whole = rows // SLAB
+    if whole:
+        carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(i * SLAB, SLAB, carry), carry)
+    return step(whole * SLAB, rows % SLAB, carry) if rows % SLAB else carry
+
+
+def _slab(
+    kernel: jax.Array, scale_inv: jax.Array, block: Block, start: jax.Array | int, height: int, dtype: np.dtype
+) -> jax.Array:
+    """`height` rows of the weight from `start` on, in `dtype`."""
+    # Sliced as bytes, and tied to the loop's index: XLA converts a float8 array that a loop slices as a whole, before
+    # the loop, and copies one that it can reinterpret there.
+    kernel, start = jax.lax.optimization_barrier((kernel, start))
+    rows = jax.lax.dynamic_slice_in_dim(jax.lax.bitcast_convert_type(kernel, jnp.uint8), start, height)
+    values = jax.lax.bitcast_convert_type(rows, kernel.dtype).astype(jnp.float32)
+    scales = jnp.take(scale_inv.astype(jnp.float32), (start + jnp.arange(height)) // block[0], axis=0)
+    return dtypes.saturating_cast(values * expand(scales, values.shape, (1, block[1])), dtype)
+
+
+def _rounded(values: jax.Array, dtype: np.dtype, block: Block) -> jax.Array:
+    """`values` (..., columns) quantised to `dtype` in blocks of its rows and back, in float32."""
+    rows = jax.lax.stop_gradient(values).reshape(-1, values.shape[-1])
+    return dequantize(*quantize(rows, dtype, block), block).reshape(values.shape)
+
+
+@jax.custom_vjp
+def _straight_through(exact: jax.Array, rounded: jax.Array) -> jax.Array:
+    """`rounded`, with the gradient of `exact`: what rounding throws away has no slope, yet training needs one."""
+    return rounded
+
+
+_straight_through.defvjp(lambda exact, rounded: (rounded, None), lambda _, gradient: (gradient, None))
 
 
 def _check(x: jax.Array, kernel: jax.Array, scale_inv: ArrayLike | None, block: Block, compute: np.dtype | None) -> None:

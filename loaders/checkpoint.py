@@ -1,0 +1,196 @@
+"""A checkpoint's folder: its config, and every tensor found, named, shaped and paired, from headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ..models.config import Quantization, Qwen3Config, read_json
+from ..policies.dtypes import dtype_name, is_activation, is_narrow
+from ..policies.errors import InvalidCheckpoint, MissingFile
+from ..policies.policy import Policy, is_scale, scale_path
+from ..policies.storage import pair_problems
+from ..policies.trees import Found
+from .names import expected, explained
+from .safetensors_file import Tensor, read_header
+
+CONFIG, GENERATION, WHOLE, INDEX = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+class CheckpointWarning(UserWarning):
+    """The config and the tensors of a checkpoint disagree; the tensors decide."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose headers have been read and checked.
+
+    folder   where it is
+    config   its config; `dtype` is never None, eos ids are those of generation_config.json where there is one
+    tensors  every tensor the model has, by path
+    """
+
+    folder: pathlib.Path
+    config: Qwen3Config
+    tensors: dict[str, Tensor]
+
+    @property
+    def found(self) -> dict[str, Found]:
+        """Shape, dtype and block of every parameter by path, scales after their kernel."""
+        quantization = self.config.quantization or Quantization()
+        return {
+            path: Found(tensor.shape, tensor.dtype, quantization.block if scale_path(path) in self.tensors else None)
+            for path, tensor in self.tensors.items()
+        }
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint in `folder`, a Hugging Face layout; no weights are read.
+
+    Raises:
+      MissingFile, InvalidCheckpoint, UnsupportedConfig: with everything that is missing, unused, misshapen or unpaired
+        in one error.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise MissingFile(f"{folder}: there is no such folder. Give one that holds config.json and model.safetensors.")
+    config = _config(folder)
+    tensors, problems = _placed(_tensors(folder), config)
+    block = (config.quantization or Quantization()).block
+    found = {path: Found(tensor.shape, tensor.dtype, block) for path, tensor in tensors.items()}
+    problems += map(str, pair_problems(found, Policy(block=block)))
+    if problems:
+        shown = [f"  {problem}" for problem in problems[:20]]
+        more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
+        heading = f"{folder}: {len(problems)} tensors are not what config.json describes."
+        raise InvalidCheckpoint("\n".join([heading, *shown, *more, "  Fetch the folder again, or correct config.json."]))
+    _cross_check(folder, config, tensors)
+    if config.dtype is None:
+        stored = tensors["embed_tokens/embedding"].dtype
+        config = dataclasses.replace(config, dtype=stored if is_activation(stored) else np.dtype(np.float32))
+    return Checkpoint(folder, config, tensors)
+
+
+def checkpoint_tree(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parameters of a checkpoint as nested mappings of `Found` (shape, dtype, block), for `Policy.explain`.
+
+    Raises:
+      As `open_checkpoint`.
+    """
+    return nested(open_checkpoint(folder).found)
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """`{"a/b": x}` as `{"a": {"b": x}}`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _config(folder: pathlib.Path) -> Qwen3Config:
+    config = Qwen3Config.from_json(folder / CONFIG)
+    if (folder / GENERATION).is_file():
+        fields = read_json(folder / GENERATION)
+        ids = {key: fields.get(key) for key in ("eos_token_id", "pad_token_id")}
+        eos = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+        if any(value is not None and type(value) is not int for value in (*eos, ids["pad_token_id"])):
+            raise InvalidCheckpoint(f"{folder / GENERATION}: expected token ids, found {ids}.")
+        if ids["eos_token_id"] is not None:
+            config = dataclasses.replace(config, eos_token_id=tuple(eos))
+        if ids["pad_token_id"] is not None:
+            config = dataclasses.replace(config, pad_token_id=ids["pad_token_id"])
+    return config
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, Tensor]:
+    """All tensors by the checkpoint's names: of one file, or of the shards that the index names."""
+    if (folder / WHOLE).is_file():
+        return read_header(folder / WHOLE)
+    if not (folder / INDEX).is_file():
+        raise MissingFile(f"{folder}: neither {WHOLE} nor {INDEX} is there. Is the download complete?")
+    weights = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
+        raise InvalidCheckpoint(f"{folder / INDEX}: weight_map is no mapping from tensors to files. Fetch the file again.")
+    files = sorted(set(weights.values()))
+    for file in files:
+        # Names, not paths: an index must not reach outside its folder.
+        if file != pathlib.PurePosixPath(file).name or "\\" in file or "\0" in file or file in ("", ".", ".."):
+            raise InvalidCheckpoint(f"{folder / INDEX}: {file!r} is no name of a file in this folder. Do not use this checkpoint.")
+    if absent := [file for file in files if not (folder / file).is_file()]:
+        raise MissingFile(f"{folder}: {len(absent)} of {len(files)} shards are missing: {', '.join(absent[:5])}. Fetch them.")
+    shards = {file: read_header(folder / file) for file in files}
+    wrong = [f"{name} (not in {file})" for name, file in weights.items() if name not in shards[file]]
+    if wrong:
+        raise InvalidCheckpoint(f"{folder / INDEX}: names tensors that their shard lacks: {', '.join(wrong[:5])}. Fetch it again.")
+    return {name: tensor for file in files for name, tensor in shards[file].items() if weights.get(name, file) == file}
+
+
+def _placed(tensors: dict[str, Tensor], config: Qwen3Config) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by path, and what is wrong with them."""
+    placed: dict[str, Tensor] = {}
+    problems = []
+    wanted = expected(config)
+    for name, (path, shape) in wanted.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            problems.append(f"missing: {name} {shape}")
+            continue
+        if tensor.shape != shape:
+            problems.append(f"misshapen: {name} is {tensor.shape}, expected {shape}")
+        if not (is_activation(tensor.dtype) or is_narrow(tensor.dtype) and len(shape) == 2):
+            problems.append(f"wrong dtype: {name} is {dtype_name(tensor.dtype)}, expected f32, bf16, f16 or a float8 matrix")
+        placed[path] = tensor
+        scales = tensors.get(f"{name}_scale_inv")
+        if scales is not None:
+            placed[scale_path(path)] = scales
+            if not is_activation(scales.dtype):
+                problems.append(f"wrong dtype: {scales.name} is {dtype_name(scales.dtype)}, expected f32, bf16 or f16")
+    for name in tensors:
+        kernel = name.removesuffix("_scale_inv")
+        if kernel not in wanted and not explained(kernel, config):
+            problems.append(f"unused: {name} {tensors[name].shape}")
+    return placed, problems
+
+
+def _cross_check(folder: pathlib.Path, config: Qwen3Config, tensors: dict[str, Tensor]) -> None:
+    """Warns where `quantization_config` says otherwise than the tensors."""
+    narrow = {path for path in tensors if scale_path(path) in tensors and not is_scale(path)}
+    if config.quantization is None:
+        if narrow:
+            _warn(folder, "config.json has no quantization_config, but these are quantised (taken to be in blocks of 128×128)", narrow)
+        return
+    listed = set(config.quantization.not_converted)
+
+    def exempt(path: str) -> bool:
+        module = path.rpartition("/")[0].replace("/", ".")
+        return bool(listed & {module, f"model.{module}"})
+
+    projections = {path for path in tensors if path.startswith("layers/") and path.endswith("/kernel")}
+    if named := [path for path in narrow if exempt(path)]:
+        _warn(folder, "modules_to_not_convert lists modules that are quantised", named)
+    if plain := [path for path in projections - narrow if not exempt(path)]:
+        _warn(folder, "modules_to_not_convert does not list modules that are not quantised", plain)
+
+
+def _warn(folder: pathlib.Path, text: str, paths: Iterable[str]) -> None:
+    names = sorted(path.rpartition("/")[0] for path in paths)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    warnings.warn(f"{folder}: {text}: {', '.join(names[:5])}{more}. The tensors decide.", CheckpointWarning, stacklevel=2)
+
+
