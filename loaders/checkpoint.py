@@ -54,6 +54,18 @@ class Checkpoint:
             for path, tensor in self.tensors.items()
         }
 
+    @property
+    def tree(self) -> dict[str, Any]:
+        """`found` as nested mappings."""
+        tree: dict[str, Any] = {}
+        for path, one in self.found.items():
+            *parents, name = path.split("/")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = one
+        return tree
+
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in `folder`, a Hugging Face layout; no weights are read.
@@ -88,19 +100,7 @@ def checkpoint_tree(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       As `open_checkpoint`.
     """
-    return nested(open_checkpoint(folder).found)
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """`{"a/b": x}` as `{"a": {"b": x}}`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+    return open_checkpoint(folder).tree
 
 
 def _config(folder: pathlib.Path) -> Qwen3Config:

@@ -12,7 +12,7 @@ from ..policies.plan import explain
 from ..policies.policy import ParamSpec, scale_path
 from ..policies.presets import get_policy
 from ..policies.storage import plan_storage
-from .checkpoint import nested, open_checkpoint
+from .checkpoint import open_checkpoint
 from .safetensors_file import Tensor, read_tensor
 
 
@@ -30,7 +30,7 @@ def load_model(path: str | os.PathLike[str], policy: Any = None) -> Qwen3:
       InvalidScale: scales that are not positive finite numbers.
     """
     policy, checkpoint = get_policy(policy), open_checkpoint(path)
-    explain(policy, nested(checkpoint.found), checkpoint.config.dtype)
+    explain(policy, checkpoint.tree, checkpoint.config.dtype)
     steps, _ = plan_storage(policy, checkpoint.found)
     parameters: dict[str, jax.Array] = {}
     for where, step in steps.items():

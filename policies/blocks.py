@@ -51,14 +51,18 @@ def expand(scale_inv: jax.Array, shape: tuple[int, ...], block: Block) -> jax.Ar
     return jnp.broadcast_to(scale_inv, shape)
 
 
-def block_amax(weight: jax.Array, block: Block) -> jax.Array:
-    """The largest magnitude of each block, in float32, `[..., ceil(rows / block), ceil(columns / block)]`."""
-    rows, columns = weight.shape[-2:]
+def split_blocks(values: jax.Array, block: Block) -> jax.Array:
+    """`values` (..., rows, columns) cut into blocks, `(..., down, height, across, width)`, edges filled with zeros."""
+    rows, columns = values.shape[-2:]
     height, width = min(block[0], max(rows, 1)), min(block[1], max(columns, 1))
-    *leading, down, across = grid_shape(weight.shape, (height, width))
+    *leading, down, across = grid_shape(values.shape, (height, width))
     padding = [(0, 0)] * len(leading) + [(0, down * height - rows), (0, across * width - columns)]
-    blocks = jnp.pad(jnp.abs(weight.astype(jnp.float32)), padding).reshape(*leading, down, height, across, width)
-    return blocks.max(axis=(-3, -1), initial=0.0)
+    return jnp.pad(values, padding).reshape(*leading, down, height, across, width)
+
+
+def block_amax(weight: jax.Array, block: Block) -> jax.Array:
+    """The largest magnitude of each block, in float32, `(..., ceil(rows/block[0]), ceil(columns/block[1]))`."""
+    return split_blocks(jnp.abs(weight.astype(jnp.float32)), block).max(axis=(-3, -1), initial=0.0)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "block", "scale_dtype"))

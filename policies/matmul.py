@@ -57,9 +57,17 @@ def scaled_matmul(
       InvalidScale: where the grid of scales does not fit the kernel.
       UnsupportedCast: where shapes or dtypes cannot be multiplied.
     """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    x, kernel, scale_inv = jnp.asarray(x), jnp.asarray(kernel), None if scale_inv is None else jnp.asarray(scale_inv)
     compute = None if compute is None else dtypes.as_dtype(compute)
     _check(x, kernel, scale_inv, block, compute)
+    return _matmul(x, kernel, scale_inv, tuple(block), compute)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "compute"))
+def _matmul(
+    x: jax.Array, kernel: jax.Array, scale_inv: jax.Array | None, block: Block, compute: np.dtype | None
+) -> jax.Array:
+    """`scaled_matmul` of operands that fit; compiled, so that a shape is traced once wherever it is called from."""
     result = x.dtype
     # Tied to x, a kernel is nothing that a compiler could cast once, outside a decoding loop, and carry along.
     x, kernel, scale_inv = jax.lax.optimization_barrier((x, kernel, scale_inv))
@@ -75,7 +83,7 @@ def scaled_matmul(
     if narrow:
         if scale_inv is None:
             scale_inv = jnp.ones(grid_shape(kernel.shape, block), jnp.float32)
-        return _scaled_dot(x, kernel, scale_inv, tuple(block)).astype(result)
+        return _scaled_dot(x, kernel, scale_inv, block).astype(result)
     weight = kernel if scale_inv is None else dequantize(kernel, scale_inv, block)
     return _dot(x, dtypes.saturating_cast(weight, x.dtype)).astype(result)
 

@@ -6,6 +6,7 @@ says, and inside the compiled program each is cast, or dequantised, to its compu
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -124,7 +125,12 @@ def _apply_nnx(module, policy, variables, inputs, rngs, mutable, method, kwargs)
 
 def takes_policy(module: Callable[..., Any]) -> bool:
     """Whether `module` is called with `policy=`."""
-    return "policy" in inspect.signature(module).parameters
+    while isinstance(module, functools.partial):
+        if "policy" in module.keywords:
+            return False
+        module = module.func
+    # Of an NNX class, inspect sees only the `*args, **kwargs` of its metaclass.
+    return "policy" in inspect.signature(module.__init__ if inspect.isclass(module) else module).parameters
 
 
 def stored_specs(policy: Policy, variables: Any) -> dict[str, ParamSpec]:

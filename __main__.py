@@ -1,0 +1,126 @@
+"""The command line: `perparam plan | generate | audit | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from . import __version__, audit, checkpoint_tree, generate, get_policy, load_model
+from .loaders import open_checkpoint
+from .policies import InvalidTokens, PerparamError
+from .policies.plan import explain, human_bytes
+
+_POLICY = "a YAML file, a preset (f32, bf16, fp8_weight_only, fp8_dynamic), a dtype, or params=…,compute=…,output=…"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, or 2 after an error, which is one paragraph on stderr."""
+    parser = argparse.ArgumentParser(prog="perparam", description="Mixed-precision policies for JAX and Flax.")
+    parser.add_argument("--version", action="version", version=f"perparam {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        if name != "demo":
+            sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder with config.json and model.safetensors")
+            sub.add_argument("--policy", metavar="POLICY", help=_POLICY)
+        return sub
+
+    plan = command("plan", _plan, "Print what each parameter resolves to; headers are read, weights are not.")
+    plan.add_argument("--json", action="store_true", help="one row a line, made to be diffed")
+    tokens = command("generate", _generate, "Continue token ids, greedily; print the new ids.")
+    tokens.add_argument("--tokens", required=True, metavar="1,2,3", type=_ids, help="the prompt")
+    tokens.add_argument("--max-new-tokens", type=int, default=20, metavar="N")
+    costs = command("audit", _audit, "Print what a policy costs in accuracy, beside float32.")
+    costs.add_argument("--tokens", metavar="1,2,3", type=_ids, help="what to compare on; default: 64 random ids")
+    demo = command("demo", _demo, "Make a small FP8 Qwen3 checkpoint, show its plan, run it under two policies.")
+    demo.add_argument("--folder", metavar="DIR", help="where to keep the checkpoint; default: a temporary folder")
+    parsed = parser.parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"perparam: warning: {message}", file=sys.stderr)
+            parsed.run(parsed)
+            sys.stdout.flush()
+    except (PerparamError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader, `head` say, has what it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"perparam: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected token ids such as 1,2,3, found {text!r}") from None
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    plan = explain(get_policy(arguments.policy), checkpoint.tree, checkpoint.config.dtype)
+    print(plan.to_json() if arguments.json else plan, end="" if arguments.json else "\n")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    model = load_model(arguments.checkpoint, arguments.policy)
+    tokens = generate(model, [arguments.tokens], max_new_tokens=arguments.max_new_tokens)
+    print(",".join(map(str, np.asarray(tokens)[0])))
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    model = load_model(arguments.checkpoint)
+    tokens = arguments.tokens or np.random.default_rng(0).integers(0, model.config.vocab_size, 64).tolist()
+    outside = [token for token in tokens if not 0 <= token < model.config.vocab_size]
+    if outside:
+        raise InvalidTokens(f"--tokens: {outside[0]} is outside the vocabulary of {model.config.vocab_size}.")
+    print(audit(model, arguments.policy, [tokens]))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    if arguments.folder is not None:
+        return _demo_in(pathlib.Path(arguments.folder))
+    with tempfile.TemporaryDirectory(prefix="perparam-demo-") as folder:
+        return _demo_in(pathlib.Path(folder))
+
+
+def _demo_in(folder: pathlib.Path) -> None:
+    from .examples.make_checkpoint import make_checkpoint
+
+    text = (pathlib.Path(__file__).parent / "examples" / "policy.yaml").read_text(encoding="utf-8")
+    print(f"A small Qwen3 with FP8 kernels and random weights, in Hugging Face layout: {make_checkpoint(folder)}\n")
+    print(f"The policy, examples/policy.yaml:\n\n{text}\nWhat every parameter resolves to, from the headers alone:\n")
+    policy = get_policy(pathlib.Path(__file__).parent / "examples" / "policy.yaml")
+    print(policy.explain(checkpoint_tree(folder)))
+    prompt = np.arange(1, 17)[None]
+    logits = {}
+    for name, given in (("the policy", policy), ("f32", "f32")):
+        start = time.perf_counter()
+        model = load_model(folder, given)
+        loaded = time.perf_counter()
+        logits[name] = np.asarray(model(prompt)).astype(np.float32)
+        tokens = np.asarray(generate(model, prompt, max_new_tokens=12))[0]
+        size = human_bytes(get_policy(None).explain(model).total_bytes)
+        print(f"\nUnder {name}: {size} of parameters, loaded in {loaded - start:.2f} s")
+        print(f"  logits {logits[name].shape}, generated {','.join(map(str, tokens))}")
+    ours, exact = logits["the policy"], logits["f32"]
+    error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+    agreement = np.mean(ours.argmax(-1) == exact.argmax(-1))
+    print(f"\nLogits under the policy differ from float32 by {error:.1e} (relative); top-1 agrees on {agreement:.0%} of tokens.")
+    print("\nKeep the files with `perparam demo --folder DIR`, then try `perparam plan DIR` and `perparam audit DIR --policy bf16`.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

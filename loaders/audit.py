@@ -1,0 +1,183 @@
+"""The audit: what a policy costs in accuracy, parameter by parameter and for the whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from ..models.qwen3 import Qwen3
+from ..policies.blocks import block_amax, dequantize, expand, split_blocks
+from ..policies.dtypes import largest
+from ..policies.errors import InvalidTokens
+from ..policies.plan import Plan, Row, explain
+from ..policies.policy import Block, Policy, is_scale, scale_path
+from ..policies.presets import get_policy
+from ..policies.storage import Step, plan_storage, run_steps
+from ..policies.trees import found, parameters
+from .load import load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditRow:
+    """What storage costs one parameter; errors are relative to the parameter as it was found, in float32.
+
+    plan         the plan's row
+    error        Frobenius norm of the difference over that of the parameter
+    worst_error  the same of the block that comes off worst
+    worst_block  that block's place in the grid, leading axes first
+    saturated    share of values beyond the range of the storage dtype, which were clipped
+    """
+
+    plan: Row
+    error: float
+    worst_error: float
+    worst_block: tuple[int, ...]
+    saturated: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What a policy costs; `str(audit)` is the table of the parameters it changes, and the whole model's figures.
+
+    plan         the policy's plan
+    rows         one a parameter, scales apart
+    logit_error  Frobenius norm of the logits' difference over that of the float32 logits
+    kl           mean over tokens of KL(float32 || policy), in nats
+    top1         share of tokens whose likeliest successor is the same
+    tokens       tokens that were compared
+    """
+
+    plan: Plan
+    rows: tuple[AuditRow, ...]
+    logit_error: float
+    kl: float
+    top1: float
+    tokens: int
+
+    def __str__(self) -> str:
+        changed = [row for row in self.rows if row.error > 0]
+        shown = sorted(changed, key=lambda row: -row.error)[:20]
+        lines = [("path", "change", "error", "worst block", "at", "saturated")]
+        lines += [
+            (
+                row.plan.path,
+                row.plan.change,
+                f"{row.error:.2e}",
+                f"{row.worst_error:.2e}",
+                ",".join(map(str, row.worst_block)) or "–",
+                f"{row.saturated:.2%}",
+            )
+            for row in shown
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        if not shown:
+            table = ["storage changes no parameter"]
+        elif len(changed) > len(shown):
+            table.append(f"and {len(changed) - len(shown)} more that change less")
+        return "\n".join(
+            [
+                *table,
+                "",
+                f"{self.tokens} tokens against float32: logits off by {self.logit_error:.2e} (relative), "
+                f"KL {self.kl:.2e} nats, top-1 agreement {self.top1:.2%}",
+                f"stored in {self.plan.total_bytes:,} bytes, found in {self.plan.total_bytes_before:,}",
+            ]
+        )
+
+
+def audit(
+    model: Qwen3 | str | os.PathLike[str], policy: Any, tokens: ArrayLike, attention_mask: ArrayLike | None = None
+) -> Audit:
+    """What `policy` costs a model, beside the same parameters dequantised and computed in float32.
+
+    model           a Qwen3, or the folder of a checkpoint
+    policy          anything `get_policy` takes
+    tokens          (batch, length) token ids to compare logits on
+    attention_mask  (batch, length), nonzero for real tokens; None: all are real
+
+    Both models are held at once, so it takes the memory of the float32 one and of the policy's.
+    """
+    policy = get_policy(policy)
+    model = model if isinstance(model, Qwen3) else load_model(model)
+    ids = np.asarray(tokens)
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    if not mask.any():
+        raise InvalidTokens(f"tokens: expected real tokens of shape (batch, length), found {ids.shape} with none.")
+    state = nnx.state(model)
+    plan = explain(policy, state, model.config.dtype)
+    rows = _rows(policy, plan, state)
+    exact = _logits(model.with_policy("f32"), ids, mask)
+    logits = _logits(model.with_policy(policy), ids, mask)
+    kept = mask[..., None]
+    log_p, log_q = jax.nn.log_softmax(exact), jax.nn.log_softmax(logits)
+    divergence = jnp.where(mask, jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), 0.0)
+    agreement = jnp.where(mask, jnp.argmax(exact, -1) == jnp.argmax(logits, -1), False)
+    count = int(mask.sum())
+    return Audit(
+        plan,
+        rows,
+        logit_error=_relative(jnp.where(kept, logits - exact, 0.0), jnp.where(kept, exact, 0.0)),
+        kl=float(divergence.sum()) / count,
+        top1=int(agreement.sum()) / count,
+        tokens=count,
+    )
+
+
+def _logits(model: Qwen3, ids: np.ndarray, mask: np.ndarray) -> jax.Array:
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state: nnx.merge(graphdef, state)(ids, mask).astype(jnp.float32))
+    return run(state)
+
+
+def _relative(difference: jax.Array, exact: jax.Array) -> float:
+    """|difference| / |exact| (Frobenius); 0 where both are zero."""
+    norm = float(jnp.linalg.norm(difference.ravel()))
+    return norm / float(jnp.linalg.norm(exact.ravel())) if norm else 0.0
+
+
+def _rows(policy: Policy, plan: Plan, state: nnx.State) -> tuple[AuditRow, ...]:
+    before = parameters(state)
+    steps, _ = plan_storage(policy, found(state))
+    return tuple(_row(row, steps[row.path], before) for row in plan.rows if not is_scale(row.path))
+
+
+def _row(row: Row, step: Step, before: Mapping[str, Any]) -> AuditRow:
+    if step.change == "kept":
+        return AuditRow(row, 0.0, 0.0, (), 0.0)
+    exact = _weight(before, row.path, step.found_block)
+    after = run_steps({row.path: step}, before)
+    stored = _weight(after, row.path, step.block)
+    at_limit = jnp.abs(after[row.path].astype(jnp.float32)) == largest(step.storage)
+    # Clipped, and not merely rounded: a block's largest value comes out as the largest code give or take an ulp.
+    clipped = at_limit & (jnp.abs(exact) > jnp.abs(stored) * (1 + 2.0**-20))
+    worst_error, worst_block = _worst(exact, stored, step.block or step.found_block)
+    return AuditRow(row, _relative(stored - exact, exact), worst_error, worst_block, float(clipped.mean()))
+
+
+def _weight(flat: Any, path: str, block: Block | None) -> jax.Array:
+    """A parameter in float32."""
+    if block is None:
+        return flat[path].astype(jnp.float32)
+    return dequantize(flat[path], flat[scale_path(path)], block)
+
+
+def _worst(exact: jax.Array, stored: jax.Array, block: Block | None) -> tuple[float, tuple[int, ...]]:
+    """The largest relative error of a block, and where; without blocks the parameter is one."""
+    if block is None:
+        return _relative(stored - exact, exact), ()
+    # Divided by the block's largest value first, so that the squares of small blocks do not underflow.
+    amax = block_amax(exact, block)
+    unit = expand(jnp.where(amax > 0, amax, 1.0), exact.shape, block)
+    error, size = (jnp.square(split_blocks(x / unit, block)).sum(axis=(-3, -1)) for x in (stored - exact, exact))
+    ratio = jnp.sqrt(jnp.where(size > 0, error / jnp.where(size > 0, size, 1.0), 0.0))
+    place = tuple(int(i) for i in np.unravel_index(int(jnp.argmax(ratio)), ratio.shape))
+    return float(ratio[place]), place

@@ -1,0 +1,50 @@
+"""`infer_policy`: the policy that describes what a checkpoint holds."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+
+import numpy as np
+
+from ..policies.policy import Policy, is_scale
+from .checkpoint import open_checkpoint
+
+
+def infer_policy(folder: str | os.PathLike[str]) -> Policy:
+    """The policy under which every parameter of the checkpoint in `folder` is kept as it is; headers only are read.
+
+    It names the dtype of kernels, scales and embeddings, and by path those that differ from their kind; what is left
+    falls under the default.  Kernels compute as stored, everything else and the output in the config's dtype.  A start
+    for a policy of one's own.
+
+    Raises:
+      As `checkpoint_tree`.
+    """
+    checkpoint = open_checkpoint(folder)
+    found = checkpoint.found
+    dtypes = {path: one.dtype for path, one in found.items()}
+    kinds: dict[str, list[str]] = collections.defaultdict(list)
+    for path in found:
+        name = path.rpartition("/")[2]
+        kinds[name if name in ("kernel", "embedding") or is_scale(name) else "default"].append(path)
+    exceptions: dict[str, np.dtype] = {}
+    usual: dict[str, np.dtype] = {}
+    for kind, paths in kinds.items():
+        usual[kind] = collections.Counter(dtypes[path] for path in paths).most_common(1)[0][0]
+        for path in paths:
+            if dtypes[path] != usual[kind]:
+                exceptions[_pattern(path, dtypes)] = dtypes[path]
+    blocks = {one.block for one in found.values() if one.block is not None}
+    runs_in = checkpoint.config.dtype
+    compute = {"kernel": None, "default": runs_in}
+    return Policy({**exceptions, **usual}, compute, runs_in, block=blocks.pop() if blocks else None)
+
+
+def _pattern(path: str, dtypes: dict[str, np.dtype]) -> str:
+    """`path`, with `*` for its layer where all layers have its dtype."""
+    pattern = re.sub(r"(?<=/)\d+(?=/)", "*", path)
+    alike = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+    same = all(dtype == dtypes[path] for other, dtype in dtypes.items() if alike.fullmatch(other))
+    return pattern if same else path

@@ -1,0 +1,115 @@
+"""Logits and greedy tokens of small checkpoints, beside what Hugging Face transformers computes from the same files."""
+
+import functools
+import json
+import math
+
+import checkpoints
+import jax
+import numpy as np
+import perparam
+import pytest
+from checkpoints import CASES, GOLDEN, relative_error
+
+FLOAT32_ERROR = 1e-5
+"""Sums of up to 456 products in another order differ by about sqrt(456) * 2**-24 = 1.3e-6; through 40 such sums, 8e-6."""
+
+BF16_ROUNDING = 2**-9
+"""The rms relative error of rounding to bfloat16: uniform within 2**-8 of the exponent, 0.42 * 2**-8 over all mantissas."""
+
+ROUNDINGS_PER_LAYER = 34
+"""Attention: its norm 2, three projections, q and k norms 4, rotations 6, softmax, mix, o_proj, sum: 19. MLP: its norm 2,
+gate, up, silu, product, down, sum: 8. And the seven weights, rounded once each."""
+
+ROUNDINGS_OUTSIDE = 4
+"""The last norm 2, the head's weight, the logits."""
+
+MORE_THAN_THE_REFERENCE = 1.5
+"""Our bfloat16 error over transformers' own: two draws of one distribution, in another order of summation (seen: 1.31)."""
+
+WRONG = 100 * FLOAT32_ERROR
+
+KEPT = perparam.Policy(compute="f32")
+EXACT_POLICIES = {"kept": KEPT, "dequantised": "f32"}
+BF16_POLICIES = {"kept": None, "dequantised": "bf16"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Fifty programs are compiled here and run once: LLVM's optimisation would take half of the time."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@functools.cache
+def expected(case):
+    with np.load(GOLDEN / case / "expected.npz") as file:
+        return dict(file)
+
+
+@functools.cache
+def loaded(case, policy):
+    return perparam.load_model(GOLDEN / case, policy)
+
+
+def logits(case, policy):
+    return checkpoints.logits(loaded(case, policy), expected(case)["input_ids"], expected(case)["attention_mask"])
+
+
+@pytest.mark.parametrize("policy", EXACT_POLICIES)
+@pytest.mark.parametrize("case", CASES)
+def test_float32_logits_are_those_of_transformers(case, policy):
+    found, exact = logits(case, EXACT_POLICIES[policy]), expected(case)
+    assert found.dtype == np.float32
+    assert relative_error(found, exact["logits_f32"], exact["attention_mask"]) <= FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("policy", EXACT_POLICIES)
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_are_those_of_transformers(case, policy):
+    exact = expected(case)
+    tokens = perparam.generate(
+        loaded(case, EXACT_POLICIES[policy]),
+        exact["input_ids"],
+        exact["attention_mask"],
+        max_new_tokens=exact["greedy"].shape[1],
+        eos_token_id=(),
+    )
+    np.testing.assert_array_equal(tokens, exact["greedy"])
+
+
+@pytest.mark.parametrize("policy", BF16_POLICIES)
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_logits_are_within_rounding_of_transformers(case, policy):
+    found, exact = logits(case, BF16_POLICIES[policy]), expected(case)
+    mask = exact["attention_mask"]
+    layers = loaded(case, BF16_POLICIES[policy]).config.num_hidden_layers
+    roundings = layers * ROUNDINGS_PER_LAYER + ROUNDINGS_OUTSIDE
+    assert found.dtype == checkpoints.BF16
+    # Both sides round: twice as many independent errors.
+    assert relative_error(found, exact["logits_bf16"], mask) <= math.sqrt(2 * roundings) * BF16_ROUNDING
+    reference_error = relative_error(exact["logits_bf16"], exact["logits_f32"], mask)
+    assert relative_error(found, exact["logits_f32"], mask) <= MORE_THAN_THE_REFERENCE * reference_error
+
+
+MISTAKES = {"transposed": np.transpose, "ignored": np.ones_like, "divided": np.reciprocal}
+
+
+@pytest.mark.parametrize("policy", EXACT_POLICIES)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_comparison_notices_scales_that_are(mistake, policy, tmp_path):
+    case = "fp8_ragged_block128_f16_scales"
+    tensors = checkpoints.read(GOLDEN / case)
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    assert tensors[name].shape == (3, 3)
+    # float32 scales: a reciprocal may be too large for float16.
+    changed = {other: array.astype(np.float32) for other, array in tensors.items() if other.endswith("_scale_inv")}
+    changed[name] = MISTAKES[mistake](changed[name])
+    exact = expected(case)
+    config = json.loads((GOLDEN / case / "config.json").read_text())
+    for arrays, noticed in ((tensors, False), (tensors | changed, True)):
+        model = perparam.load_model(checkpoints.write(tmp_path / str(noticed), config, arrays), EXACT_POLICIES[policy])
+        found = checkpoints.logits(model, exact["input_ids"], exact["attention_mask"])
+        assert (relative_error(found, exact["logits_f32"], exact["attention_mask"]) > WRONG) == noticed

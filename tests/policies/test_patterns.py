@@ -1,0 +1,103 @@
+"""Path patterns, against an independent reference."""
+
+import re
+import time
+import tracemalloc
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from helpers import reference_matches
+from perparam.policies import InvalidPolicy
+from perparam.policies.patterns import Pattern
+
+
+# Few letters, so that patterns hit: in a draw of 300, four in ten pairs match.
+names = st.sampled_from(["a", "b", "ab", "ba", "aab", "q_a", "0", "1.5"])
+paths = st.lists(names, min_size=1, max_size=5).map("/".join)
+parts = st.one_of(names, st.sampled_from(["*", "**", "a*", "*b", "*a*", "a*b", "{a,b}", "{a,q_}a", "{a,ab}*", "*{b,}"]))
+patterns = st.lists(parts, min_size=1, max_size=4).map("/".join)
+
+
+class TestMatching:
+    @settings(max_examples=200)
+    @given(pattern=patterns, path=paths)
+    @example(pattern="**", path="a")
+    @example(pattern="**/a", path="a")
+    @example(pattern="a/**/b", path="a/b")
+    @example(pattern="a/**", path="a")
+    @example(pattern="a/**/**/b", path="a/0/1.5/b")
+    def test_agrees_with_the_reference(self, pattern, path):
+        assert Pattern.of(pattern).matches(path) == reference_matches(pattern, path)
+
+    @settings(max_examples=200)
+    @given(pattern=patterns, path=paths)
+    def test_agrees_with_the_reference_on_paths_made_to_fit(self, pattern, path):
+        filled = pattern.replace("**", path).replace("*", "ab").replace("{a,b}", "b").replace("{a,ab}", "ab")
+        assert Pattern.of(pattern).matches(filled) == reference_matches(pattern, filled)
+
+    def test_a_bare_name_matches_the_last_component_at_any_depth(self):
+        kernel = Pattern.of("kernel")
+        assert kernel.matches("kernel")
+        assert kernel.matches("layers/0/kernel")
+        assert not kernel.matches("kernel/0")
+        assert not kernel.matches("layers/0/kernel_norm")
+
+    def test_a_dot_is_a_dot(self):
+        assert Pattern.of("a.b/c").matches("a.b/c")
+        assert not Pattern.of("a.b/c").matches("axb/c")
+
+    def test_any_other_pattern_is_anchored_at_both_ends(self):
+        assert not Pattern.of("mlp/kernel").matches("layers/mlp/kernel")
+        assert not Pattern.of("layers/mlp").matches("layers/mlp/kernel")
+
+    def test_query_does_not_hit_query_norm(self):
+        assert not Pattern.of("**/query/*").matches("layers/0/query_norm/scale")
+
+    def test_many_double_stars_cost_no_more_than_one(self):
+        start = time.monotonic()
+        assert not Pattern.of("/".join(["**", "a"] * 30 + ["b"])).matches("/".join(["a"] * 60))
+        assert time.monotonic() - start < 1  # seconds; two to the thirtieth steps would take hours
+
+    def test_many_stars_in_a_component_do_not_take_exponential_time(self):
+        start = time.monotonic()
+        assert not Pattern.of("*a" * 9 + "b/kernel").matches("a" * 40 + "/kernel")
+        assert time.monotonic() - start < 1  # seconds; a backtracking matcher takes six times longer for every further star, two for these
+
+
+class TestRefusal:
+    @pytest.mark.parametrize("character", list("?[]!()^$|\\,"))
+    def test_other_glob_characters_are_refused(self, character):
+        with pytest.raises(InvalidPolicy, match=re.escape(repr(character)) + " has no meaning in a pattern. Write '\\*'"):
+            Pattern.of(f"layers/x{character}y/kernel")
+
+    @pytest.mark.parametrize("pattern", ["", "/kernel", "kernel/", "a//b", "a/{,b}/c"])
+    def test_empty_components_are_refused(self, pattern):
+        with pytest.raises(InvalidPolicy, match="empty component. Paths look like layers/0/mlp"):
+            Pattern.of(pattern)
+
+    @pytest.mark.parametrize("pattern", ["a**", "layers/**x/kernel", "***"])
+    def test_a_double_star_within_a_component_is_refused(self, pattern):
+        with pytest.raises(InvalidPolicy, match=r"'\*\*' is a component of its own. Write 'a/\*\*/b'"):
+            Pattern.of(pattern)
+
+    @pytest.mark.parametrize("pattern", ["{a", "a}", "{a,{b,c}}", "{a/b,c}", "}{"])
+    def test_unbalanced_and_nested_braces_are_refused(self, pattern):
+        with pytest.raises(InvalidPolicy, match="braces do not match"):
+            Pattern.of(pattern)
+
+    def test_a_line_of_braces_does_not_become_a_million_patterns(self):
+        start = time.monotonic()
+        with pytest.raises(InvalidPolicy, match="more than 64 alternatives. Write several rules"):
+            Pattern.of("{a,b}" * 40)
+        assert time.monotonic() - start < 1
+
+    def test_a_line_of_commas_does_not_become_a_gigabyte(self):
+        tracemalloc.start()
+        try:
+            with pytest.raises(InvalidPolicy, match="more than 64 alternatives"):
+                Pattern.of("x" * 5_000 + "{" + "," * 5_000 + "}")
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 5_000_000  # bytes; the alternatives written out before they are counted take 25 million

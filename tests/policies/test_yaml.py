@@ -1,0 +1,287 @@
+"""Policies as YAML: what is read, and what every error says."""
+
+import time
+
+import numpy as np
+import pytest
+from perparam import Policy
+from perparam.policies import InvalidPolicy, MissingFile, PerparamError, ShadowedRule, UnknownDtype, UnmatchedRule
+
+EXAMPLE = """\
+params:                       # storage
+  kernel: f8_e4m3fn
+  scale_inv: null
+  default: f32
+compute:
+  kernel: null
+  scale_inv: null
+  default: bf16
+output: f32
+"""
+
+SECONDS = 5
+"""What a hostile policy may take; each would take hours, or the whole memory, where it is expanded."""
+
+
+def test_the_example_of_the_design_is_read():
+    policy = Policy(
+        params={"kernel": "f8_e4m3fn", "scale_inv": None, "default": "f32"},
+        compute={"kernel": None, "scale_inv": None, "default": "bf16"},
+        output="f32",
+    )
+    assert Policy.loads(EXAMPLE) == policy
+
+
+def test_rules_know_their_file_and_line():
+    policy = Policy.loads(EXAMPLE, "policy.yaml")
+    assert [rule.source for rule in policy.params.rules] == ["policy.yaml:2", "policy.yaml:3"]
+    assert policy.params.default_source == "policy.yaml:4"
+    assert policy.compute.default_source == "policy.yaml:8"
+    assert Policy.loads("\nparams: f32", "p").params.default_source == "p:2"
+
+
+@pytest.mark.parametrize("null", ["null", "~", "", "Null", "NULL"])
+def test_every_way_yaml_has_to_write_null_is_null(null):
+    assert Policy.loads(f"params:\n  kernel: {null}\n") == Policy(params={"kernel": None})
+    assert Policy.loads(f"compute: {null}\noutput: bf16\n") == Policy(output="bf16")
+
+
+def test_a_block_is_read():
+    assert Policy.loads("block: [128, 64]") == Policy(block=(128, 64))
+    assert Policy.loads("block:\n- 128\n- 64\n").block == (128, 64)
+    assert Policy.loads("block: null\nparams: f32").block is None
+
+
+def test_quoted_keys_are_read():
+    text = 'params:\n  "**/kernel": bf16\n  \'{q,k}_proj/kernel\': f16\n  "on": f32\n  "0": f32\n'
+    assert Policy.loads(text) == Policy(params={"**/kernel": "bf16", "{q,k}_proj/kernel": "f16", "on": "f32", "0": "f32"})
+
+
+def test_an_alias_stands_for_its_dtype():
+    assert Policy.loads("params: &wide f32\ncompute: *wide\n") == Policy("f32", "f32")
+
+
+ERRORS = {
+    # name: (text, what the message says, as it stands there)
+    "an unclosed map": ("params: {kernel: f32\n", InvalidPolicy, ["p.yaml:2: not YAML: ", "expected ',' or '}'"]),
+    "tabs": ("params:\n\tkernel: f32\n", InvalidPolicy, ["p.yaml:2: not YAML: ", "'\\\\t'", "The line reads 'kernel: f32'"]),
+    "wrong indentation": ("params:\n  kernel: f32\n bias: f32\n", InvalidPolicy, ["p.yaml:3: not YAML: "]),
+    "two documents": ("params: f32\n---\noutput: f32\n", InvalidPolicy, ["p.yaml:2: not YAML: "]),
+    "a control character": ("params: \x00", InvalidPolicy, ["p.yaml: not readable as YAML: "]),
+    "an undefined alias": ("params: *nobody\n", InvalidPolicy, ["p.yaml:1: not YAML: ", "nobody"]),
+    "nothing": ("# only a comment\n", InvalidPolicy, ["p.yaml: empty.", "A policy that changes nothing is written {}."]),
+    "a list": ("- params\n", InvalidPolicy, ["p.yaml:1: expected lines of 'name: dtype', found a sequence."]),
+    "a word": ("bf16\n", InvalidPolicy, ["p.yaml:1: expected lines of 'name: dtype', found 'bf16'."]),
+    "an unknown slot": (
+        "params: f32\n\ncomptue: bf16\n",
+        InvalidPolicy,
+        ["p.yaml:3: unknown slot 'comptue'. A policy has params, compute, output, block. Did you mean 'compute'?"],
+    ),
+    "a slot twice": (
+        "params: f32\ncompute: f32\nparams: bf16\n",
+        InvalidPolicy,
+        ["p.yaml:3: 'params' is written a second time, first at p.yaml:1. Keep one."],
+    ),
+    "a rule twice": (
+        "params:\n  kernel: f32\n  bias: f32\n  kernel: bf16\n",
+        InvalidPolicy,
+        ["p.yaml:4: 'kernel' is written a second time, first at p.yaml:2. Keep one."],
+    ),
+    "the key on": ("params:\n  on: f32\n", InvalidPolicy, ["p.yaml:2: YAML reads the key 'on' as bool. Put it in quotes."]),
+    "the key 0": ("params:\n  0: f32\n", InvalidPolicy, ["p.yaml:2: YAML reads the key '0' as int. Put it in quotes."]),
+    "the key 1.5": ("params:\n  1.5: f32\n", InvalidPolicy, ["p.yaml:2: YAML reads the key '1.5' as float. Put it in"]),
+    "the key null": (
+        "params:\n  null: f32\n",
+        InvalidPolicy,
+        ["p.yaml:2: YAML reads the key 'null' as null. Put it in quotes."],
+    ),
+    "the slot on": ("on: f32\n", InvalidPolicy, ["p.yaml:1: YAML reads the key 'on' as bool. Put it in quotes."]),
+    "a key of a double star": (
+        "params:\n  kernel: f32\n  **/kernel: f32\n",
+        InvalidPolicy,
+        ["p.yaml:3: YAML gives '*' at the start of a key a meaning of its own. Put the key in quotes: \"**/kernel\"."],
+    ),
+    "a key of a star": (
+        "params:\n  */kernel: f32\n",
+        InvalidPolicy,
+        ["p.yaml:2: YAML gives '*' at the start of a key a meaning of its own. Put the key in quotes: \"*/kernel\"."],
+    ),
+    "a key that looks like an alias": (
+        "params:\n  *_proj: f32\n",
+        InvalidPolicy,
+        ["p.yaml:2: ", "Put the key in quotes: \"*_proj\"."],
+    ),
+    "a key that begins with a brace": (
+        "params:\n  {q,k}_proj/kernel: f32\n",
+        InvalidPolicy,
+        ["p.yaml:2: YAML gives '{' at the start of a key", "Put the key in quotes: \"{q,k}_proj/kernel\"."],
+    ),
+    "a key that is a map": ("params:\n  {q,k}: f32\n", InvalidPolicy, ["p.yaml:2: a key begins with '{' or '['. Put it in quotes"]),
+    "a merge key": ("params:\n  <<: f32\n", InvalidPolicy, ["p.yaml:2: YAML reads the key '<<' as merge. Put it in quotes."]),
+    "the value None": (
+        "params:\n  kernel: None\n",
+        InvalidPolicy,
+        ["p.yaml:2: params: kernel: 'None' is text here. To leave a parameter alone write null."],
+    ),
+    "the slot None": ("compute: None\n", InvalidPolicy, ["p.yaml:1: compute: default: 'None' is text here.", "write null"]),
+    "the output None": ("output: None\n", InvalidPolicy, ["p.yaml:1: output: ", "write null"]),
+    "a number for a dtype": (
+        "params:\n  kernel: 8\n",
+        InvalidPolicy,
+        ["p.yaml:2: kernel: expected the name of a dtype or null, found '8'."],
+    ),
+    "a list of dtypes": (
+        "params:\n  kernel: [f32, bf16]\n",
+        InvalidPolicy,
+        ["p.yaml:2: kernel: expected the name of a dtype or null, found a sequence."],
+    ),
+    "a map of maps": (
+        "params:\n  mlp:\n    kernel: f32\n",
+        InvalidPolicy,
+        ["p.yaml:2: mlp: expected the name of a dtype or null, found a mapping."],
+    ),
+    "an unknown dtype": (
+        "params:\n  bias: f32\n  kernel: fp32\n",
+        UnknownDtype,
+        ["p.yaml:3: params: kernel: unknown dtype 'fp32'. The nearest name is 'f32'."],
+    ),
+    "an ambiguous dtype": ("params:\n  kernel: f8\n", UnknownDtype, ["p.yaml:2: params: kernel: dtype 'f8' is ambiguous."]),
+    "f64 without x64": ("output: f64\n", UnknownDtype, ["p.yaml:1: output: default: float64 needs jax_enable_x64"]),
+    "a narrow default": (
+        "params:\n  default: f8_e4m3fn\n",
+        UnknownDtype,
+        ["p.yaml:2: params: f8_e4m3fn needs scales", "cannot be the default of a slot. Name the parameters: {kernel: f8_e4m3fn}."],
+    ),
+    "a narrow slot": ("params: f8_e4m3fn\n", UnknownDtype, ["p.yaml:1: params: f8_e4m3fn needs scales", "Name the parameters"]),
+    "a narrow compute slot": ("compute: int8\n", UnknownDtype, ["p.yaml:1: compute: ", "needs scales"]),
+    "a narrow output": ("params: f32\noutput: f8_e5m2\n", UnknownDtype, ["p.yaml:2: output: f8_e5m2 needs scales"]),
+    "an output by name": (
+        "output:\n  kernel: f32\n",
+        InvalidPolicy,
+        ["p.yaml:1: output: what a model returns has one dtype", "Write f32, say."],
+    ),
+    "scales in compute": (
+        "compute:\n  kernel: null\n  scale_inv: bf16\n",
+        InvalidPolicy,
+        ["p.yaml:3: compute: scale_inv: scales are always applied in f32. Write null, or leave the rule out."],
+    ),
+    "narrow scales": (
+        "params:\n  scale_inv: f8_e4m3fn\n",
+        UnknownDtype,
+        ["p.yaml:2: params: scale_inv: scales are f32, bf16 or f16, not f8_e4m3fn."],
+    ),
+    "int8 in compute": ("compute:\n  kernel: int8\n", UnknownDtype, ["p.yaml:2: compute: kernel: ", "no dtype to compute in. Write f32"]),
+    "int32 in params": ("params:\n  kernel: i32\n", UnknownDtype, ["p.yaml:2: params: kernel: a parameter cannot be i32."]),
+    "another glob character": (
+        'params:\n  "layers/[01]/kernel": f32\n',
+        InvalidPolicy,
+        ["p.yaml:2: 'layers/[01]/kernel': '[' has no meaning in a pattern. Write '*'"],
+    ),
+    "an optional default": ("params:\n  default?: f32\n", InvalidPolicy, ["p.yaml:2: params: default", "Write it without '?'."]),
+    "a block of one side": ("params: f32\nblock: 128\n", InvalidPolicy, ["p.yaml:2: block: expected two positive integers"]),
+    "a block of zero": ("block: [128, 0]\n", InvalidPolicy, ["p.yaml:1: block: expected two positive integers such as [128, 128]"]),
+    "a block of text": ("block: [a, b]\n", InvalidPolicy, ["p.yaml:1: block: expected two positive integers such as [128, 128]"]),
+    "a block that is a map": ("block: {a: b}\n", InvalidPolicy, ["p.yaml:1: block: expected two positive integers"]),
+    "a tag that runs code": (
+        "params: !!python/object/apply:os.getcwd []\n",
+        PerparamError,
+        ["p.yaml:1: "],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_says_where_what_and_what_to_do(name):
+    text, error, says = ERRORS[name]
+    with pytest.raises(error) as caught:
+        Policy.loads(text, "p.yaml")
+    for part in says:
+        assert part.replace("\\\\", "\\") in str(caught.value)
+
+
+TREE = {
+    "layers": {"0": {"mlp": {"down_proj": {"kernel": np.ones((2, 3), np.float32), "bias": np.ones(2, np.float32)}}}}
+}
+
+
+class TestErrorsOfResolutionHaveTheLine:
+    def test_an_unmatched_rule(self):
+        policy = Policy.loads('params:\n  bias: f32\n\n  "layers/*/mlp/down/kernal": bf16\n', "policy.yaml")
+        with pytest.raises(UnmatchedRule) as caught:
+            policy.explain(TREE)
+        message = str(caught.value)
+        assert message.startswith("policy.yaml:4: 'layers/*/mlp/down/kernal' (params) matches none of 2 parameters.\n")
+        assert "\n  nearest: layers/0/mlp/down_proj/kernel\n" in message
+        assert message.endswith("Correct the pattern, remove the rule, or end it with '?' if it may match nothing.")
+
+    def test_a_shadowed_rule(self):
+        policy = Policy.loads('compute:\n  kernel: f32\n  "layers/**/kernel?": bf16\n', "policy.yaml")
+        with pytest.raises(ShadowedRule, match=r"^policy.yaml:3: 'layers/\*\*/kernel\?' \(compute\) decides nothing.*'kernel'"):
+            policy.explain(TREE)
+
+    def test_a_narrow_dtype_for_one_dimension(self):
+        policy = Policy.loads("params:\n  bias: f8_e4m3fn\n", "policy.yaml")
+        with pytest.raises(InvalidPolicy) as caught:
+            policy.explain(TREE)
+        assert str(caught.value) == (
+            "policy.yaml:2: 'bias' (params) asks f8_e4m3fn of 'layers/0/mlp/down_proj/bias', whose shape is (2,). "
+            "Narrow dtypes are for parameters of two or more dimensions."
+        )
+
+    def test_a_narrow_compute_dtype_for_one_dimension(self):
+        policy = Policy.loads("compute:\n  kernel: f8_e4m3fn\n  bias: f8_e4m3fn\n", "policy.yaml")
+        with pytest.raises(InvalidPolicy, match=r"^policy.yaml:3: 'bias' \(compute\) asks f8_e4m3fn of 'layers/0/mlp/down_proj/bias'"):
+            policy.explain(TREE)
+
+
+class TestFiles:
+    def test_a_rule_read_from_a_file_knows_it(self, tmp_path):
+        file = tmp_path / "policy.yaml"
+        file.write_text("params:\n  kernal: bf16\n")
+        with pytest.raises(UnmatchedRule, match=rf"^{file}:2: 'kernal'"):
+            Policy.load(file).store(TREE)
+
+    def test_a_missing_file_is_named(self, tmp_path):
+        with pytest.raises(MissingFile, match="nowhere.yaml: there is no such policy file. Look in ") as caught:
+            Policy.load(tmp_path / "nowhere.yaml")
+        assert isinstance(caught.value, FileNotFoundError)
+
+    def test_a_folder_is_no_file(self, tmp_path):
+        with pytest.raises(InvalidPolicy, match="cannot be read as UTF-8 text"):
+            Policy.load(tmp_path)
+
+    def test_bytes_that_are_no_text_are_refused(self, tmp_path):
+        (tmp_path / "p.yaml").write_bytes(b"params: \xff\xfe")
+        with pytest.raises(InvalidPolicy, match="p.yaml: cannot be read as UTF-8 text"):
+            Policy.load(tmp_path / "p.yaml")
+
+    def test_text_beyond_ascii_is_read(self, tmp_path):
+        (tmp_path / "p.yaml").write_text('# größer\nparams: {"größe": f32}\n', encoding="utf-8")
+        policy = Policy.load(tmp_path / "p.yaml")
+        assert policy == Policy(params={"größe": "f32"})
+        policy.dump(tmp_path / "again.yaml")
+        assert Policy.load(tmp_path / "again.yaml") == policy
+
+
+LAUGHS = "\n".join(
+    ['a0: &a0 ["lol", "lol"]', *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 40)), "params: *a39"]
+)
+HOSTILE = {
+    "billion laughs": LAUGHS,
+    "billion laughs as rules": "params: &a {a: f32}\n" + LAUGHS.replace("params", "compute"),
+    "a list deep in lists": "params: " + "[" * 100_000,
+    "a map deep in maps": "{a: " * 100_000,
+    "a sequence deep in sequences": "- " * 100_000,
+    "a map that holds itself": "params: &self\n  kernel: *self\n",
+    "the root as its own slot": "&self\nparams: *self\n",
+    "too long": "#" * (2 << 20),
+    "braces without end": 'params: {"' + "{a,b}" * 1_000 + '": f32}',
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_policy_is_refused_quickly(name):
+    start = time.monotonic()
+    with pytest.raises(InvalidPolicy):
+        Policy.loads(HOSTILE[name])
+    assert time.monotonic() - start < SECONDS

@@ -1,0 +1,80 @@
+"""Documentation holds: code blocks run as they stand, docstring examples are true."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import jax
+import perparam
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(perparam.__path__, "perparam.")
+    if module.name.split(".")[1] in ("policies", "models", "loaders")
+]
+
+
+def run_blocks(path):
+    """Runs the Python blocks of a page from top to bottom, as a reader would, and returns what they defined."""
+    blocks = BLOCK.findall(path.read_text(encoding="utf-8"))
+    assert blocks, f"{path} has no code"
+    names = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, str(path), "exec"), names)
+    return names
+
+
+@pytest.mark.filterwarnings("ignore")  # a page shows what readers see, their own warnings settings included
+def test_the_page_on_your_own_model_runs(capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        names = run_blocks(ROOT / "docs" / "your-own-model.md")
+    printed = capsys.readouterr().out
+    assert "nearest: Dense_0/kernel" in printed
+    assert names["y"].dtype == "float32"
+
+
+def test_the_readme_runs(tmp_path, monkeypatch, capsys):
+    from perparam.examples.make_checkpoint import make_checkpoint
+
+    make_checkpoint(tmp_path / "Qwen3-FP8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy.yaml").write_text((ROOT / "examples" / "policy.yaml").read_text())
+    names = run_blocks(ROOT / "README.md")
+    assert names["tokens"].shape == (1, 20)
+    printed = capsys.readouterr().out
+    table = re.search(r"^```text\n(path .*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M)
+    shown = [line.rstrip() for line in table.group(1).splitlines() if line.strip() not in ("", "…")]
+    lines = [line.rstrip() for line in printed.splitlines()]
+    assert [line for line in shown if line not in lines] == []
+
+
+def test_the_readme_shows_the_policy_of_the_examples():
+    assert (ROOT / "examples" / "policy.yaml").read_text() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_policies_runs():
+    names = run_blocks(ROOT / "docs" / "policies.md")
+    assert names["policy"] == perparam.Policy.loads(names["policy"].dumps())
+
+
+@pytest.mark.parametrize("name", ["fp8_weight_only", "fp8_dynamic", "bf16", "f32"])
+def test_the_presets_stand_in_the_documentation_as_they_are(name):
+    preset = (ROOT / "policies" / "presets" / f"{name}.yaml").read_text()
+    assert preset in (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_are_true(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_there_are_docstring_examples():
+    finder = doctest.DocTestFinder()
+    found = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
+    assert len(found) >= 12
