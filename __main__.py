@@ -118,8 +118,14 @@ def _demo_in(folder: pathlib.Path) -> None:
     ours, exact = logits["the policy"], logits["f32"]
     error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
     agreement = np.mean(ours.argmax(-1) == exact.argmax(-1))
-    print(f"\nLogits under the policy differ from float32 by {error:.1e} (relative); top-1 agrees on {agreement:.0%} of tokens.")
-    print("\nKeep the files with `perparam demo --folder DIR`, then try `perparam plan DIR` and `perparam audit DIR --policy bf16`.")
+    print(
+        f"\nLogits under the policy differ from float32 by {error:.1e} (relative); "
+        f"top-1 agrees on {agreement:.0%} of tokens."
+    )
+    print(
+        "\nKeep the files with `perparam demo --folder DIR`, then try `perparam plan DIR` "
+        "and `perparam audit DIR --policy bf16`."
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import functools
 import tempfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -54,7 +53,7 @@ def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 
-def train(policy: perparam.Policy, steps: int = 60, learning_rate: float = 1e-2) -> tuple[list[float], nnx.State]:
+def train(policy: perparam.Policy, steps: int = 60, learning_rate: float = 5e-3) -> tuple[list[float], nnx.State]:
     """The loss of every step of AdamW from scratch under `policy`, through `init` and `apply`; and the parameters."""
     module = functools.partial(perparam.Qwen3, CONFIG)
     parameters = perparam.init(module, policy, jax.random.key(0))
@@ -62,8 +61,8 @@ def train(policy: perparam.Policy, steps: int = 60, learning_rate: float = 1e-2)
     state = optimizer.init(parameters)
 
     @jax.jit
-    def step(parameters, state, tokens):  # type: ignore[no-untyped-def]
-        def loss(parameters):  # type: ignore[no-untyped-def]
+    def step(parameters, state, tokens):
+        def loss(parameters):
             return cross_entropy(perparam.apply(module, policy, parameters, tokens), tokens)
 
         value, gradients = jax.value_and_grad(loss)(parameters)
@@ -85,8 +84,8 @@ def finetune(model: perparam.Qwen3, steps: int = 30, learning_rate: float = 1e-2
     optimizer = nnx.Optimizer(model, optax.adamw(learning_rate), wrt=nnx.Param)
 
     @nnx.jit
-    def step(model, optimizer, tokens):  # type: ignore[no-untyped-def]
-        def loss(model):  # type: ignore[no-untyped-def]
+    def step(model, optimizer, tokens):
+        def loss(model):
             return cross_entropy(model(tokens), tokens)
 
         value, gradients = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.Param))(model)

@@ -65,7 +65,7 @@ TINY = _COMMON | {
 
 
 def quantized(weight: np.ndarray, block: int, scale_dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """`(kernel, scale_inv)` of a float32 weight: e4m3fn, and the multiplier of each block, rounded before it is used."""
+    """`(kernel, scale_inv)` of a float32 weight: e4m3fn, and each block's multiplier, rounded before it is used."""
     rows, columns = (math.ceil(dim / block) for dim in weight.shape)
     scale = np.empty((rows, columns), np.float32)
     for i in range(rows):
@@ -155,7 +155,7 @@ def make_checkpoint(folder: str | pathlib.Path, kind: str = "demo", seed: int = 
         write_safetensors(folder / "model.safetensors", arrays)
         return folder
     names = list(arrays)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
         file = f"model-{i:05}-of-00002.safetensors"
         write_safetensors(folder / file, {name: arrays[name] for name in shard})
@@ -168,4 +168,4 @@ def make_checkpoint(folder: str | pathlib.Path, kind: str = "demo", seed: int = 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], ["demo"], ["tiny"]):
         sys.exit(__doc__)
-    print(make_checkpoint(*sys.argv[1:]))
+    print(make_checkpoint(sys.argv[1], sys.argv[2] if sys.argv[2:] else "demo"))

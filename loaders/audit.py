@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from ..models.qwen3 import Qwen3
 from ..policies.blocks import block_amax, dequantize, expand, split_blocks
@@ -78,7 +78,9 @@ class Audit:
             for row in shown
         ]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
         if not shown:
             table = ["storage changes no parameter"]
         elif len(changed) > len(shown):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models.config import Quantization, Qwen3Config, read_json
+from ..models.config import Quantization, Qwen3Config, read_json, token_ids
 from ..policies.dtypes import dtype_name, is_activation, is_narrow
 from ..policies.errors import InvalidCheckpoint, MissingFile
 from ..policies.policy import Policy, is_scale, scale_path
@@ -86,7 +86,9 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         shown = [f"  {problem}" for problem in problems[:20]]
         more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
         heading = f"{folder}: {len(problems)} tensors are not what config.json describes."
-        raise InvalidCheckpoint("\n".join([heading, *shown, *more, "  Fetch the folder again, or correct config.json."]))
+        raise InvalidCheckpoint(
+            "\n".join([heading, *shown, *more, "  Fetch the folder again, or correct config.json."])
+        )
     _cross_check(folder, config, tensors)
     if config.dtype is None:
         stored = tensors["embed_tokens/embedding"].dtype
@@ -105,17 +107,16 @@ def checkpoint_tree(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _config(folder: pathlib.Path) -> Qwen3Config:
     config = Qwen3Config.from_json(folder / CONFIG)
-    if (folder / GENERATION).is_file():
-        fields = read_json(folder / GENERATION)
-        ids = {key: fields.get(key) for key in ("eos_token_id", "pad_token_id")}
-        eos = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
-        if any(value is not None and type(value) is not int for value in (*eos, ids["pad_token_id"])):
-            raise InvalidCheckpoint(f"{folder / GENERATION}: expected token ids, found {ids}.")
-        if ids["eos_token_id"] is not None:
-            config = dataclasses.replace(config, eos_token_id=tuple(eos))
-        if ids["pad_token_id"] is not None:
-            config = dataclasses.replace(config, pad_token_id=ids["pad_token_id"])
-    return config
+    if not (folder / GENERATION).is_file():
+        return config
+    fields = read_json(folder / GENERATION)
+    eos = token_ids(str(folder / GENERATION), "eos_token_id", fields.get("eos_token_id"))
+    pad = token_ids(str(folder / GENERATION), "pad_token_id", fields.get("pad_token_id"))
+    return dataclasses.replace(
+        config,
+        eos_token_id=eos or config.eos_token_id,
+        pad_token_id=pad[0] if pad else config.pad_token_id,
+    )
 
 
 def _tensors(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -126,18 +127,26 @@ def _tensors(folder: pathlib.Path) -> dict[str, Tensor]:
         raise MissingFile(f"{folder}: neither {WHOLE} nor {INDEX} is there. Is the download complete?")
     weights = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
-        raise InvalidCheckpoint(f"{folder / INDEX}: weight_map is no mapping from tensors to files. Fetch the file again.")
+        raise InvalidCheckpoint(
+            f"{folder / INDEX}: weight_map is no mapping from tensors to files. Fetch the file again."
+        )
     files = sorted(set(weights.values()))
     for file in files:
         # Names, not paths: an index must not reach outside its folder.
         if file != pathlib.PurePosixPath(file).name or "\\" in file or "\0" in file or file in ("", ".", ".."):
-            raise InvalidCheckpoint(f"{folder / INDEX}: {file!r} is no name of a file in this folder. Do not use this checkpoint.")
+            raise InvalidCheckpoint(
+                f"{folder / INDEX}: {file!r} is no name of a file in this folder. Do not use this checkpoint."
+            )
     if absent := [file for file in files if not (folder / file).is_file()]:
-        raise MissingFile(f"{folder}: {len(absent)} of {len(files)} shards are missing: {', '.join(absent[:5])}. Fetch them.")
+        raise MissingFile(
+            f"{folder}: {len(absent)} of {len(files)} shards are missing: {', '.join(absent[:5])}. Fetch them."
+        )
     shards = {file: read_header(folder / file) for file in files}
     wrong = [f"{name} (not in {file})" for name, file in weights.items() if name not in shards[file]]
     if wrong:
-        raise InvalidCheckpoint(f"{folder / INDEX}: names tensors that their shard lacks: {', '.join(wrong[:5])}. Fetch it again.")
+        raise InvalidCheckpoint(
+            f"{folder / INDEX}: names tensors that their shard lacks: {', '.join(wrong[:5])}. Fetch it again."
+        )
     return {name: tensor for file in files for name, tensor in shards[file].items() if weights.get(name, file) == file}
 
 
@@ -153,8 +162,10 @@ def _placed(tensors: dict[str, Tensor], config: Qwen3Config) -> tuple[dict[str, 
             continue
         if tensor.shape != shape:
             problems.append(f"misshapen: {name} is {tensor.shape}, expected {shape}")
-        if not (is_activation(tensor.dtype) or is_narrow(tensor.dtype) and len(shape) == 2):
-            problems.append(f"wrong dtype: {name} is {dtype_name(tensor.dtype)}, expected f32, bf16, f16 or a float8 matrix")
+        if not (is_activation(tensor.dtype) or (is_narrow(tensor.dtype) and len(shape) == 2)):
+            problems.append(
+                f"wrong dtype: {name} is {dtype_name(tensor.dtype)}, expected f32, bf16, f16 or a float8 matrix"
+            )
         placed[path] = tensor
         scales = tensors.get(f"{name}_scale_inv")
         if scales is not None:
@@ -173,7 +184,11 @@ def _cross_check(folder: pathlib.Path, config: Qwen3Config, tensors: dict[str, T
     narrow = {path for path in tensors if scale_path(path) in tensors and not is_scale(path)}
     if config.quantization is None:
         if narrow:
-            _warn(folder, "config.json has no quantization_config, but these are quantised (taken to be in blocks of 128×128)", narrow)
+            _warn(
+                folder,
+                "config.json has no quantization_config, but these are quantised (taken to be in blocks of 128×128)",
+                narrow,
+            )
         return
     listed = set(config.quantization.not_converted)
 
@@ -191,6 +206,6 @@ def _cross_check(folder: pathlib.Path, config: Qwen3Config, tensors: dict[str, T
 def _warn(folder: pathlib.Path, text: str, paths: Iterable[str]) -> None:
     names = sorted(path.rpartition("/")[0] for path in paths)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    warnings.warn(f"{folder}: {text}: {', '.join(names[:5])}{more}. The tensors decide.", CheckpointWarning, stacklevel=2)
-
-
+    warnings.warn(
+        f"{folder}: {text}: {', '.join(names[:5])}{more}. The tensors decide.", CheckpointWarning, stacklevel=2
+    )

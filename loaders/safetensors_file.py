@@ -84,7 +84,7 @@ def read_tensor(tensor: Tensor) -> np.ndarray:
             file.seek(tensor.offset)
             done = 0
             while done < tensor.bytes:
-                count = file.readinto(memoryview(buffer)[done:])
+                count = file.readinto(buffer.data[done:])
                 if not count:
                     raise _damaged(tensor.file, f"{tensor.name!r} ends after {done} of {tensor.bytes} bytes")
                 done += count
@@ -142,12 +142,13 @@ def _entry(path: pathlib.Path, name: str, entry: Any) -> tuple[tuple[int, int], 
         dtype = as_dtype(dtype_name)
     except UnknownDtype as error:
         raise InvalidCheckpoint(f"{path}: {name!r}: {error}") from error
-    tensor = Tensor(name, path, tuple(shape), dtype, 0)
-    if tensor.bytes != offsets[1] - offsets[0]:
+    tensor, (first, last) = Tensor(name, path, tuple(shape), dtype, 0), offsets
+    if tensor.bytes != last - first:
         raise _damaged(
-            path, f"{name!r}, {dtype_name} {tensor.shape}, is {tensor.bytes} bytes, its offsets say {offsets[1] - offsets[0]}"
+            path,
+            f"{name!r}, {dtype_name} {tensor.shape}, is {tensor.bytes} bytes, its offsets say {last - first}",
         )
-    return (offsets[0], offsets[1]), tensor
+    return (first, last), tensor
 
 
 def _naturals(values: Any) -> bool:

@@ -115,7 +115,9 @@ class Qwen3Config:
           MissingFile, InvalidCheckpoint: no such file, not JSON, or a field of the wrong type.
           UnsupportedConfig: a field or value that is not implemented, by name.
         """
-        name, fields = ("config.json", source) if isinstance(source, Mapping) else (os.fspath(source), read_json(source))
+        name, fields = (
+            ("config.json", source) if isinstance(source, Mapping) else (os.fspath(source), read_json(source))
+        )
         return _Reader(name, fields).config()
 
 
@@ -128,12 +130,22 @@ def read_json(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     try:
         fields = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise MissingFile(f"{os.fspath(path)}: there is no such file. A checkpoint's folder holds config.json.") from error
+        raise MissingFile(
+            f"{os.fspath(path)}: there is no such file. A checkpoint's folder holds config.json."
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{os.fspath(path)}: not readable as JSON: {error}. Fetch the file again.") from error
     if not isinstance(fields, dict):
         raise InvalidCheckpoint(f"{os.fspath(path)}: expected a JSON object, found {type(fields).__name__}.")
     return fields
+
+
+def token_ids(name: str, key: str, ids: Any) -> tuple[int, ...]:
+    """The ids in a field of the file `name` that may be null, one id or a list."""
+    listed = () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    if any(type(i) is not int for i in listed):
+        raise InvalidCheckpoint(f"{name}: {key}: expected token ids, found {ids!r}.")
+    return listed
 
 
 class _Reader:
@@ -150,10 +162,10 @@ class _Reader:
         value = (self.fields if fields is None else fields).get(key)
         if value is None:
             return default
-        accepted = (int, float) if kind is float else kind
+        accepted: Any = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise InvalidCheckpoint(f"{self.name}: {key}: expected {kind.__name__}, found {value!r}.")
-        return kind(value) if kind is float else value
+        return float(value) if kind is float else value
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer."""
@@ -168,7 +180,9 @@ class _Reader:
         model_type = self.get("model_type", str)
         if model_type != "qwen3":
             raise self.unsupported(f"model_type {model_type!r} is not implemented. Dense Qwen3 is 'qwen3'.")
-        if unknown := sorted(k for k, v in self.fields.items() if k not in _HANDLED | _CHANGES_NOTHING and v is not None):
+        if unknown := sorted(
+            k for k, v in self.fields.items() if k not in _HANDLED | _CHANGES_NOTHING and v is not None
+        ):
             listed = ", ".join(f"{key} = {self.fields[key]!r}" for key in unknown[:5])
             raise self.unsupported(f"fields that are not implemented: {listed}. Remove them if they change nothing.")
         if (act := self.get("hidden_act", str, "silu")) != "silu":
@@ -178,11 +192,12 @@ class _Reader:
         heads, layers = self.size("num_attention_heads"), self.size("num_hidden_layers")
         kv_heads, head_dim = self.size("num_key_value_heads", heads), self.size("head_dim", 128)
         if heads % kv_heads:
-            raise InvalidCheckpoint(f"{self.name}: {heads} attention heads do not divide among {kv_heads} key-value heads.")
+            raise InvalidCheckpoint(
+                f"{self.name}: {heads} attention heads do not divide among {kv_heads} key-value heads."
+            )
         if head_dim % 2:
             raise InvalidCheckpoint(f"{self.name}: head_dim {head_dim} is odd, and RoPE rotates pairs.")
         theta, yarn = self.rope()
-        eos = self.fields.get("eos_token_id")
         return Qwen3Config(
             vocab_size=self.size("vocab_size"),
             hidden_size=self.size("hidden_size"),
@@ -200,15 +215,9 @@ class _Reader:
             windows=self.windows(layers),
             dtype=self.dtype(),
             quantization=self.quantization(),
-            eos_token_id=self.token_ids("eos_token_id", eos),
+            eos_token_id=token_ids(self.name, "eos_token_id", self.fields.get("eos_token_id")),
             pad_token_id=self.get("pad_token_id", int),
         )
-
-    def token_ids(self, key: str, ids: Any) -> tuple[int, ...]:
-        listed = () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
-        if any(not isinstance(i, int) or isinstance(i, bool) for i in listed):
-            raise InvalidCheckpoint(f"{self.name}: {key}: expected token ids, found {ids!r}.")
-        return listed
 
     def dtype(self) -> np.dtype | None:
         """None where it is narrow: then the embedding's dtype is meant."""
@@ -232,7 +241,9 @@ class _Reader:
             first = self.get("max_window_layers", int, 28)
             kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
         if len(kinds) != layers:
-            raise InvalidCheckpoint(f"{self.name}: layer_types names {len(kinds)} layers, num_hidden_layers is {layers}.")
+            raise InvalidCheckpoint(
+                f"{self.name}: layer_types names {len(kinds)} layers, num_hidden_layers is {layers}."
+            )
         if unknown := sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}):
             raise self.unsupported(f"layer_types: {unknown[0]!r} is not implemented.")
         if window is None and "sliding_attention" in kinds:
@@ -259,8 +270,13 @@ class _Reader:
         original = self.get("original_max_position_embeddings", int, longest, parameters)
         factor = self.get("factor", float, longest / original if original > 0 else 0.0, parameters)
         if factor < 1 or original < 1:
-            raise InvalidCheckpoint(f"{self.name}: yarn: factor {factor} and original length {original} do not stretch anything.")
-        mscale, mscale_all = self.get("mscale", float, 0.0, parameters), self.get("mscale_all_dim", float, 0.0, parameters)
+            raise InvalidCheckpoint(
+                f"{self.name}: yarn: factor {factor} and original length {original} do not stretch anything."
+            )
+        mscale, mscale_all = (
+            self.get("mscale", float, 0.0, parameters),
+            self.get("mscale_all_dim", float, 0.0, parameters),
+        )
 
         def magnitude(weight: float) -> float:
             return 0.1 * weight * float(np.log(factor)) + 1.0 if factor > 1 else 1.0
@@ -299,5 +315,7 @@ class _Reader:
             raise InvalidCheckpoint(f"{self.name}: weight_block_size: expected two positive integers, found {block!r}.")
         listed = self.get("modules_to_not_convert", list, [], fields)
         if any(not isinstance(module, str) for module in listed):
-            raise InvalidCheckpoint(f"{self.name}: modules_to_not_convert: expected names of modules, found {listed!r}.")
+            raise InvalidCheckpoint(
+                f"{self.name}: modules_to_not_convert: expected names of modules, found {listed!r}."
+            )
         return Quantization((block[0], block[1]), tuple(listed))

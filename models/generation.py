@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from ..policies.errors import InvalidTokens
 from .attention import KVCache
@@ -48,7 +48,9 @@ def generate(
     graphdef, state = nnx.split(model)
     cache = model.empty_cache(ids.shape[0], ids.shape[1] + max_new_tokens)
     ends = jnp.asarray(eos, jnp.int32)
-    tokens, _ = _generate(graphdef, state, jnp.asarray(ids, jnp.int32), jnp.asarray(mask), ends, cache, pad, max_new_tokens)
+    tokens, _ = _generate(
+        graphdef, state, jnp.asarray(ids, jnp.int32), jnp.asarray(mask), ends, cache, pad, max_new_tokens
+    )
     return tokens
 
 
@@ -94,11 +96,11 @@ def _generate(
     first = choose(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
     tokens = jnp.full((ids.shape[0], count), pad, jnp.int32).at[:, 0].set(first)
 
-    def unfinished(carry):  # type: ignore[no-untyped-def]
+    def unfinished(carry):
         index, _, _, done, _ = carry
         return (index < count) & ~done.all()
 
-    def step(carry):  # type: ignore[no-untyped-def]
+    def step(carry):
         index, tokens, token, done, cache = carry
         hidden, cache = model.hidden(token[:, None], None, cache)
         token = jnp.where(done, pad, choose(hidden[:, 0]))

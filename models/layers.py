@@ -101,7 +101,7 @@ class Embedding(nnx.Module):
         self.embedding_scale_inv = nnx.data(scale_inv)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """(..., ) ids to (..., features) in the activations' dtype; an id outside the table gives NaN, not a neighbour."""
+        """Ids (...) to (..., features) in the activations' dtype; an id outside the table gives NaN."""
         rows = jnp.take(self.embedding[...], ids, axis=0, mode="fill")
         wide = self.activations or (jnp.float32 if self.embedding_scale_inv is not None else rows.dtype)
         if self.embedding_scale_inv is not None:

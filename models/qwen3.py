@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from numpy.typing import ArrayLike
 
 from ..policies.errors import InvalidTokens
 from ..policies.plan import explain
@@ -89,7 +90,7 @@ class Layer(nnx.Module):
         self.input_layernorm = norm("input_layernorm")
         self.post_attention_layernorm = norm("post_attention_layernorm")
 
-    def __call__(self, x, step, past):  # type: ignore[no-untyped-def]
+    def __call__(self, x, step, past):
         """See `Attention`."""
         mixed, kept = self.self_attn(self.input_layernorm(x), step, past)
         x = x + mixed
@@ -104,7 +105,7 @@ class _Step:
     sin: jax.Array
     queries: jax.Array
     slots: jax.Array
-    start: jax.Array | None
+    start: jax.Array | int
 
 
 class Qwen3(nnx.Module):
@@ -120,7 +121,12 @@ class Qwen3(nnx.Module):
     """
 
     def __init__(
-        self, config: Qwen3Config, *, policy: Policy | Scope | Any = None, linear: LinearFactory = Linear, rngs: nnx.Rngs
+        self,
+        config: Qwen3Config,
+        *,
+        policy: Policy | Scope | Any = None,
+        linear: LinearFactory = Linear,
+        rngs: nnx.Rngs,
     ):
         scope = scope_of(policy)
         activations = scope.activations or config.dtype or np.dtype(np.float32)
@@ -140,7 +146,7 @@ class Qwen3(nnx.Module):
         if not isinstance(policy, Scope):
             explain(scope.policy, self)
 
-    def __call__(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> jax.Array:
         """Logits (b, t, vocabulary) in the policy's output dtype, or the activations' one.
 
         input_ids       (b, t) int32
@@ -153,13 +159,16 @@ class Qwen3(nnx.Module):
         return self.logits(hidden)
 
     def hidden(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, cache: KVCache | None = None
-    ) -> tuple[jax.Array, KVCache | None]:
-        """The stream before the last norm, (b, t, hidden), and the cache with the call's tokens added."""
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """The stream before the last norm, (b, t, hidden), and the cache with the call's tokens added.
+
+        Without a cache the one returned holds this call's tokens and has no room for more.
+        """
         ids, mask = _tokens(input_ids, attention_mask)
         before = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.tokens
         queries, slots = token_positions(mask, before)
-        start = None
+        start: jax.Array | int = 0
         if cache is not None:
             start = cache.length
             slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, slots, start, axis=1)
@@ -168,11 +177,9 @@ class Qwen3(nnx.Module):
         for i, layer in enumerate(self.layers):
             x, keys_values = layer(x, step, None if cache is None else (cache.keys[i], cache.values[i]))
             kept.append(keys_values)
-        if cache is None:
-            return x, None
         keys, values = zip(*kept, strict=True)
-        tokens = cache.tokens + mask.sum(axis=1, dtype=jnp.int32)
-        return x, KVCache(keys, values, slots, cache.length + ids.shape[1], tokens)
+        tokens = before + mask.sum(axis=1, dtype=jnp.int32)
+        return x, KVCache(keys, values, slots, jnp.asarray(start + ids.shape[1], jnp.int32), tokens)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The last norm and the head: (..., hidden) to (..., vocabulary)."""
@@ -216,7 +223,7 @@ def abstract(
     return nnx.eval_shape(lambda: Qwen3(config, policy=scope, linear=linear, rngs=nnx.Rngs(0)))
 
 
-def _tokens(input_ids: jax.Array, attention_mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _tokens(input_ids: ArrayLike, attention_mask: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
     ids = jnp.asarray(input_ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise InvalidTokens(f"input_ids: expected integers of shape (batch, length), found {ids.dtype} {ids.shape}.")

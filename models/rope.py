@@ -39,7 +39,10 @@ def _ramp(yarn: Yarn, head_dim: int, theta: float) -> np.ndarray:
 
 
 def cos_sin(positions: jax.Array, config: Qwen3Config, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every angle, `(b, t, 1, head_dim / 2)` in `dtype`, computed in float32; positions are (b, t) int32."""
+    """cos and sin of every angle, `(b, t, 1, head_dim / 2)` in `dtype`, computed in float32.
+
+    positions  (b, t) int32
+    """
     angles = positions[..., None, None].astype(jnp.float32) * frequencies(config)
     factor = jnp.float32(config.yarn.attention_factor if config.yarn else 1.0)
     return (jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype)

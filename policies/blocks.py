@@ -29,7 +29,9 @@ def grid_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
     (8, 5, 2)
     """
     if len(shape) < 2:
-        raise InvalidScale(f"blocks lie over two axes, found the shape {shape}. Only parameters of two or more dimensions are narrow.")
+        raise InvalidScale(
+            f"blocks lie over two axes, found the shape {shape}. Only parameters of two or more dimensions are narrow."
+        )
     return (*shape[:-2], *(math.ceil(dim / side) for dim, side in zip(shape[-2:], block, strict=True)))
 
 
@@ -101,7 +103,9 @@ def quantize(
     """
     weight, dtype, scale_dtype = jnp.asarray(weight), dtypes.as_dtype(dtype), dtypes.as_dtype(scale_dtype)
     if not dtypes.is_narrow(dtype):
-        raise UnsupportedCast(f"{dtypes.dtype_name(dtype)} needs no scales. Narrow types are f8_e4m3fn, f8_e5m2, …, int8.")
+        raise UnsupportedCast(
+            f"{dtypes.dtype_name(dtype)} needs no scales. Narrow types are f8_e4m3fn, f8_e5m2, …, int8."
+        )
     if not dtypes.is_activation(scale_dtype):
         raise UnsupportedCast(f"scales are f32, bf16 or f16, not {dtypes.dtype_name(scale_dtype)}.")
     if not dtypes.is_floating(weight.dtype) or dtypes.is_narrow(weight.dtype):

@@ -19,7 +19,9 @@ from .trees import map_parameters, parameters, rebox, unbox
 def cast(policy: Policy, tree: Any, slot: str, path: str | None = None) -> Any:
     """See `Policy.cast`."""
     if slot not in ("params", "compute"):
-        raise InvalidPolicy(f"cast to slot {slot!r}: parameters are cast to 'params' or 'compute', results by cast_output.")
+        raise InvalidPolicy(
+            f"cast to slot {slot!r}: parameters are cast to 'params' or 'compute', results by cast_output."
+        )
     if path is not None:
         dtype = getattr(policy, slot).dtype(path)
         return rebox(tree, _cast_leaf(path, unbox(tree), Answer(dtype, slot), slot, paired=is_scale(path)))
@@ -42,7 +44,8 @@ def _cast_leaf(path: str, value: Any, answer: Answer, slot: str, paired: bool) -
     if dtypes.is_narrow(answer.dtype):
         raise UnsupportedCast(
             f"{path}: a plain {dtypes.dtype_name(np.dtype(value.dtype))} array cannot be cast to "
-            f"{dtypes.dtype_name(answer.dtype)} ({slot}, rule {answer.rule!r}) without scales, which a cast cannot add. "
+            f"{dtypes.dtype_name(answer.dtype)} ({slot}, rule {answer.rule!r}) without scales, which a cast "
+            "cannot add. "
             "Use policy.store(tree), perparam.init or perparam.quantize."
         )
     if dtypes.is_narrow(value.dtype):

@@ -94,7 +94,7 @@ def as_dtype(dtype: DTypeLike) -> np.dtype:
         if not isinstance(known, np.dtype) and not (isinstance(known, type) and issubclass(known, np.generic)):
             raise UnknownDtype(f"{dtype!r} is no dtype. Write a name such as 'bf16', 'f32' or 'f8_e4m3fn'.")
         found = np.dtype(known).newbyteorder("=")
-    if found == np.float64 and not jax.config.jax_enable_x64:
+    if found == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != found:
         raise UnknownDtype("float64 needs jax_enable_x64, else JAX makes it float32. Enable it, or write f32.")
     return found
 

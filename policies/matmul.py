@@ -24,7 +24,7 @@ SLAB = 256
 """Rows of a kernel that are widened at a time."""
 
 ACTIVATION_BLOCK = 128
-"""Columns of the activations that share a scale where both operands are narrow: what `activation_scheme: dynamic` means."""
+"""Columns of a row of activations that share a scale where both operands are narrow (`activation_scheme: dynamic`)."""
 
 
 def scaled_matmul(
@@ -114,11 +114,11 @@ def _scaled_dot(x: jax.Array, kernel: jax.Array, scale_inv: jax.Array, block: Bl
     return jax.lax.platform_dependent(x, kernel, scale_inv, cpu=slabs, default=whole)
 
 
-def _scaled_dot_forward(x, kernel, scale_inv, block):  # type: ignore[no-untyped-def]
+def _scaled_dot_forward(x, kernel, scale_inv, block):
     return _scaled_dot(x, kernel, scale_inv, block), (x[..., :0], kernel, scale_inv)
 
 
-def _scaled_dot_backward(block, residuals, gradient):  # type: ignore[no-untyped-def]
+def _scaled_dot_backward(block, residuals, gradient):
     """dx = gradient @ (kernel * scale_inv).  Narrow kernels and their scales are frozen."""
     like_x, kernel, scale_inv = residuals
 
@@ -171,7 +171,9 @@ def _straight_through(exact: jax.Array, rounded: jax.Array) -> jax.Array:
 _straight_through.defvjp(lambda exact, rounded: (rounded, None), lambda _, gradient: (gradient, None))
 
 
-def _check(x: jax.Array, kernel: jax.Array, scale_inv: ArrayLike | None, block: Block, compute: np.dtype | None) -> None:
+def _check(
+    x: jax.Array, kernel: jax.Array, scale_inv: ArrayLike | None, block: Block, compute: np.dtype | None
+) -> None:
     if not dtypes.is_activation(x.dtype):
         raise UnsupportedCast(f"activations are f32, bf16 or f16, found {x.dtype}. Cast x first.")
     if x.ndim < 1 or kernel.ndim != 2 or x.shape[-1] != kernel.shape[1]:
@@ -181,7 +183,11 @@ def _check(x: jax.Array, kernel: jax.Array, scale_inv: ArrayLike | None, block: 
         )
     if not dtypes.is_floating(kernel.dtype) and (scale_inv is None or not dtypes.is_narrow(kernel.dtype)):
         raise UnsupportedCast(f"a kernel is a float, or int8 with scales, found {kernel.dtype}.")
-    if compute is not None and not dtypes.is_activation(compute) and (compute.kind == "i" or not dtypes.is_narrow(compute)):
+    if (
+        compute is not None
+        and not dtypes.is_activation(compute)
+        and (compute.kind == "i" or not dtypes.is_narrow(compute))
+    ):
         raise UnsupportedCast(f"compute is None, f32, bf16, f16 or a float8 type, found {dtypes.dtype_name(compute)}.")
     if scale_inv is not None:
         check_grid(kernel.shape, jnp.shape(scale_inv), block)

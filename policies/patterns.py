@@ -52,7 +52,9 @@ class Pattern:
                         "without a leading, trailing or double '/'."
                     )
                 if "**" in component and component != "**":
-                    raise InvalidPolicy(f"{text!r}: '**' is a component of its own. Write 'a/**/b', or 'a*' for a part.")
+                    raise InvalidPolicy(
+                        f"{text!r}: '**' is a component of its own. Write 'a/**/b', or 'a*' for a part."
+                    )
         return Pattern(tuple(tuple(alternative.split("/")) for alternative in alternatives), bare)
 
     def matches(self, path: str) -> bool:

@@ -102,12 +102,18 @@ class Plan:
         return f'{{"rows": [\n{rows}\n],\n{json.dumps(rest)[1:]}\n'
 
     def __str__(self) -> str:
-        lines = [("path", "shape", "found", "storage", "compute", "rule (params | compute)", "bytes")]
+        lines: list[tuple[str, ...]] = [
+            ("path", "shape", "found", "storage", "compute", "rule (params | compute)", "bytes")
+        ]
         for label, rows in self._folded():
             lines.append((label, *self._cells(rows[0]), human_bytes(sum(row.bytes for row in rows))))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line[:-1], widths[:-1], strict=True)) for line in lines]
-        return "\n".join([*(f"{row}  {line[-1]:>{widths[-1]}}" for row, line in zip(table, lines, strict=True)), "", self.summary()])
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line[:-1], widths[:-1], strict=True)) for line in lines
+        ]
+        return "\n".join(
+            [*(f"{row}  {line[-1]:>{widths[-1]}}" for row, line in zip(table, lines, strict=True)), "", self.summary()]
+        )
 
     def _folded(self) -> list[tuple[str, list[Row]]]:
         """Rows that differ only in the numbers of their path share a line: `layers/0-27/mlp/up_proj/kernel ×28`."""
@@ -134,7 +140,9 @@ class Plan:
 
     def summary(self) -> str:
         """The totals in two or three lines."""
-        totals = ", ".join(f"{dtypes.dtype_name(dtype)} {human_bytes(count)}" for dtype, count in self.bytes_by_dtype.items())
+        totals = ", ".join(
+            f"{dtypes.dtype_name(dtype)} {human_bytes(count)}" for dtype, count in self.bytes_by_dtype.items()
+        )
         scales = sum(is_scale(row.path) for row in self.rows)
         changed = collections.Counter(row.change for row in self.rows)
         names = [f"activations {dtypes.dtype_name(self.activations)}"] if self.activations else []
@@ -143,7 +151,8 @@ class Plan:
             [
                 f"{len(self.rows) - scales} parameters and {scales} grids of scales: "
                 + ", ".join(f"{count} {change}" for change, count in sorted(changed.items())),
-                f"stored in {human_bytes(self.total_bytes)} ({totals}), found in {human_bytes(self.total_bytes_before)}",
+                f"stored in {human_bytes(self.total_bytes)} ({totals}), "
+                f"found in {human_bytes(self.total_bytes_before)}",
                 *filter(None, [", ".join(names)]),
             ]
         )
@@ -151,14 +160,8 @@ class Plan:
 
 def human_bytes(count: int) -> str:
     """`count` bytes as people read them: 1.5 MiB."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "TiB"
-    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+    power = min(max(count.bit_length() - 1, 0) // 10, 4)
+    return f"{count} B" if power == 0 else f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"
 
 
 def explain(policy: Policy, tree: Any, activations: np.dtype | None = None) -> Plan:
@@ -168,11 +171,15 @@ def explain(policy: Policy, tree: Any, activations: np.dtype | None = None) -> P
     activations = policy.activations or activations
     # The compute slot speaks of what is there once things are stored: a dissolved scale is gone, a made one has come.
     stored = [path for path in found if not is_scale(path)]
-    computed = resolve("compute", policy.compute, [*stored, *(scale_path(path) for path in stored if steps[path].scale)])
+    computed = resolve(
+        "compute", policy.compute, [*stored, *(scale_path(path) for path in stored if steps[path].scale)]
+    )
     rows = []
     for path, step in steps.items():
         check_compute(path, found[path], computed[path])
-        rows.append(_row(path, found[path].shape, found[path], step.storage, step.change, answers[path], computed[path]))
+        rows.append(
+            _row(path, found[path].shape, found[path], step.storage, step.change, answers[path], computed[path])
+        )
         if step.scale or step.found_scale:
             scales = scale_path(path)
             answer = computed.get(scales, Answer())
@@ -184,15 +191,13 @@ def check_compute(path: str, one: Found, answer: Answer) -> None:
     """Raises InvalidPolicy where a parameter that no matmul takes is to be computed narrow."""
     if answer.dtype is not None and dtypes.is_narrow(answer.dtype) and len(one.shape) < 2:
         raise InvalidPolicy(
-            f"{answer.source + ': ' if answer.source else ''}{answer.rule!r} (compute) asks "
+            f"{answer.where}{answer.rule!r} (compute) asks "
             f"{dtypes.dtype_name(answer.dtype)} of {path!r}, whose shape is {one.shape}. "
             "Only kernels of two or more dimensions are computed narrow."
         )
 
 
-def _scale_row(
-    kernel: Found, step: Step, path: str, before: Found | None, params: Answer, compute: Answer
-) -> Row:
+def _scale_row(kernel: Found, step: Step, path: str, before: Found | None, params: Answer, compute: Answer) -> Row:
     """The row of the scales at `path`, which belong to `kernel`."""
     if step.scale is None or step.block is None:
         assert before is not None
@@ -216,7 +221,7 @@ def _row(
     return Row(
         path,
         shape,
-        before and before.dtype,
+        before.dtype if before else None,
         storage,
         compute.dtype,
         params.rule,

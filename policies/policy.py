@@ -295,7 +295,9 @@ class Scope:
 # The constructors of slots.
 
 
-def make_slot(name: str, value: Any, sources: Mapping[str, str] | None = None, default_source: str | None = None) -> Slot:
+def make_slot(
+    name: str, value: Any, sources: Mapping[str, str] | None = None, default_source: str | None = None
+) -> Slot:
     """The slot `name` that `value` writes; `sources` says of a map's keys where they stand."""
     if isinstance(value, Slot):
         return value
@@ -384,7 +386,9 @@ def _rule_dtype(slot: str, key: str, names: tuple[str, ...], dtype: Any) -> np.d
 def _output(dtype: Any) -> np.dtype | None:
     if isinstance(dtype, Mapping):
         if set(dtype) - {"default"}:
-            raise InvalidPolicy(f"output: what a model returns has one dtype, found the map {dict(dtype)}. Write f32, say.")
+            raise InvalidPolicy(
+                f"output: what a model returns has one dtype, found the map {dict(dtype)}. Write f32, say."
+            )
         dtype = dtype.get("default")
     return _slot_dtype("output", "default", dtype)
 
@@ -396,4 +400,3 @@ def _block(block: Any) -> Block | None:
     if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides):
         raise InvalidPolicy(f"block: expected two positive integers such as [128, 128], found {block!r}.")
     return sides
-

@@ -26,6 +26,11 @@ class Answer:
     rule: str | None = None
     source: str | None = None
 
+    @property
+    def where(self) -> str:
+        """What an error about the key begins with."""
+        return f"{self.source}: " if self.source else ""
+
 
 def resolve(name: str, slot: Slot, paths: Iterable[str]) -> dict[str, Answer]:
     """The answer of the slot called `name` for each of `paths`.

@@ -39,7 +39,7 @@ class Step:
     found_block: Block | None = None
 
     def run(self, path: str, kernel: Any, scale_inv: Any = None) -> tuple[Any, Any]:
-        """`(kernel, scale_inv)` as stored afterwards, scale_inv None where there is none; kept arrays are the same objects.
+        """`(kernel, scale_inv)` as stored afterwards, scale_inv None where there is none; what is kept is not copied.
 
         Raises:
           InvalidScale: scales that are not positive finite numbers, or weights that would make such.
@@ -47,12 +47,12 @@ class Step:
         if scale_inv is not None:
             check_scales(scale_path(path), scale_inv)
         if self.change == "kept":
-            return kernel, scale_inv if self.scale == self.found_scale else dtypes.saturating_cast(scale_inv, self.scale)
-        if self.change == "cast":
-            return dtypes.saturating_cast(kernel, self.storage), None
-        if scale_inv is not None:
-            kernel = dequantize(kernel, scale_inv, self.found_block, np.float32)
-        if self.scale is None:
+            if self.scale is None or self.scale == self.found_scale:
+                return kernel, scale_inv
+            return kernel, dtypes.saturating_cast(scale_inv, self.scale)
+        if self.found_block is not None:
+            kernel = dequantize(kernel, scale_inv, self.found_block)
+        if self.scale is None or self.block is None:
             return dtypes.saturating_cast(kernel, self.storage), None
         kernel, scale_inv = quantize(kernel, self.storage, self.block, scale_dtype=self.scale)
         check_scales(path, scale_inv, "the weights of a block hold NaN or infinity, so they have no scale")
@@ -80,13 +80,17 @@ def pair_problems(found: Mapping[str, Found], policy: Policy) -> list[PerparamEr
     for path, one in found.items():
         if is_scale(path):
             if path not in kernels:
-                problems.append(UnpairedScale(f"{path}: scales {one.shape} without the kernel they belong to. Add it, or remove them."))
-            elif not dtypes.is_narrow(found[kernels[path]].dtype):
-                kernel = kernels[path]
                 problems.append(
                     UnpairedScale(
-                        f"{path}: scales {one.shape} beside {kernel!r}, which is {dtypes.dtype_name(found[kernel].dtype)} "
-                        "and needs none. Remove the scales, or give the narrow kernel."
+                        f"{path}: scales {one.shape} without the kernel they belong to. Add it, or remove them."
+                    )
+                )
+            elif not dtypes.is_narrow(found[kernels[path]].dtype):
+                kernel, dtype = kernels[path], dtypes.dtype_name(found[kernels[path]].dtype)
+                problems.append(
+                    UnpairedScale(
+                        f"{path}: scales {one.shape} beside {kernel!r}, which is {dtype} and needs none. "
+                        "Remove the scales, or give the narrow kernel."
                     )
                 )
         elif dtypes.is_narrow(one.dtype) and scale_path(path) in found:
@@ -144,8 +148,8 @@ def _step(policy: Policy, path: str, one: Found, scales: Found | None, answer: A
     asked = answer.dtype
     if asked is not None and dtypes.is_narrow(asked) and len(one.shape) < 2 and dtypes.is_floating(one.dtype):
         raise InvalidPolicy(
-            f"{answer.source + ': ' if answer.source else ''}{answer.rule!r} (params) asks {dtypes.dtype_name(asked)} of "
-            f"{path!r}, whose shape is {one.shape}. Narrow dtypes are for parameters of two or more dimensions."
+            f"{answer.where}{answer.rule!r} (params) asks {dtypes.dtype_name(asked)} of {path!r}, whose shape is "
+            f"{one.shape}. Narrow dtypes are for parameters of two or more dimensions."
         )
     if scales is None:
         if asked is None or asked == one.dtype or not dtypes.is_floating(one.dtype):
@@ -168,7 +172,9 @@ def store(policy: Policy, tree: Any) -> Any:
     """See `Policy.store`."""
     flat = parameters(tree)
     steps, _ = plan_storage(policy, found(tree))
-    return replace_parameters(tree, run_steps(steps, flat), {path: step.block for path, step in steps.items() if step.block})
+    return replace_parameters(
+        tree, run_steps(steps, flat), {path: step.block for path, step in steps.items() if step.block}
+    )
 
 
 def run_steps(steps: Mapping[str, Step], flat: Mapping[str, Any]) -> dict[str, Any]:

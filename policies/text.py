@@ -90,7 +90,9 @@ def _entries(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node, str]]:
             kind = key.tag.rpartition(":")[2]
             raise InvalidPolicy(f"{source}: YAML reads the key {_text(key)} as {kind}. Put it in quotes.")
         if key.value in seen:
-            raise InvalidPolicy(f"{source}: {key.value!r} is written a second time, first at {seen[key.value]}. Keep one.")
+            raise InvalidPolicy(
+                f"{source}: {key.value!r} is written a second time, first at {seen[key.value]}. Keep one."
+            )
         seen[key.value] = source
         entries.append((key.value, value, source))
     return entries
@@ -111,14 +113,19 @@ def _integer(node: yaml.Node) -> int | str | None:
 
 
 def _text(node: yaml.Node) -> str:
-    return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value)
+    return "a map" if isinstance(node, yaml.MappingNode) else "a list"
 
 
 def _yaml_problem(text: str, line: int, error: yaml.MarkedYAMLError) -> str:
     lines = text.splitlines()
     written = lines[line] if line < len(lines) else ""
     if key := _NEEDS_QUOTES.match(written):
-        return f"YAML gives {key.group(1)[0]!r} at the start of a key a meaning of its own. Put the key in quotes: \"{key.group(1)}\"."
+        return (
+            f"YAML gives {key.group(1)[0]!r} at the start of a key a meaning of its own. "
+            f'Put the key in quotes: "{key.group(1)}".'
+        )
     return f"not YAML: {error.problem or error.context}. The line reads {written.strip()!r}."
 
 
@@ -129,7 +136,9 @@ def parse(line: str) -> Policy:
         key, equals, dtype = (word.strip() for word in part.partition("="))
         slot = _SHORT.get(key, key)
         if not equals or slot not in SLOTS[:3]:
-            raise InvalidPolicy(f"{line!r}: {part!r} is not slot=dtype. Write params=f32,compute=bf16,output=f32, or p=,c=,o=.")
+            raise InvalidPolicy(
+                f"{line!r}: {part!r} is not slot=dtype. Write params=f32,compute=bf16,output=f32, or p=,c=,o=."
+            )
         if slot in slots:
             raise InvalidPolicy(f"{line!r}: {slot} is written twice. Keep one.")
         slots[slot] = None if dtype == "null" else dtype

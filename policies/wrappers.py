@@ -91,7 +91,7 @@ def apply(
     return run(module, policy, variables, inputs, rngs, mutable, method, kwargs)
 
 
-def _apply_linen(module, policy, variables, inputs, rngs, mutable, method, kwargs):  # type: ignore[no-untyped-def]
+def _apply_linen(module, policy, variables, inputs, rngs, mutable, method, kwargs):
     computed = computed_variables(policy, variables, (inputs, kwargs))
     result = module.apply(computed, *inputs, rngs=rngs, mutable=mutable, method=method, **kwargs)
     if mutable is False:
@@ -102,7 +102,7 @@ def _apply_linen(module, policy, variables, inputs, rngs, mutable, method, kwarg
     return policy.cast_output(result), updated
 
 
-def _apply_nnx(module, policy, variables, inputs, rngs, mutable, method, kwargs):  # type: ignore[no-untyped-def]
+def _apply_nnx(module, policy, variables, inputs, rngs, mutable, method, kwargs):
     if takes_policy(module):
         scope = Scope(policy, policy.activations, stored=stored_specs(policy, variables))
         explain(Policy(compute=policy.compute), variables)  # strict, and pairs are whole
@@ -149,7 +149,7 @@ def stored_specs(policy: Policy, variables: Any) -> dict[str, ParamSpec]:
 
 
 def fill(model: nnx.Module, variables: Mapping[str, Any]) -> Any:
-    """The abstract `model` with the arrays of `variables`, by path; kinds and metadata of its variables stay the model's.
+    """The abstract `model` with the arrays of `variables`, by path; types and metadata stay the model's.
 
     Raises:
       UnsupportedCast: where the two do not have the same variables.
@@ -175,7 +175,9 @@ def computed_variables(policy: Policy, variables: Any, inputs: Any) -> Any:
     flat, shapes = parameters(variables), found(variables)
     raise_together(pair_problems(shapes, policy))
     answers = resolve("compute", policy.compute, flat)
-    floats = [leaf.dtype for leaf in jax.tree.leaves(inputs) if hasattr(leaf, "dtype") and dtypes.is_floating(leaf.dtype)]
+    floats = [
+        leaf.dtype for leaf in jax.tree.leaves(inputs) if hasattr(leaf, "dtype") and dtypes.is_floating(leaf.dtype)
+    ]
     activations = policy.activations or (floats[0] if floats else np.dtype(np.float32))
     computed = {}
     for path, value in flat.items():

@@ -12,9 +12,11 @@ from perparam.examples import finetune
 from perparam.examples.make_checkpoint import make_checkpoint
 from perparam.policies import Narrow
 
-# The largest difference between the two loss curves, in nats.  A loss of 4 nats whose logits carry bfloat16's rounding,
-# 2**-9 at each of some 30 roundings in a row, moves by about 4 * 30 * 2**-9 = 0.23; what is measured is 0.1.
-CURVES = 0.25
+# The largest difference between the two loss curves, in nats: logits of a standard deviation of up to 2.5 that carry
+# bfloat16's rounding, a relative 2e-2 (see the golden tests), move the loss by at most 0.05.  Measured: 0.014.
+CURVES = 0.05
+# Over random embeddings the logits are large, so there the bound is relative: the same 2e-2.
+RELATIVE = 2e-2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +33,7 @@ def curves(promotion):
 
 def test_the_loss_in_bfloat16_falls_as_in_float32(curves):
     exact, mixed = np.array(curves["f32"][0]), np.array(curves["mixed"][0])
-    assert exact[-1] < 0.05 < 4 < exact[0]
+    assert exact[-1] < 0.2 < 4 < exact[0]
     assert np.abs(mixed - exact).max() < CURVES
 
 
@@ -61,7 +63,7 @@ def tuned(tmp_path, compute, steps=8):
 
 
 def test_over_a_checkpoint_fp8_kernels_stay_and_the_rest_learns(tmp_path):
-    model, before, losses, optimizer = tuned(tmp_path, "bf16")
+    model, before, losses, optimizer = tuned(tmp_path, "bf16", steps=30)
     after = nnx.to_pure_dict(nnx.state(model))
     kernel = after["layers"][0]["mlp"]["up_proj"]["kernel"]
     assert kernel.dtype == jnp.float8_e4m3fn
@@ -82,12 +84,11 @@ def test_over_a_checkpoint_fp8_kernels_stay_and_the_rest_learns(tmp_path):
 def test_over_a_checkpoint_the_loss_in_bfloat16_falls_as_in_float32(tmp_path):
     _, _, mixed, _ = tuned(tmp_path, "bf16")
     _, _, exact, _ = tuned(tmp_path, "f32")
-    # Relative here, by the same count of roundings as CURVES: 30 * 2**-9.
-    np.testing.assert_allclose(mixed, exact, rtol=30 * 2**-9)
+    np.testing.assert_allclose(mixed, exact, rtol=RELATIVE)
 
 
 def test_the_example_prints_three_losses(capsys, monkeypatch):
-    monkeypatch.setattr(finetune.train, "__defaults__", (3, 1e-2))
+    monkeypatch.setattr(finetune.train, "__defaults__", (3, 5e-3))
     monkeypatch.setattr(finetune.finetune, "__defaults__", (2, 1e-2))
     finetune.main()
     assert capsys.readouterr().out.count("loss") == 3

@@ -34,11 +34,6 @@ def matrices(draw, shapes=SHAPES, exponents=st.integers(-6, 6)):
     return (weight * 2.0 ** draw(exponents)).astype(np.float32)
 
 
-def elementwise(narrow, scale_inv, shape, block):
-    """The bound on |w - dequantised|: half an e4m3 ulp of w, or half the smallest subnormal times the scale."""
-    return lambda weight: np.maximum(np.abs(weight) * 2.0**-4, spread(scale_inv, shape, block) * 2.0**-10)
-
-
 class TestAgainstNumpy:
     @pytest.mark.parametrize("narrow", NARROW)
     @given(weight=matrices(), block=st.sampled_from(BLOCKS[:2]))

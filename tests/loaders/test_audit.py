@@ -1,0 +1,188 @@
+"""`audit`: errors of parameters and logits, beside what numpy computes from the same files."""
+
+import re
+
+import checkpoints
+import numpy as np
+import perparam
+import pytest
+from checkpoints import BF16, fields, relative_error, tensors, write
+from perparam import Policy
+from perparam.policies.errors import InvalidTokens, UnmatchedRule
+
+UP = "layers/0/mlp/up_proj/kernel"
+IDS = np.array([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 60, 60]])
+MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+
+E4M3_RMS = (2e-2, 3.5e-2)
+"""Rounding to four significant bits: uniform within 2**-4 of the exponent, 0.42 * 2**-4 = 2.7e-2 rms over all mantissas;
+a block's small values, of which there are few in a normal distribution, come off worse."""
+
+FLOAT32_SUM = 1e-4
+"""A float32 error over a float32 norm: sums of some thousand squares, and differences of numbers 100 times as large."""
+
+KL_ERROR = 1e-6
+"""Probabilities of order one rounded to float32, 61 of them a token: 61 * 2**-24 = 4e-6 at the very worst."""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """An unquantised checkpoint."""
+    config = fields(quantization_config=None)
+    return write(tmp_path_factory.mktemp("plain"), config, tensors(config))
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """An FP8 checkpoint."""
+    return write(tmp_path_factory.mktemp("narrow"), fields(), tensors(fields()))
+
+
+@pytest.fixture(scope="module")
+def quantised(plain):
+    """The audit of quantising in blocks of (16, 24)."""
+    return perparam.audit(plain, QUANTISE, IDS, MASK)
+
+
+QUANTISE = Policy({"lm_head/kernel": None, "kernel": "f8_e4m3fn"}, "f32", block=(16, 24))
+
+
+def rows(audit):
+    return {row.plan.path: row for row in audit.rows}
+
+
+def likelihoods(logits):
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_what_is_kept_costs_nothing(narrow):
+    audit = perparam.audit(narrow, Policy(compute="f32"), IDS, MASK)
+    assert {row.error for row in audit.rows} == {0.0}
+    assert {row.saturated for row in audit.rows} == {0.0}
+    assert audit.logit_error <= 1e-5  # the same weights, widened within the program: float error only
+    assert audit.top1 == 1.0
+
+
+def test_there_is_one_row_a_parameter_and_none_for_scales(narrow):
+    audit = perparam.audit(narrow, Policy(compute="f32"), IDS, MASK)
+    stored = checkpoints.read(narrow)
+    names = {checkpoints.checkpoint_name(path) for path in rows(audit)}
+    assert names == {name for name in stored if not name.endswith("_scale_inv")}
+    assert len(audit.rows) == len(names)
+
+
+def test_quantising_to_e4m3_costs_what_four_bits_cost(quantised):
+    errors = {path: row.error for path, row in rows(quantised).items() if path.endswith("_proj/kernel")}
+    assert len(errors) == 14
+    assert all(E4M3_RMS[0] <= error <= E4M3_RMS[1] for error in errors.values())
+    assert rows(quantised)["lm_head/kernel"].error == 0.0
+
+
+def test_a_row_is_what_numpy_computes(plain, quantised):
+    exact = checkpoints.read(plain)[checkpoints.checkpoint_name(UP)].astype(np.float64)
+    scales = np.array(
+        [
+            [np.abs(exact[top : top + 16, left : left + 24]).max() / 448 for left in range(0, 56, 24)]
+            for top in range(0, 76, 16)
+        ]
+    )
+    spread = np.kron(scales, np.ones((16, 24)))[:76, :56]
+    stored = (exact / spread).astype(np.float32).astype(checkpoints.F8).astype(np.float64) * spread
+    row = rows(quantised)[UP]
+    assert row.error == pytest.approx(relative_error(stored, exact), rel=FLOAT32_SUM)
+    blocks = {
+        (i, j): relative_error(*(x[16 * i : 16 * i + 16, 24 * j : 24 * j + 24] for x in (stored, exact)))
+        for i, j in np.ndindex(5, 3)
+    }
+    assert row.worst_block == max(blocks, key=blocks.get)
+    assert row.worst_error == pytest.approx(max(blocks.values()), rel=FLOAT32_SUM)
+
+
+def test_a_blocks_largest_value_is_not_called_saturated(quantised):
+    assert {row.saturated for row in quantised.rows} == {0.0}
+
+
+def test_saturation_is_counted(tmp_path):
+    config = fields(quantization_config=None)
+    stored = tensors(config)
+    name = "model.embed_tokens.weight"
+    table = stored[name].astype(np.float32)
+    table[60, :7] = [1e5, -1e5, 3e38, 65520, 1e-3, 65504, 1.0]  # four beyond float16's 65504
+    stored[name] = table.astype(BF16)
+    beyond = np.abs(stored[name].astype(np.float32)) > 65504
+    assert beyond.sum() in (4, 5)  # in bfloat16, 65504 itself becomes 65536
+    audit = perparam.audit(write(tmp_path, config, stored), Policy({"embedding": "f16"}, "f32"), IDS)
+    assert rows(audit)["embed_tokens/embedding"].saturated == pytest.approx(beyond.sum() / beyond.size)
+    assert rows(audit)["lm_head/kernel"].saturated == 0.0
+
+
+def test_the_error_of_a_cast_is_that_of_rounding(narrow):
+    stored = checkpoints.read(narrow)[f"{checkpoints.checkpoint_name('lm_head/kernel')}"]
+    row = rows(perparam.audit(narrow, Policy({"lm_head/kernel": "f16"}, "f32"), IDS))["lm_head/kernel"]
+    rounded = stored.astype(np.float32).astype(np.float16)
+    assert row.error == pytest.approx(relative_error(rounded, stored), rel=FLOAT32_SUM)
+    assert row.worst_block == ()
+
+
+def test_logits_are_compared_over_real_tokens(plain, quantised):
+    exact = checkpoints.logits(perparam.load_model(plain, "f32"), IDS, MASK)
+    found = checkpoints.logits(perparam.load_model(plain, QUANTISE), IDS, MASK)
+    real = MASK != 0
+    log_p, log_q = likelihoods(exact[real]), likelihoods(found[real])
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+    assert quantised.tokens == 10
+    assert quantised.logit_error == pytest.approx(relative_error(found, exact, MASK), rel=1e-3)
+    assert quantised.kl == pytest.approx(divergence, abs=KL_ERROR)
+    assert quantised.kl > 100 * KL_ERROR
+    assert quantised.top1 == (exact[real].argmax(-1) == found[real].argmax(-1)).mean()
+
+
+def test_the_plan_is_the_policys(plain, quantised):
+    planned = {row.path: row for row in QUANTISE.explain(perparam.checkpoint_tree(plain)).rows}
+    assert {row.path: row for row in quantised.plan.rows} == planned
+
+
+def test_a_model_and_its_folder_give_the_same_audit(plain, quantised):
+    again = perparam.audit(perparam.load_model(plain), QUANTISE, IDS, MASK)
+    assert (again.rows, again.kl, again.top1) == (quantised.rows, quantised.kl, quantised.top1)
+
+
+def test_the_model_is_left_as_it_was(plain):
+    model = perparam.load_model(plain)
+    before = {path: (array.dtype, np.asarray(array).tobytes()) for path, array in checkpoints.arrays(model).items()}
+    perparam.audit(model, QUANTISE, IDS, MASK)
+    assert before == {
+        path: (array.dtype, np.asarray(array).tobytes()) for path, array in checkpoints.arrays(model).items()
+    }
+
+
+def test_it_prints_what_changes_the_worst_first(quantised):
+    lines = str(quantised).splitlines()
+    assert lines[0].split() == ["path", "change", "error", "worst", "block", "at", "saturated"]
+    table = [line.split() for line in lines[1 : lines.index("")]]
+    assert len(table) == 14
+    shown = [float(cells[2]) for cells in table]
+    assert shown == sorted(shown, reverse=True)
+    assert all(cells[0].endswith("_proj/kernel") and cells[1] == "quantised" for cells in table)
+    assert re.search(r"10 tokens against float32: logits off by \S+ \(relative\), KL \S+ nats, top-1 agreement", str(quantised))
+
+
+def test_nothing_changed_prints_as_that(narrow):
+    assert "storage changes no parameter" in str(perparam.audit(narrow, Policy(compute="f32"), IDS, MASK))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask"),
+    [([1, 2, 3], None), ([[1, 2]], [[1]]), ([[1, 2]], [[0, 0]]), ([[0.5, 1.0]], None), ([[1, 61]], None), ([[-1, 1]], None)],
+    ids=["one row", "another mask", "nothing real", "floats", "beyond the vocabulary", "negative"],
+)
+def test_tokens_that_no_model_takes_are_refused(narrow, tokens, mask):
+    with pytest.raises(InvalidTokens, match="expected|outside the vocabulary"):
+        perparam.audit(narrow, Policy(compute="f32"), tokens, mask)
+
+
+@pytest.mark.parametrize("slot", ["params", "compute"])
+def test_a_rule_that_decides_nothing_is_refused(narrow, slot):
+    with pytest.raises(UnmatchedRule, match="'kernal'"):
+        perparam.audit(narrow, {slot: {"kernal": "f32"}}, IDS)

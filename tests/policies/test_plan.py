@@ -1,0 +1,320 @@
+"""The plan: rows, totals, the table and JSON, from arrays, shapes and Flax trees."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from perparam import Policy, get_policy, init
+from perparam.policies import InvalidScale, UnpairedScale
+
+F32, BF16, F8 = np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
+
+YAML = """\
+params:
+  kernel: f8_e4m3fn
+  scale_inv: bf16
+  embedding: null
+  default: bf16
+compute:
+  kernel: null
+  default: f32
+output: f16
+"""
+
+TREE = {
+    "dense": {"kernel": np.ones((200, 300), np.float32), "bias": np.ones(200, np.float32)},
+    "embed": {"embedding": np.ones((10, 4), ml_dtypes.bfloat16)},
+    "steps": np.zeros(3, np.int32),
+}
+
+
+def rows_of(plan) -> dict:
+    return {row.path: dataclasses.asdict(row) for row in plan.rows}
+
+
+class TestRows:
+    def test_every_column_of_every_row(self):
+        kernel = {
+            "shape": (200, 300),
+            "found": F32,
+            "storage": F8,
+            "compute": None,
+            "storage_rule": "kernel",
+            "storage_source": "p.yaml:2",
+            "compute_rule": "kernel",
+            "compute_source": "p.yaml:7",
+            "change": "quantised",
+            "bytes_before": 240_000,
+            "bytes": 60_000,
+        }
+        made = kernel | {
+            "shape": (2, 3),
+            "found": None,
+            "storage": BF16,
+            "storage_rule": "scale_inv",
+            "storage_source": "p.yaml:3",
+            "compute_rule": None,
+            "compute_source": None,
+            "change": "made",
+            "bytes_before": 0,
+            "bytes": 12,
+        }
+        bias = {
+            "shape": (200,),
+            "found": F32,
+            "storage": BF16,
+            "compute": F32,
+            "storage_rule": "default",
+            "storage_source": "p.yaml:5",
+            "compute_rule": "default",
+            "compute_source": "p.yaml:8",
+            "change": "cast",
+            "bytes_before": 800,
+            "bytes": 400,
+        }
+        embedding = bias | {
+            "shape": (10, 4),
+            "found": BF16,
+            "storage_rule": "embedding",
+            "storage_source": "p.yaml:4",
+            "change": "kept",
+            "bytes_before": 80,
+            "bytes": 80,
+        }
+        steps = bias | {"shape": (3,), "found": np.dtype("int32"), "storage": np.dtype("int32"), "change": "kept"}
+        steps |= {"bytes_before": 12, "bytes": 12}
+        plan = Policy.loads(YAML, "p.yaml").explain(TREE)
+        expected = {
+            "dense/bias": bias,
+            "dense/kernel": kernel,
+            "dense/scale_inv": made,
+            "embed/embedding": embedding,
+            "steps": steps,
+        }
+        assert rows_of(plan) == {path: {"path": path, **row} for path, row in expected.items()}
+        assert (plan.activations, plan.output) == (F32, np.dtype("float16"))
+
+    def test_scales_follow_their_kernel(self):
+        paths = [row.path for row in Policy(params={"kernel": "f8_e4m3fn"}).explain(TREE).rows]
+        assert paths.index("dense/scale_inv") == paths.index("dense/kernel") + 1
+
+    def test_a_rule_given_in_python_has_no_source(self):
+        row = Policy(params={"kernel": "bf16"}).explain(TREE).rows[1]
+        assert (row.path, row.storage_rule, row.storage_source) == ("dense/kernel", "kernel", None)
+
+    def test_a_parameter_that_no_rule_reaches_has_none(self):
+        row = Policy(params={"kernel": "bf16"}).explain(TREE).rows[0]
+        assert (row.path, row.storage, row.storage_rule, row.compute, row.compute_rule) == ("dense/bias", F32, None, None, None)
+
+    def test_an_optional_rule_is_named_as_it_is_written(self):
+        rows = rows_of(get_policy("fp8_weight_only").explain({"lm_head": {"kernel": TREE["dense"]["kernel"]}, "a": TREE["dense"]}))
+        assert rows["lm_head/kernel"]["storage_rule"] == "lm_head/kernel?"
+        assert rows["lm_head/kernel"]["storage_source"] == "fp8_weight_only.yaml:3"
+
+    def test_a_found_pair_has_two_rows(self):
+        stored = Policy(params={"kernel": "f8_e4m3fn"}).store(TREE)
+        rows = rows_of(Policy(compute="bf16").explain(stored))
+        kernel, scales = rows["dense/kernel"], rows["dense/scale_inv"]
+        assert (kernel["found"], kernel["storage"], kernel["change"], kernel["bytes"]) == (F8, F8, "kept", 60_000)
+        assert (scales["found"], scales["storage"], scales["change"], scales["bytes"]) == (F32, F32, "kept", 24)
+        assert scales["compute"] is scales["compute_rule"] is None
+
+    def test_a_dissolved_scale_says_so_and_takes_nothing(self):
+        stored = Policy(params={"kernel": "f8_e4m3fn"}).store(TREE)
+        plan = Policy(params="bf16").explain(stored)
+        rows = rows_of(plan)
+        kernel, scales = rows["dense/kernel"], rows["dense/scale_inv"]
+        assert (kernel["change"], kernel["storage"], kernel["bytes_before"], kernel["bytes"]) == ("dequantised", BF16, 60_000, 120_000)
+        assert (scales["change"], scales["storage"], scales["bytes_before"], scales["bytes"]) == ("dissolved", None, 24, 0)
+        assert (scales["storage_rule"], scales["compute_rule"]) == (None, None)
+        assert plan.total_bytes == sum(x.nbytes for x in jax.tree.leaves(Policy(params="bf16").store(stored)))
+
+    def test_a_requantised_pair_says_so(self):
+        stored = Policy(params={"kernel": "f8_e4m3fn"}).store(TREE)
+        rows = rows_of(Policy(params={"kernel": "int8"}).explain(stored))
+        assert rows["dense/kernel"]["change"] == rows["dense/scale_inv"]["change"] == "requantised"
+
+    def test_the_plan_is_what_storing_does(self):
+        policy = Policy.loads(YAML)
+        stored = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): (x.shape, x.dtype, x.nbytes)
+            for path, x in jax.tree.leaves_with_path(policy.store(TREE))
+        }
+        assert {row.path: (row.shape, row.storage, row.bytes) for row in policy.explain(TREE).rows} == stored
+
+    def test_a_row_cannot_be_changed(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            Policy().explain(TREE).rows[0].bytes = 0
+
+
+class TestTotals:
+    plan = Policy.loads(YAML).explain(TREE)
+
+    def test_by_dtype_the_largest_first(self):
+        assert list(self.plan.bytes_by_dtype.items()) == [(F8, 60_000), (BF16, 12 + 400 + 80), (np.dtype("int32"), 12)]
+
+    def test_before_and_after(self):
+        assert self.plan.total_bytes_before == 240_000 + 800 + 80 + 12
+        assert self.plan.total_bytes == 60_000 + 12 + 400 + 80 + 12
+
+    def test_of_nothing(self):
+        plan = Policy("f32").explain({})
+        assert (plan.rows, plan.total_bytes, plan.bytes_by_dtype) == ((), 0, {})
+
+
+class TestJson:
+    def test_is_the_rows_and_the_totals(self):
+        plan = Policy.loads(YAML, "p.yaml").explain(TREE)
+        read = json.loads(plan.to_json())
+        assert read["rows"][1] == {
+            "path": "dense/kernel",
+            "shape": [200, 300],
+            "found": "f32",
+            "storage": "f8_e4m3fn",
+            "compute": None,
+            "storage_rule": "kernel",
+            "storage_source": "p.yaml:2",
+            "compute_rule": "kernel",
+            "compute_source": "p.yaml:7",
+            "change": "quantised",
+            "bytes_before": 240_000,
+            "bytes": 60_000,
+        }
+        assert len(read["rows"]) == len(plan.rows)
+        assert read["bytes"] == plan.total_bytes
+        assert read["bytes_before"] == plan.total_bytes_before
+        assert read["bytes_by_dtype"] == {"f8_e4m3fn": 60_000, "bf16": 492, "i32": 12}
+        assert (read["activations"], read["output"]) == ("f32", "f16")
+
+    def test_of_nothing_is_json_too(self):
+        assert json.loads(Policy().explain({}).to_json())["rows"] == []
+
+    def test_is_the_same_each_time(self):
+        assert Policy.loads(YAML).explain(TREE).to_json() == Policy.loads(YAML).explain(TREE).to_json()
+
+    def test_a_changed_parameter_is_one_changed_line(self):
+        other = TREE | {"embed": {"embedding": np.ones((10, 4), np.float32)}}
+        lines = [Policy(params={"kernel": "bf16"}).explain(tree).to_json().splitlines() for tree in (TREE, other)]
+        assert len(lines[0]) == len(lines[1])
+        changed = [(a, b) for a, b in zip(*lines, strict=True) if a != b]
+        assert len(changed) == 2  # the row, and the totals
+        assert "embed/embedding" in changed[0][0]
+
+
+def layers(count, **extra):
+    layer = {"mlp": {"up_proj": {"kernel": np.ones((8, 4), np.float32)}}}
+    return {"layers": [layer] * count, **extra}
+
+
+class TestTable:
+    def test_equal_layers_share_a_line(self):
+        table = str(Policy(params={"kernel": "f8_e4m3fn"}, compute="bf16", output="f32").explain(layers(28)))
+        lines = table.splitlines()
+        assert lines[0].split() == ["path", "shape", "found", "storage", "compute", "rule", "(params", "|", "compute)", "bytes"]
+        assert lines[1].split() == "layers/0-27/mlp/up_proj/kernel ×28 8×4 f32 f8_e4m3fn quantised bf16 kernel | default 896 B".split()
+        assert lines[2].split() == "layers/0-27/mlp/up_proj/scale_inv ×28 1×1 – f32 made – | – 112 B".split()
+        assert lines[4:] == [
+            "28 parameters and 28 grids of scales: 28 made, 28 quantised",
+            "stored in 1008 B (f8_e4m3fn 896 B, f32 112 B), found in 3.5 KiB",
+            "activations bf16, output f32",
+        ]
+
+    def test_a_layer_that_differs_has_a_line_of_its_own(self):
+        policy = Policy(params={"layers/{3,5}/**/kernel": None, "kernel": "bf16"})
+        lines = str(policy.explain(layers(8))).splitlines()
+        assert lines[1].startswith("layers/0-2,4,6-7/mlp/up_proj/kernel ×6 ")
+        assert lines[2].startswith("layers/3,5/mlp/up_proj/kernel ×2 ")
+
+    def test_layers_of_another_shape_have_a_line_of_their_own(self):
+        tree = layers(2)
+        tree["layers"][1] = {"mlp": {"up_proj": {"kernel": np.ones((4, 4), np.float32)}}}
+        lines = str(Policy().explain(tree)).splitlines()
+        assert [line.split()[:2] for line in lines[1:3]] == [
+            ["layers/0/mlp/up_proj/kernel", "8×4"],
+            ["layers/1/mlp/up_proj/kernel", "4×4"],
+        ]
+
+    def test_a_number_within_a_name_is_no_layer(self):
+        lines = str(Policy().explain({"conv1": np.ones(2), "conv2": np.ones(2)})).splitlines()
+        assert [line.split()[0] for line in lines[1:3]] == ["conv1", "conv2"]
+
+    def test_rules_have_their_line(self):
+        table = str(Policy.loads(YAML, "p.yaml").explain(TREE))
+        assert "kernel:2 | kernel:7" in table
+        assert "default:5 | default:8" in table
+        assert table.endswith("activations f32, output f16")
+
+    def test_a_narrow_kernel_left_alone_is_computed_as_stored(self):
+        line = str(Policy.loads(YAML).explain(TREE)).splitlines()[2]
+        assert line.startswith("dense/kernel")
+        assert "as stored" in line
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True)(nn.Dense(3)(x))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(4, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)])
+
+
+class TestTrees:
+    policy = Policy(params={"kernel": "f8_e4m3fn"}, compute="bf16", output="f32")
+
+    def test_shapes_are_enough(self):
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), TREE)
+        assert self.policy.explain(shapes) == self.policy.explain(TREE)
+
+    def test_jax_arrays_are_like_numpys(self):
+        assert self.policy.explain(jax.tree.map(jnp.asarray, TREE)) == self.policy.explain(TREE)
+
+    def test_linen_variables_and_their_shapes(self):
+        x = np.ones((1, 4), np.float32)
+        variables = Linen().init(jax.random.key(0), x)
+        plan = self.policy.explain(variables)
+        assert [row.path for row in plan.rows] == [
+            "BatchNorm_0/bias",
+            "BatchNorm_0/scale",
+            "Dense_0/bias",
+            "Dense_0/kernel",
+            "Dense_0/scale_inv",
+        ]
+        assert self.policy.explain(jax.eval_shape(Linen().init, jax.random.key(0), x)) == plan
+        assert self.policy.explain(variables["params"]) == plan
+
+    def test_an_nnx_model_its_state_and_its_shapes(self):
+        model = Nnx(nnx.Rngs(0))
+        plan = self.policy.explain(model)
+        assert [row.path for row in plan.rows] == [
+            "layers/0/bias",
+            "layers/0/kernel",
+            "layers/0/scale_inv",
+            "layers/1/bias",
+            "layers/1/scale",
+        ]
+        assert self.policy.explain(nnx.state(model)) == plan
+        assert self.policy.explain(nnx.eval_shape(lambda: Nnx(nnx.Rngs(0)))) == plan
+
+    def test_what_init_returned(self):
+        plan = self.policy.explain(init(Nnx, self.policy, jax.random.key(0)))
+        assert {row.change for row in plan.rows} == {"kept"}
+
+    def test_a_block_that_a_tree_knows_is_that_of_the_plan(self):
+        state = init(Nnx, Policy(params={"kernel": "f8_e4m3fn"}, block=(2, 2)), jax.random.key(0))
+        assert rows_of(Policy().explain(state))["layers/0/scale_inv"]["shape"] == (2, 2)
+
+    def test_half_pairs_and_grids_are_checked_by_shape(self):
+        kernel, scales = jax.ShapeDtypeStruct((4, 4), F8), jax.ShapeDtypeStruct((2, 2), F32)
+        with pytest.raises(UnpairedScale, match="a/kernel: f8_e4m3fn"):
+            Policy().explain({"a": {"kernel": kernel}})
+        with pytest.raises(InvalidScale, match=r"a/scale_inv: scales of shape \(2, 2\)"):
+            Policy().explain({"a": {"kernel": kernel, "scale_inv": scales}})
