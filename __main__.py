@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import pathlib
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 
 from . import __version__, audit, checkpoint_tree, generate, get_policy, load_model
 from .loaders import open_checkpoint
-from .policies import InvalidTokens, PerparamError
+from .policies import PerparamError
 from .policies.plan import explain, human_bytes
 
 _POLICY = "a YAML file, a preset (f32, bf16, fp8_weight_only, fp8_dynamic), a dtype, or params=…,compute=…,output=…"
@@ -45,16 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = command("demo", _demo, "Make a small FP8 Qwen3 checkpoint, show its plan, run it under two policies.")
     demo.add_argument("--folder", metavar="DIR", help="where to keep the checkpoint; default: a temporary folder")
     parsed = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without × gets a question mark
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"perparam: warning: {message}", file=sys.stderr)
             parsed.run(parsed)
             sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (PerparamError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader, `head` say, has what it wanted
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         print(f"perparam: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:  # JAX's: no such device, not enough memory
+        lines = str(error).splitlines() or [type(error).__name__]
+        print(f"perparam: error: JAX could not run this: {lines[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -83,9 +89,6 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _audit(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.checkpoint)
     tokens = arguments.tokens or np.random.default_rng(0).integers(0, model.config.vocab_size, 64).tolist()
-    outside = [token for token in tokens if not 0 <= token < model.config.vocab_size]
-    if outside:
-        raise InvalidTokens(f"--tokens: {outside[0]} is outside the vocabulary of {model.config.vocab_size}.")
     print(audit(model, arguments.policy, [tokens]))
 
 

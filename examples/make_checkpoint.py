@@ -140,6 +140,8 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
 def make_checkpoint(folder: str | pathlib.Path, kind: str = "demo", seed: int = 0) -> pathlib.Path:
     """Makes the checkpoint `kind` ("demo" or "tiny") in `folder` and returns the folder."""
     folder = pathlib.Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder}: there are files in it already. Name a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = dict({"demo": DEMO, "tiny": TINY}[kind])
     config["quantization_config"] = {

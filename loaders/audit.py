@@ -14,6 +14,7 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from ..models.qwen3 import Qwen3
+from ..models.tokens import checked_tokens
 from ..policies.blocks import block_amax, dequantize, expand, split_blocks
 from ..policies.dtypes import largest
 from ..policies.errors import InvalidTokens
@@ -110,8 +111,7 @@ def audit(
     """
     policy = get_policy(policy)
     model = model if isinstance(model, Qwen3) else load_model(model)
-    ids = np.asarray(tokens)
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    ids, mask = checked_tokens(tokens, attention_mask, model.config.vocab_size)
     if not mask.any():
         raise InvalidTokens(f"tokens: expected real tokens of shape (batch, length), found {ids.shape} with none.")
     state = nnx.state(model)
@@ -134,7 +134,7 @@ def audit(
     )
 
 
-def _logits(model: Qwen3, ids: np.ndarray, mask: np.ndarray) -> jax.Array:
+def _logits(model: Qwen3, ids: jax.Array, mask: jax.Array) -> jax.Array:
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state: nnx.merge(graphdef, state)(ids, mask).astype(jnp.float32))
     return run(state)

@@ -133,7 +133,13 @@ def _tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     files = sorted(set(weights.values()))
     for file in files:
         # Names, not paths: an index must not reach outside its folder.
-        if file != pathlib.PurePosixPath(file).name or "\\" in file or "\0" in file or file in ("", ".", ".."):
+        if (
+            file != pathlib.PurePosixPath(file).name
+            or "\\" in file
+            or "\0" in file
+            or file in ("", ".", "..")
+            or len(file) > 255
+        ):
             raise InvalidCheckpoint(
                 f"{folder / INDEX}: {file!r} is no name of a file in this folder. Do not use this checkpoint."
             )
@@ -193,8 +199,14 @@ def _cross_check(folder: pathlib.Path, config: Qwen3Config, tensors: dict[str, T
     listed = set(config.quantization.not_converted)
 
     def exempt(path: str) -> bool:
+        """As transformers reads the list: a module, all within one, or every one of a name; prefixes may differ."""
         module = path.rpartition("/")[0].replace("/", ".")
-        return bool(listed & {module, f"model.{module}"})
+        return any(
+            f"model.{module}.".startswith((f"{name}.", f"model.{name}."))
+            or module.endswith(f".{name}")
+            or name.endswith(f".{module}")
+            for name in listed
+        )
 
     projections = {path for path in tensors if path.startswith("layers/") and path.endswith("/kernel")}
     if named := [path for path in narrow if exempt(path)]:

@@ -135,7 +135,7 @@ def _entry(path: pathlib.Path, name: str, entry: Any) -> tuple[tuple[int, int], 
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(path, f"{name!r} has shape {shape!r} and data_offsets {offsets!r}")
-    if dtype_name not in _DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
         raise InvalidCheckpoint(f"{path}: {name!r} has the dtype {dtype_name!r}, which perparam cannot read.")
     try:
         # Named as in the header; as_dtype refuses F64 while JAX has no 64-bit floats.

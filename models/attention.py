@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..policies.errors import InvalidTokens
+
 EMPTY = np.int32(2**30)
 """The position of a slot that holds no token: later than any query."""
 
@@ -32,6 +34,13 @@ class KVCache:
     positions: jax.Array
     length: jax.Array
     tokens: jax.Array
+
+    def check_room(self, count: int) -> None:
+        """Raises InvalidTokens unless `count` more tokens fit; under jit `length` is unknown and counts as 0."""
+        filled = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
+        slots = self.positions.shape[1]
+        if filled + count > slots:
+            raise InvalidTokens(f"the cache has {slots} slots, {filled} are filled, {count} more tokens do not fit.")
 
 
 def token_positions(mask: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -38,6 +38,9 @@ _YARN = frozenset(
 )
 
 
+_MOST_LAYERS = 10_000  # far above any model; a damaged config must not cost minutes
+
+
 @dataclasses.dataclass(frozen=True)
 class Yarn:
     """YaRN's settings (Peng et al. 2023, https://arxiv.org/abs/2309.00071), as transformers reads them.
@@ -143,7 +146,7 @@ def read_json(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 def token_ids(name: str, key: str, ids: Any) -> tuple[int, ...]:
     """The ids in a field of the file `name` that may be null, one id or a list."""
     listed = () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
-    if any(type(i) is not int for i in listed):
+    if any(type(i) is not int or not 0 <= i < 2**31 for i in listed):
         raise InvalidCheckpoint(f"{name}: {key}: expected token ids, found {ids!r}.")
     return listed
 
@@ -165,15 +168,26 @@ class _Reader:
         accepted: Any = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise InvalidCheckpoint(f"{self.name}: {key}: expected {kind.__name__}, found {value!r}.")
-        return float(value) if kind is float else value
+        if kind is not float:
+            return value
+        if not abs(value) < 1e30:  # NaN, infinity, and integers that no float holds
+            raise InvalidCheckpoint(f"{self.name}: {key}: expected a finite number, found {value!r}.")
+        return float(value)
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
-        value = self.get(key, int, default)
+    def size(self, key: str, default: int | None = None, fields: Mapping[str, Any] | None = None) -> int:
+        """A positive integer that an int32 holds."""
+        value = self.get(key, int, default, fields)
         if value is None:
             raise InvalidCheckpoint(f"{self.name}: {key} is missing. A Qwen3 config names it.")
-        if value < 1:
-            raise InvalidCheckpoint(f"{self.name}: {key}: expected a positive integer, found {value}.")
+        if not 1 <= value < 2**31:
+            raise InvalidCheckpoint(f"{self.name}: {key}: expected a positive integer below 2**31, found {value}.")
+        return value
+
+    def positive(self, key: str, default: float, fields: Mapping[str, Any] | None = None) -> float:
+        """A positive number."""
+        value = self.get(key, float, default, fields)
+        if value <= 0:
+            raise InvalidCheckpoint(f"{self.name}: {key}: expected a positive number, found {value}.")
         return value
 
     def config(self) -> Qwen3Config:
@@ -191,6 +205,8 @@ class _Reader:
             raise self.unsupported("use_qk_norm false is not implemented. Qwen3 normalises queries and keys.")
         heads, layers = self.size("num_attention_heads"), self.size("num_hidden_layers")
         kv_heads, head_dim = self.size("num_key_value_heads", heads), self.size("head_dim", 128)
+        if layers > _MOST_LAYERS:
+            raise InvalidCheckpoint(f"{self.name}: num_hidden_layers: expected at most {_MOST_LAYERS}, found {layers}.")
         if heads % kv_heads:
             raise InvalidCheckpoint(
                 f"{self.name}: {heads} attention heads do not divide among {kv_heads} key-value heads."
@@ -207,7 +223,7 @@ class _Reader:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=self.size("max_position_embeddings", 32768),
-            rms_norm_eps=self.get("rms_norm_eps", float, 1e-6),
+            rms_norm_eps=self.positive("rms_norm_eps", 1e-6),
             rope_theta=theta,
             yarn=yarn,
             attention_bias=self.get("attention_bias", bool, False),
@@ -216,7 +232,7 @@ class _Reader:
             dtype=self.dtype(),
             quantization=self.quantization(),
             eos_token_id=token_ids(self.name, "eos_token_id", self.fields.get("eos_token_id")),
-            pad_token_id=self.get("pad_token_id", int),
+            pad_token_id=next(iter(token_ids(self.name, "pad_token_id", self.fields.get("pad_token_id"))), None),
         )
 
     def dtype(self) -> np.dtype | None:
@@ -235,7 +251,10 @@ class _Reader:
         return dtype
 
     def windows(self, layers: int) -> tuple[int | None, ...]:
-        window = self.size("sliding_window", 4096) if self.get("use_sliding_window", bool, False) else None
+        # Absent means 4096, as in transformers; null means none.
+        window = None
+        if self.get("use_sliding_window", bool, False) and self.fields.get("sliding_window", 4096) is not None:
+            window = self.size("sliding_window", 4096)
         kinds = self.get("layer_types", list)
         if kinds is None:
             first = self.get("max_window_layers", int, 28)
@@ -247,31 +266,32 @@ class _Reader:
         if unknown := sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}):
             raise self.unsupported(f"layer_types: {unknown[0]!r} is not implemented.")
         if window is None and "sliding_attention" in kinds:
-            raise InvalidCheckpoint(f"{self.name}: layer_types has sliding layers, but use_sliding_window is not true.")
+            raise InvalidCheckpoint(
+                f"{self.name}: layer_types has sliding layers, but there is no sliding_window in use."
+            )
         return tuple(window if kind == "sliding_attention" else None for kind in kinds) if window else ()
 
     def rope(self) -> tuple[float, Yarn | None]:
         scaling = self.get("rope_scaling", dict) or {}
         parameters = {**(self.get("rope_parameters", dict) or {}), **scaling}
         # Where transformers wrote both, the one inside is what it read.
-        theta = self.get("rope_theta", float, self.get("rope_theta", float, 10000.0), parameters)
-        if theta <= 0:
-            raise InvalidCheckpoint(f"{self.name}: rope_theta: expected a positive number, found {theta}.")
+        theta = self.positive("rope_theta", self.positive("rope_theta", 10000.0), parameters)
         kind = self.get("rope_type", str, self.get("type", str, "default", parameters), parameters)
         known = {"rope_type", "type", "rope_theta"} | (_YARN if kind == "yarn" else set())
         if kind not in ("default", "yarn"):
             raise self.unsupported(f"rope type {kind!r} is not implemented. Known are 'default' and 'yarn'.")
         if unknown := sorted(key for key, value in parameters.items() if key not in known and value is not None):
             raise self.unsupported(f"rope settings that are not implemented: {', '.join(unknown)}.")
-        return theta, self.yarn(parameters) if kind == "yarn" else None
+        return theta, self.yarn(parameters, theta) if kind == "yarn" else None
 
-    def yarn(self, parameters: Mapping[str, Any]) -> Yarn:
+    def yarn(self, parameters: Mapping[str, Any], theta: float) -> Yarn:
         longest = self.size("max_position_embeddings", 32768)
-        original = self.get("original_max_position_embeddings", int, longest, parameters)
-        factor = self.get("factor", float, longest / original if original > 0 else 0.0, parameters)
-        if factor < 1 or original < 1:
+        original = self.size("original_max_position_embeddings", longest, parameters)
+        factor = self.positive("factor", longest / original, parameters)
+        if factor < 1 or theta <= 1:
             raise InvalidCheckpoint(
-                f"{self.name}: yarn: factor {factor} and original length {original} do not stretch anything."
+                f"{self.name}: yarn: expected a factor of at least 1 and a rope_theta above 1, "
+                f"found {factor} and {theta}."
             )
         mscale, mscale_all = (
             self.get("mscale", float, 0.0, parameters),
@@ -281,13 +301,14 @@ class _Reader:
         def magnitude(weight: float) -> float:
             return 0.1 * weight * float(np.log(factor)) + 1.0 if factor > 1 else 1.0
 
+        stated = {key: value for key, value in parameters.items() if value != 0}  # transformers reads 0 as absent
         inferred = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
         return Yarn(
             factor,
             original,
             self.get("attention_factor", float, inferred, parameters),
-            self.get("beta_fast", float, None, parameters) or 32.0,
-            self.get("beta_slow", float, None, parameters) or 1.0,
+            self.positive("beta_fast", 32.0, stated),
+            self.positive("beta_slow", 1.0, stated),
             self.get("truncate", bool, True, parameters),
         )
 

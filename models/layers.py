@@ -15,9 +15,10 @@ from flax import nnx
 from jax.nn import initializers
 
 from ..policies.blocks import quantize
-from ..policies.dtypes import is_narrow, saturating_cast
+from ..policies.dtypes import dtype_name, is_narrow, saturating_cast
+from ..policies.errors import InvalidPolicy
 from ..policies.matmul import scaled_matmul
-from ..policies.policy import ParamSpec, Policy, Scope
+from ..policies.policy import DEFAULT_BLOCK, Policy, Scope
 from ..policies.presets import get_policy
 from ..policies.trees import Narrow
 
@@ -27,13 +28,26 @@ def scope_of(policy: Policy | Scope | Any) -> Scope:
     return policy if isinstance(policy, Scope) else get_policy(policy).at()
 
 
-def stored(value: jax.Array, spec: ParamSpec) -> tuple[nnx.Variable, Narrow | None]:
-    """The variables of a parameter that was drawn in float32: itself and its scales, as `spec` stores them."""
-    if spec.storage is not None and is_narrow(spec.storage):
-        assert spec.block is not None
-        kernel, scale_inv = quantize(value, spec.storage, spec.block, scale_dtype=spec.scale or jnp.float32)
-        return Narrow(kernel, block=spec.block), Narrow(scale_inv, block=spec.block)
-    return nnx.Param(saturating_cast(value, spec.storage or value.dtype)), None
+def stored(value: jax.Array, scope: Scope, name: str) -> tuple[nnx.Variable, Narrow | None]:
+    """The variables of a parameter of the module in `scope` that was drawn in float32: itself and its scales.
+
+    Raises:
+      InvalidPolicy: a narrow dtype for a parameter of fewer than two dimensions.
+    """
+    spec = scope.spec(name)
+    if spec.storage is None or not is_narrow(spec.storage):
+        return nnx.Param(saturating_cast(value, spec.storage or value.dtype)), None
+    if value.ndim < 2:
+        path = "/".join((*scope.prefix, name))
+        rule = scope.policy.params.rule(path)
+        source = f"{rule.source}: " if rule and rule.source else ""
+        raise InvalidPolicy(
+            f"{source}{rule.key if rule else name!r} (params) asks {dtype_name(spec.storage)} of {path!r}, whose "
+            f"shape is {value.shape}. Narrow dtypes are for parameters of two or more dimensions."
+        )
+    block = spec.block or DEFAULT_BLOCK
+    kernel, scale_inv = quantize(value, spec.storage, block, scale_dtype=spec.scale or jnp.float32)
+    return Narrow(kernel, block=block), Narrow(scale_inv, block=block)
 
 
 class Linear(nnx.Module):
@@ -62,9 +76,9 @@ class Linear(nnx.Module):
         self.compute = scope.spec("kernel").compute
         draw = initializers.lecun_normal(in_axis=-1, out_axis=-2)
         kernel = draw(rngs.params(), (out_features, in_features), jnp.float32)
-        self.kernel, scale_inv = stored(kernel, scope.spec("kernel"))
+        self.kernel, scale_inv = stored(kernel, scope, "kernel")
         self.scale_inv = nnx.data(scale_inv)
-        bias = stored(jnp.zeros(out_features), scope.spec("bias"))[0] if use_bias else None
+        bias = stored(jnp.zeros(out_features, jnp.float32), scope, "bias")[0] if use_bias else None
         self.bias = nnx.data(bias)
         self.bias_compute = scope.spec("bias").compute if use_bias else None
 
@@ -97,11 +111,12 @@ class Embedding(nnx.Module):
         self.activations = scope.activations
         self.compute = scope.spec("embedding").compute
         table = initializers.normal(0.02)(rngs.params(), (vocabulary, features), jnp.float32)
-        self.embedding, scale_inv = stored(table, scope.spec("embedding"))
+        self.embedding, scale_inv = stored(table, scope, "embedding")
         self.embedding_scale_inv = nnx.data(scale_inv)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Ids (...) to (..., features) in the activations' dtype; an id outside the table gives NaN."""
+        ids = jnp.where(ids < 0, self.embedding.shape[0], ids)  # counted from the end otherwise
         rows = jnp.take(self.embedding[...], ids, axis=0, mode="fill")
         wide = self.activations or (jnp.float32 if self.embedding_scale_inv is not None else rows.dtype)
         if self.embedding_scale_inv is not None:
@@ -127,7 +142,7 @@ class RMSNorm(nnx.Module):
         scope = scope_of(policy)
         self.activations, self.eps = scope.activations, eps
         self.compute = scope.spec("scale").compute
-        self.scale, _ = stored(jnp.ones(features), scope.spec("scale"))
+        self.scale, _ = stored(jnp.ones(features, jnp.float32), scope, "scale")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., features) to the same, in the activations' dtype."""

@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from ..policies.errors import InvalidTokens
 from ..policies.plan import explain
 from ..policies.policy import ParamSpec, Policy, Scope
 from ..policies.presets import get_policy
@@ -22,6 +21,7 @@ from . import rope
 from .attention import EMPTY, KVCache, attend, token_positions
 from .config import Qwen3Config
 from .layers import Embedding, Linear, RMSNorm, scope_of
+from .tokens import checked_tokens
 
 LinearFactory = Callable[..., nnx.Module]
 """Called as `linear(in_features, out_features, use_bias=…, policy=…, rngs=…)`."""
@@ -153,7 +153,7 @@ class Qwen3(nnx.Module):
         attention_mask  (b, t), nonzero for real tokens, which may stand anywhere in a row; None: all are real
 
         Raises:
-          InvalidTokens: for shapes and dtypes that do not fit.
+          InvalidTokens: for shapes and dtypes that do not fit, and ids outside the vocabulary.
         """
         hidden, _ = self.hidden(input_ids, attention_mask)
         return self.logits(hidden)
@@ -165,7 +165,9 @@ class Qwen3(nnx.Module):
 
         Without a cache the one returned holds this call's tokens and has no room for more.
         """
-        ids, mask = _tokens(input_ids, attention_mask)
+        ids, mask = checked_tokens(input_ids, attention_mask, self.config.vocab_size)
+        if cache is not None:
+            cache.check_room(ids.shape[1])
         before = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.tokens
         queries, slots = token_positions(mask, before)
         start: jax.Array | int = 0
@@ -199,8 +201,9 @@ class Qwen3(nnx.Module):
 
     def with_policy(self, policy: Any) -> Qwen3:
         """The same parameters stored and computed under another policy; what is already as asked is shared."""
-        policy = get_policy(policy)
-        state = policy.store(nnx.state(self))
+        policy, state = get_policy(policy), nnx.state(self)
+        explain(policy, state, self.config.dtype)  # strict in all slots
+        state = policy.store(state)
         return assemble(self.config, policy, stored_specs(policy, state), variables_by_path(state), self.linear)
 
 
@@ -221,13 +224,3 @@ def abstract(
     """The model with shapes in place of arrays; nothing is allocated."""
     scope = Scope(policy, policy.activations, stored=specs)
     return nnx.eval_shape(lambda: Qwen3(config, policy=scope, linear=linear, rngs=nnx.Rngs(0)))
-
-
-def _tokens(input_ids: ArrayLike, attention_mask: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
-    ids = jnp.asarray(input_ids)
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise InvalidTokens(f"input_ids: expected integers of shape (batch, length), found {ids.dtype} {ids.shape}.")
-    mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
-    if mask.shape != ids.shape:
-        raise InvalidTokens(f"attention_mask: expected the shape of input_ids, {ids.shape}, found {mask.shape}.")
-    return ids.astype(jnp.int32), mask

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import dtypes
 from .errors import InvalidScale, UnsupportedCast
-from .policy import DEFAULT_BLOCK, Block
+from .policy import DEFAULT_BLOCK, Block, as_block
 
 
 def grid_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ def _quantize(weight: jax.Array, dtype: np.dtype, block: Block, scale_dtype: np.
     scale_inv = jnp.where(amax == 0, 1.0, jnp.maximum(amax / divisor, floor))
     scale_inv = dtypes.saturating_cast(scale_inv, scale_dtype)
     divisors = jax.lax.optimization_barrier(expand(scale_inv.astype(jnp.float32), weight.shape, block))
-    return dtypes.saturating_cast(weight.astype(jnp.float32) / divisors, dtype), scale_inv
+    return dtypes.saturating_cast(weight / divisors, dtype), scale_inv
 
 
 def quantize(
@@ -101,7 +101,8 @@ def quantize(
       UnsupportedCast: where `weight` is not floating point or `dtype` is not narrow.
       InvalidScale: where `weight` has fewer than two dimensions.
     """
-    weight, dtype, scale_dtype = jnp.asarray(weight), dtypes.as_dtype(dtype), dtypes.as_dtype(scale_dtype)
+    dtype, scale_dtype, block = dtypes.as_dtype(dtype), dtypes.as_dtype(scale_dtype), as_block(block)
+    weight = jnp.asarray(weight)
     if not dtypes.is_narrow(dtype):
         raise UnsupportedCast(
             f"{dtypes.dtype_name(dtype)} needs no scales. Narrow types are f8_e4m3fn, f8_e5m2, …, int8."
@@ -111,7 +112,7 @@ def quantize(
     if not dtypes.is_floating(weight.dtype) or dtypes.is_narrow(weight.dtype):
         raise UnsupportedCast(f"a {weight.dtype} array cannot be quantised. Give f32, bf16 or f16 weights.")
     grid_shape(weight.shape, block)
-    return _quantize(weight, dtype, tuple(block), scale_dtype)
+    return _quantize(dtypes.saturating_cast(weight, np.float32), dtype, block, scale_dtype)
 
 
 def dequantize(
@@ -128,7 +129,7 @@ def dequantize(
     Raises:
       InvalidScale: where the grid of scales does not fit.
     """
-    kernel, scale_inv = jnp.asarray(kernel), jnp.asarray(scale_inv)
+    kernel, scale_inv, block = jnp.asarray(kernel), jnp.asarray(scale_inv), as_block(block)
     check_grid(kernel.shape, scale_inv.shape, block)
     weight = kernel.astype(jnp.float32) * expand(scale_inv.astype(jnp.float32), kernel.shape, block)
     return dtypes.saturating_cast(weight, dtypes.as_dtype(dtype))

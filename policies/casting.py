@@ -24,6 +24,7 @@ def cast(policy: Policy, tree: Any, slot: str, path: str | None = None) -> Any:
         )
     if path is not None:
         dtype = getattr(policy, slot).dtype(path)
+        tree = jnp.asarray(tree) if isinstance(tree, (int, float)) else tree
         return rebox(tree, _cast_leaf(path, unbox(tree), Answer(dtype, slot), slot, paired=is_scale(path)))
     if isinstance(tree, nnx.Module):
         graphdef, state = nnx.split(tree)

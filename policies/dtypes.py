@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from .errors import UnknownDtype
 
@@ -59,7 +59,6 @@ def _short(name: str) -> str:
 
 _NARROW = frozenset(map(_numpy, (*_NARROW_FLOATS, "int8")))
 _ACTIVATIONS = frozenset(map(_numpy, ("float16", "bfloat16", "float32")))
-_SCALES = _ACTIVATIONS
 _BY_NAME: dict[str, np.dtype] = {}
 for _name in (*_FLOATS, *_NARROW_FLOATS, "int8", *_OTHERS):
     _dtype = _numpy(_name)
@@ -120,8 +119,8 @@ def is_narrow(dtype: DTypeLike) -> bool:
 
 
 def is_floating(dtype: DTypeLike) -> bool:
-    """Whether a leaf of `dtype` is cast at all: floats of any width, not integers, booleans or PRNG keys."""
-    return bool(jnp.issubdtype(dtype, jnp.floating))
+    """Whether a leaf of `dtype` is cast at all: the floats a parameter can be, not integers, booleans or PRNG keys."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and can_store(np.dtype(dtype))
 
 
 def is_activation(dtype: DTypeLike) -> bool:
@@ -145,7 +144,7 @@ def smallest_normal(dtype: DTypeLike) -> float:
     return float(ml_dtypes.finfo(np.dtype(dtype)).smallest_normal)
 
 
-def saturating_cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+def saturating_cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """`x` in `dtype`; a finite value beyond its range becomes the largest one instead of infinity or NaN.
 
     NaN and infinities stay what they are as far as `dtype` has them.
@@ -153,11 +152,21 @@ def saturating_cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     >>> saturating_cast(jnp.float32(1000), "float8_e4m3fn")
     Array(448, dtype=float8_e4m3fn)
     """
-    x, dtype = jnp.asarray(x), np.dtype(dtype)
+    x, dtype = _as_array(x), np.dtype(dtype)
     if x.dtype == dtype:
         return x
     limit = largest(dtype)
     if limit < largest(x.dtype):
-        bound = jnp.asarray(limit, x.dtype)
-        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -bound, bound), x)
+        # In 16 bits the limit itself may round up: float16's 65504 is 65536 in bfloat16.
+        wide = x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+        bound = jnp.asarray(limit, wide.dtype)
+        x = jnp.where(jnp.isfinite(wide), jnp.clip(wide, -bound, bound), wide)
     return (jnp.round(x) if dtype.kind == "i" else x).astype(dtype)
+
+
+def _as_array(x: ArrayLike) -> jax.Array:
+    """`x` on a device; where JAX makes float64 float32, that cast saturates as well."""
+    if isinstance(x, (np.ndarray, np.generic)) and x.dtype == np.float64 != jax.dtypes.canonicalize_dtype(np.float64):
+        bound = largest(np.float32)
+        x = np.where(np.isfinite(x), np.clip(x, -bound, bound), x)
+    return jnp.asarray(x)

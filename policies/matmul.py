@@ -8,6 +8,7 @@ schedules plain `widen -> dot` pairs so that the float copies of all layers are 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -18,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 from . import dtypes
 from .blocks import check_grid, dequantize, expand, grid_shape, quantize
 from .errors import UnsupportedCast
-from .policy import DEFAULT_BLOCK, Block
+from .policy import DEFAULT_BLOCK, Block, as_block
 
 SLAB = 256
 """Rows of a kernel that are widened at a time."""
@@ -58,9 +59,9 @@ def scaled_matmul(
       UnsupportedCast: where shapes or dtypes cannot be multiplied.
     """
     x, kernel, scale_inv = jnp.asarray(x), jnp.asarray(kernel), None if scale_inv is None else jnp.asarray(scale_inv)
-    compute = None if compute is None else dtypes.as_dtype(compute)
+    compute, block = None if compute is None else dtypes.as_dtype(compute), as_block(block)
     _check(x, kernel, scale_inv, block, compute)
-    return _matmul(x, kernel, scale_inv, tuple(block), compute)
+    return _matmul(x, kernel, scale_inv, block, compute)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "compute"))
@@ -158,7 +159,7 @@ def _slab(
 
 def _rounded(values: jax.Array, dtype: np.dtype, block: Block) -> jax.Array:
     """`values` (..., columns) quantised to `dtype` in blocks of its rows and back, in float32."""
-    rows = jax.lax.stop_gradient(values).reshape(-1, values.shape[-1])
+    rows = jax.lax.stop_gradient(values).reshape(math.prod(values.shape[:-1]), values.shape[-1])
     return dequantize(*quantize(rows, dtype, block), block).reshape(values.shape)
 
 

@@ -87,11 +87,21 @@ def _expand(text: str) -> list[str]:
     return done
 
 
-@functools.cache
-def _component(pattern: str) -> re.Pattern[str]:
-    if pattern == "*":
-        return re.compile(".+")
-    return re.compile(".*".join(map(re.escape, re.sub(r"\*+", "*", pattern).split("*"))))
+def _component_matches(pattern: str, component: str) -> bool:
+    """Whether `component` is `pattern`, each `*` standing for any text; taken greedily, so that it is linear."""
+    first, *middle = pattern.split("*")
+    if not middle:
+        return component == pattern
+    *middle, last = middle
+    if not component.startswith(first) or not component.endswith(last) or len(component) < len(first) + len(last):
+        return False
+    position, end = len(first), len(component) - len(last)
+    for part in middle:
+        position = component.find(part, position, end)
+        if position < 0:
+            return False
+        position += len(part)
+    return True
 
 
 def _matches(pattern: tuple[str, ...], components: list[str]) -> bool:
@@ -113,7 +123,7 @@ def _matches(pattern: tuple[str, ...], components: list[str]) -> bool:
                 continue
             if pattern[position] == "**":
                 after.add(position)
-            elif _component(pattern[position]).fullmatch(component):
+            elif _component_matches(pattern[position], component):
                 after.add(position + 1)
         positions = skip(after)
     return len(pattern) in positions

@@ -168,7 +168,7 @@ def explain(policy: Policy, tree: Any, activations: np.dtype | None = None) -> P
     """See `Policy.explain`; `activations` is the model's own dtype, for where the policy names none."""
     found = found_in(tree)
     steps, answers = plan_storage(policy, found)
-    activations = policy.activations or activations
+    activations = policy.activations or activations or getattr(getattr(tree, "config", None), "dtype", None)
     # The compute slot speaks of what is there once things are stored: a dissolved scale is gone, a made one has come.
     stored = [path for path in found if not is_scale(path)]
     computed = resolve(
@@ -177,9 +177,10 @@ def explain(policy: Policy, tree: Any, activations: np.dtype | None = None) -> P
     rows = []
     for path, step in steps.items():
         check_compute(path, found[path], computed[path])
-        rows.append(
-            _row(path, found[path].shape, found[path], step.storage, step.change, answers[path], computed[path])
-        )
+        # Rules name integers and the like without effect; a row says what happens.
+        cast = step.scale is not None or step.found_scale is not None or dtypes.is_floating(found[path].dtype)
+        params, compute = (answers[path], computed[path]) if cast else (Answer(), Answer())
+        rows.append(_row(path, found[path].shape, found[path], step.storage, step.change, params, compute))
         if step.scale or step.found_scale:
             scales = scale_path(path)
             answer = computed.get(scales, Answer())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,11 @@ class Policy:
         self, params: SlotLike | Slot = None, compute: SlotLike | Slot = None, output: Any = None, *, block: Any = None
     ):
         slots = {"params": make_slot("params", params), "compute": make_slot("compute", compute)}
-        for name, value in {**slots, "output": _output(output), "block": _block(block)}.items():
+        for name, value in {
+            **slots,
+            "output": _output(output),
+            "block": None if block is None else as_block(block),
+        }.items():
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
@@ -284,6 +289,11 @@ class Scope:
         path = "/".join((*self.prefix, name))
         compute = self.policy.compute.dtype(path)
         if self.stored is not None:
+            if path not in self.stored:
+                raise InvalidPolicy(
+                    f"{path}: the module asks for a parameter that is not among the {len(self.stored)} stored ones. "
+                    "Give the variables of the same module."
+                )
             return dataclasses.replace(self.stored[path], compute=compute)
         storage = self.policy.params.dtype(path)
         if storage is None or not dtypes.is_narrow(storage):
@@ -393,10 +403,16 @@ def _output(dtype: Any) -> np.dtype | None:
     return _slot_dtype("output", "default", dtype)
 
 
-def _block(block: Any) -> Block | None:
-    if block is None:
-        return None
-    sides = tuple(block) if isinstance(block, (tuple, list)) else ()
-    if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides):
+def as_block(block: Any) -> Block:
+    """The block `block` as two Python integers.
+
+    Raises:
+      InvalidPolicy: unless it is two positive integers.
+    """
+    try:
+        rows, columns = (operator.index(side) for side in block)
+    except (TypeError, ValueError):
+        rows = columns = 0
+    if rows < 1 or columns < 1 or any(isinstance(side, bool) for side in block):
         raise InvalidPolicy(f"block: expected two positive integers such as [128, 128], found {block!r}.")
-    return sides
+    return rows, columns

@@ -29,6 +29,13 @@ def preset_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 
 
+def _is_file(name: str) -> bool:
+    try:
+        return pathlib.Path(name).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a NUL: YAML text, say
+        return False
+
+
 def get_policy(policy: Any) -> Policy:
     """The policy that `policy` stands for.
 
@@ -63,7 +70,7 @@ def get_policy(policy: Any) -> Policy:
         return Policy(dtype, dtype, dtype)
     if "=" in policy:
         return Policy.parse(policy)
-    if pathlib.Path(policy).is_file():
+    if _is_file(policy):
         return Policy.load(policy)
     near = difflib.get_close_matches(policy, preset_names(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -32,7 +32,7 @@ def split_trainable(variables: Any) -> tuple[Any, Any]:
     flat = parameters(variables)
     narrow = {path for path in flat if not is_scale(path) and scale_path(path) in flat}
     scales = {scale_path(path) for path in narrow}
-    trained = {p for p, x in flat.items() if dtypes.is_floating(x.dtype) and p not in narrow | scales}
+    trained = {p for p, x in flat.items() if _trains(x.dtype) and p not in narrow | scales}
     if isinstance(variables, nnx.State):
         leaves = [("/".join(map(str, keys)) in trained, keys, leaf) for keys, leaf in nnx.to_flat_state(variables)]
         return tuple(
@@ -44,6 +44,10 @@ def split_trainable(variables: Any) -> tuple[Any, Any]:
     trainable = jax.tree.map(lambda leaf, side: leaf if side else None, variables, sides, is_leaf=is_box)
     frozen = jax.tree.map(lambda leaf, side: None if side else leaf, variables, sides, is_leaf=is_box)
     return trainable, frozen
+
+
+def _trains(dtype: Any) -> bool:
+    return dtypes.is_floating(dtype) and not dtypes.is_narrow(dtype)
 
 
 class _Trained:

@@ -63,11 +63,13 @@ def is_linen(tree: Any) -> bool:
     return isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping)
 
 
-def is_parameter(leaf: Any) -> bool:
-    """Whether a leaf is under the policy: arrays and shapes, `nnx.Param` and `Narrow`; no other NNX variable."""
+def is_parameter(leaf: Any, nnx_tree: bool = False) -> bool:
+    """Whether a leaf is under the policy: an array or shape; of an NNX model or state `nnx.Param` and `Narrow` alone."""
     if isinstance(leaf, nnx.Variable):
         return isinstance(leaf, (nnx.Param, Narrow))
-    return hasattr(unbox(leaf), "dtype") and hasattr(unbox(leaf), "shape")
+    value = unbox(leaf)
+    # A PRNG key has a dtype that numpy does not know.
+    return not nnx_tree and hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype)
 
 
 def _component(key: Any) -> str:
@@ -77,38 +79,47 @@ def _component(key: Any) -> str:
     return str(key)
 
 
-def map_parameters(function: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_parameters(function: Callable[[str, Any], Any], tree: Any, prefix: str = "") -> Any:
     """`tree` with `function(path, leaf)` in place of every parameter; boxes are handed over closed."""
-    linen = is_linen(tree)
+    linen, nnx_tree = is_linen(tree) and not prefix, isinstance(tree, (nnx.State, nnx.Module))
 
     def visit(keys: tuple[Any, ...], leaf: Any) -> Any:
         names = [_component(key) for key in keys]
-        if not is_parameter(leaf) or (linen and names[0] != "params"):
+        if not is_parameter(leaf, nnx_tree) or (linen and names[0] != "params"):
             return leaf
-        return function("/".join(names[1:] if linen else names), leaf)
+        return function("/".join([*filter(None, [prefix]), *(names[1:] if linen else names)]), leaf)
 
     return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_box)
 
 
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The parameters of `tree` by path, in the tree's order, boxes closed."""
+    flat: dict[str, Any] = {}
+
+    def note(path: str, leaf: Any) -> Any:
+        if path in flat:
+            raise UnsupportedCast(f"{path}: two parameters of the tree have this path. Rename one.")
+        flat[path] = leaf
+        return leaf
+
+    # As a state, a module's shared variables count once.
+    map_parameters(note, nnx.state(tree) if isinstance(tree, nnx.Module) else tree, prefix)
+    return flat
+
+
 def parameters(tree: Any) -> dict[str, Any]:
     """The arrays (or shapes) of `tree` by path, in the tree's order."""
-    flat: dict[str, Any] = {}
-    map_parameters(lambda path, leaf: flat.setdefault(path, unbox(leaf)), tree)
-    return flat
+    return {path: unbox(leaf) for path, leaf in _leaves(tree).items()}
 
 
 def found(tree: Any) -> dict[str, Found]:
     """Shape, dtype and known block of every parameter of `tree`."""
-    flat: dict[str, Found] = {}
-
-    def note(path: str, leaf: Any) -> Any:
+    result = {}
+    for path, leaf in _leaves(tree).items():
         value = unbox(leaf)
         block = leaf.get_metadata().get("block") if isinstance(leaf, Narrow) else getattr(value, "block", None)
-        flat[path] = Found(tuple(value.shape), value.dtype, block)
-        return leaf
-
-    map_parameters(note, tree)
-    return flat
+        result[path] = Found(tuple(value.shape), value.dtype, block)
+    return result
 
 
 def variables_by_path(state: nnx.State) -> dict[str, Any]:
@@ -121,44 +132,53 @@ def replace_parameters(tree: Any, flat: Mapping[str, Any], blocks: Mapping[str, 
     their kernel.  `blocks` holds the block of each narrow kernel by path; NNX variables remember it.
 
     Raises:
-      UnsupportedCast: where scales come or go in a tree that is no nested mapping.
+      UnsupportedCast: where scales come or go in a container that is no mapping.
     """
     if isinstance(tree, nnx.State):
         return _replace_state(tree, flat, blocks)
     if is_linen(tree):
-        rest = {**tree, "params": _replace_children(tree["params"], flat, "")}
+        rest = {**tree, "params": _replace(tree["params"], flat, "")}
         return FrozenDict(rest) if isinstance(tree, FrozenDict) else rest
-    if set(parameters(tree)) == set(flat):
-        return map_parameters(lambda path, leaf: rebox(leaf, flat[path]), tree)
-    if not isinstance(tree, Mapping):
-        raise UnsupportedCast(
-            f"scales cannot be added to or taken from a {type(tree).__name__}. Give nested mappings or an nnx.State."
-        )
-    return _replace_children(tree, flat, "")
+    return _replace(tree, flat, "")
 
 
-def _replace_children(node: Any, flat: Mapping[str, Any], prefix: str) -> Any:
-    """A container of parameters whose paths begin with `prefix`, with the arrays of `flat`."""
-    keyed = node.items() if isinstance(node, Mapping) else enumerate(node)
-    children: dict[Any, Any] = {}
-    for key, child in keyed:
-        path = f"{prefix}{key}"
-        if isinstance(child, (Mapping, list, tuple)) and not is_box(child):
-            children[key] = _replace_children(child, flat, f"{path}/")
-        elif not is_parameter(child):
-            children[key] = child
-        elif path in flat:
-            children[key] = rebox(child, flat[path])
-            sibling = scale_path(str(key))
-            if scale_path(path) in flat and (not isinstance(node, Mapping) or sibling not in node):
-                children[sibling] = rebox(child, flat[scale_path(path)])
-    if isinstance(node, FrozenDict):
-        return FrozenDict(children)
-    if isinstance(node, Mapping):
-        return children
-    if len(children) != len(node):
-        raise UnsupportedCast(f"{prefix}: scales cannot stand in a {type(node).__name__}. Use a mapping for the layer.")
-    return type(node)(*children.values()) if hasattr(node, "_fields") else type(node)(children.values())
+def _replace(node: Any, flat: Mapping[str, Any], path: str) -> Any:
+    """The part of a tree that stands at `path`, with the arrays of `flat`."""
+    prefix = f"{path}/" if path else ""
+    if isinstance(node, Mapping) and not is_box(node):
+        children: dict[Any, Any] = {}
+        for key, child in node.items():
+            where, name = f"{prefix}{key}", scale_path(str(key))
+            if where not in flat and is_parameter(child):
+                continue
+            children[key] = _replace(child, flat, where)
+            if where in flat and scale_path(where) in flat and name not in node:
+                if not isinstance(key, str):
+                    raise UnsupportedCast(f"{where}: its scales need a name beside the key {key!r}. Use text for keys.")
+                children[name] = _box_of_scales(child, flat[scale_path(where)])
+        return FrozenDict(children) if isinstance(node, FrozenDict) else children
+    if type(node) in (list, tuple):
+        if any(is_parameter(child) and f"{prefix}{i}" not in flat for i, child in enumerate(node)):
+            raise _immovable(path, node)
+        return type(node)(_replace(child, flat, f"{prefix}{i}") for i, child in enumerate(node))
+    here = _leaves(node, path)
+    for where in here:
+        if where not in flat or (where != path and (scale_path(where) in flat) != (scale_path(where) in here)):
+            raise _immovable(path, node)
+    return map_parameters(lambda where, leaf: rebox(leaf, flat[where]), node, path)
+
+
+def _immovable(path: str, node: Any) -> UnsupportedCast:
+    return UnsupportedCast(
+        f"{path or 'the tree'}: scales cannot be added to or taken from a {type(node).__name__}. Use a mapping there."
+    )
+
+
+def _box_of_scales(kernel: Any, scale_inv: Any) -> Any:
+    """Scales in a box like their kernel's, replicated: an axis of the grid need not divide among a mesh's devices."""
+    if hasattr(kernel, "names"):
+        kernel = dataclasses.replace(kernel, names=(None,) * scale_inv.ndim)
+    return rebox(kernel, scale_inv) if isinstance(kernel, meta.AxisMetadata) else scale_inv
 
 
 def _replace_state(state: nnx.State, flat: Mapping[str, Any], blocks: Mapping[str, Block]) -> nnx.State:
@@ -167,21 +187,21 @@ def _replace_state(state: nnx.State, flat: Mapping[str, Any], blocks: Mapping[st
     leaves = []
     for path, (keys, leaf) in variables.items():
         scales = scale_path(path)
-        if not is_parameter(leaf):
+        if not is_parameter(leaf, nnx_tree=True):
             leaves.append((keys, leaf))
         elif path in flat and is_scale(path):
             leaves.append((keys, leaf.replace(flat[path])))
         elif path in flat and scales in flat:
-            leaves.append((keys, retyped(leaf, Narrow, flat[path], block=blocks[path])))
+            leaves.append((keys, _retyped(leaf, Narrow, flat[path], block=blocks[path])))
             if scales not in variables:
                 sibling = (*keys[:-1], scale_path(str(keys[-1])))
-                leaves.append((sibling, retyped(leaf, Narrow, flat[scales], block=blocks[path])))
+                leaves.append((sibling, Narrow(flat[scales], block=blocks[path])))  # replicated, as above
         elif path in flat:
-            leaves.append((keys, retyped(leaf, nnx.Param if isinstance(leaf, Narrow) else type(leaf), flat[path])))
+            leaves.append((keys, _retyped(leaf, nnx.Param if isinstance(leaf, Narrow) else type(leaf), flat[path])))
     return nnx.from_flat_state(leaves)
 
 
-def retyped(leaf: nnx.Variable, kind: type[nnx.Variable], value: Any, **metadata: Any) -> nnx.Variable:
+def _retyped(leaf: nnx.Variable, kind: type[nnx.Variable], value: Any, **metadata: Any) -> nnx.Variable:
     """A variable of type `kind` that holds `value`, with the metadata of `leaf` and `metadata`."""
     if type(leaf) is kind and not metadata:
         return leaf.replace(value)

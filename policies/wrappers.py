@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from flax.core import FrozenDict
 
 from . import dtypes
 from .blocks import dequantize
@@ -50,7 +51,8 @@ def init(module: AnyModule, policy: Any, key: Any, *inputs: Any, **kwargs: Any) 
     """
     policy = get_policy(policy)
     if isinstance(module, nn.Module):
-        return policy.store(module.init(key, *inputs, **kwargs))
+        variables = module.init(key, *inputs, **kwargs)
+        return _with_params(variables, policy.store(variables.get("params", {})))
     rngs = nnx.Rngs(**key) if isinstance(key, Mapping) else nnx.Rngs(key)
     if takes_policy(module):
         state = nnx.state(module(policy=policy, rngs=rngs))
@@ -92,7 +94,9 @@ def apply(
 
 
 def _apply_linen(module, policy, variables, inputs, rngs, mutable, method, kwargs):
-    computed = computed_variables(policy, variables, (inputs, kwargs))
+    # The collection alone: without one, `batch_stats` would pass for parameters.
+    params = computed_variables(policy, variables.get("params", {}), (inputs, kwargs))
+    computed = _with_params(variables, params)
     result = module.apply(computed, *inputs, rngs=rngs, mutable=mutable, method=method, **kwargs)
     if mutable is False:
         return policy.cast_output(result)
@@ -102,17 +106,25 @@ def _apply_linen(module, policy, variables, inputs, rngs, mutable, method, kwarg
     return policy.cast_output(result), updated
 
 
+def _with_params(variables: Mapping[str, Any], params: Any) -> Any:
+    """A Linen variable dict with other parameters; one without any stays without."""
+    if "params" not in variables:
+        return variables
+    changed = {**variables, "params": params}
+    return FrozenDict(changed) if isinstance(variables, FrozenDict) else changed
+
+
 def _apply_nnx(module, policy, variables, inputs, rngs, mutable, method, kwargs):
     if takes_policy(module):
         scope = Scope(policy, policy.activations, stored=stored_specs(policy, variables))
         explain(Policy(compute=policy.compute), variables)  # strict, and pairs are whole
-        model = nnx.eval_shape(lambda: module(policy=scope, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: module(policy=scope, rngs=_streams(variables)))
     else:
         variables = computed_variables(policy, variables, (inputs, kwargs))
-        model = nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: module(rngs=_streams(variables)))
     model = fill(model, variables_by_path(variables))
     if rngs is not None:
-        nnx.reseed(model, **rngs)
+        nnx.reseed(model, **_reseeded(rngs, _tags(variables)))
     if method is None:
         result = model(*inputs, **kwargs)
     else:
@@ -121,6 +133,31 @@ def _apply_nnx(module, policy, variables, inputs, rngs, mutable, method, kwargs)
     if mutable is False:
         return policy.cast_output(result)
     return policy.cast_output(result), nnx.state(model, nnx.All(mutable, nnx.Not(nnx.Any(nnx.Param, Narrow))))
+
+
+def _tags(variables: nnx.State) -> set[str]:
+    """The names of the random streams that a module kept."""
+    return {leaf.tag for _, leaf in nnx.to_flat_state(variables) if isinstance(leaf, nnx.RngKey)}
+
+
+def _streams(variables: nnx.State) -> nnx.Rngs:
+    """Streams to rebuild a module with: those it kept, and a default one if parameters could not be drawn from them."""
+    names = _tags(variables)
+    return nnx.Rngs(**dict.fromkeys(sorted(names if names & {"default", "params"} else names | {"default"}), 0))
+
+
+def _reseeded(rngs: Mapping[str, Any], tags: set[str]) -> dict[str, Any]:
+    """`rngs` by the streams that a module has: one it does not have stands for its default stream, as in `nnx.Rngs`."""
+    known = {name: key for name, key in rngs.items() if name in tags}
+    for name, key in rngs.items():
+        if name not in tags and name != "params" and tags:
+            if "default" not in tags or "default" in known:
+                raise UnsupportedCast(
+                    f"rngs: {name!r} is no stream of the module, which has {', '.join(sorted(tags))}. "
+                    "Name one of these."
+                )
+            known["default"] = key
+    return known
 
 
 def takes_policy(module: Callable[..., Any]) -> bool:
@@ -162,7 +199,10 @@ def fill(model: nnx.Module, variables: Mapping[str, Any]) -> Any:
             f"the variables are not those of the module: it lacks {missing[:5]}, and does not have {extra[:5]}. "
             "Give what init returned for the same module and policy."
         )
-    leaves = [(keys, leaf.replace(variables[path])) for path, (keys, leaf) in wanted.items()]
+    leaves = [
+        (keys, leaf.replace(variables[path]) if isinstance(leaf, nnx.Variable) else variables[path])
+        for path, (keys, leaf) in wanted.items()
+    ]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
@@ -178,7 +218,8 @@ def computed_variables(policy: Policy, variables: Any, inputs: Any) -> Any:
     floats = [
         leaf.dtype for leaf in jax.tree.leaves(inputs) if hasattr(leaf, "dtype") and dtypes.is_floating(leaf.dtype)
     ]
-    activations = policy.activations or (floats[0] if floats else np.dtype(np.float32))
+    inputs_dtype = jax.dtypes.canonicalize_dtype(floats[0]) if floats else np.float32
+    activations = policy.activations or np.dtype(inputs_dtype)
     computed = {}
     for path, value in flat.items():
         if is_scale(path):

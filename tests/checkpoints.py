@@ -3,6 +3,7 @@
 Nothing here goes through perparam's loaders, so that what they read can be held against it.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -37,7 +38,8 @@ FIELDS = {
 _CODES = np.array([code for code in range(256) if code & 0x7F != 0x7F], np.uint8)  # all but the two NaN
 _FILE_NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
+    "bool": "BOOL",
 }  # fmt: skip
 _PACKAGE_NAMES = {short: np.dtype(getattr(ml_dtypes, name, name)) for name, short in _FILE_NAMES.items()}
 
@@ -75,7 +77,7 @@ def grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
 
 
 def narrow_pair(rng, shape, block=BLOCK, scale_dtype=BF16, kernel_dtype=F8) -> tuple[np.ndarray, np.ndarray]:
-    """A random payload, and scales that differ by up to 2**6 between blocks; the weights have about unit variance a row."""
+    """A random payload, and scales that differ by up to 2**6 between blocks; x @ weight.T is about as large as x."""
     kernel = rng.choice(_CODES, shape).view(F8).astype(np.float32).astype(kernel_dtype)
     gains = 2.0 ** rng.uniform(-3, 3, grid(shape, block))
     size = np.sqrt(np.mean(kernel.astype(np.float32) ** 2) * np.mean(gains**2) * shape[1])
@@ -83,7 +85,7 @@ def narrow_pair(rng, shape, block=BLOCK, scale_dtype=BF16, kernel_dtype=F8) -> t
 
 
 def tensors(config: dict, seed=0, scale_dtype=BF16, plain_dtype=BF16, plain=()) -> dict[str, np.ndarray]:
-    """Random tensors for a config.json, projections FP8 where it has a quantization_config; `plain` names exceptions."""
+    """Random tensors for a config.json; with a quantization_config projections are FP8, but for those in `plain`."""
     rng = np.random.default_rng(seed)
     quantization = config.get("quantization_config")
     made = {}
@@ -154,10 +156,23 @@ def read(folder: Path) -> dict[str, np.ndarray]:
 # Models.
 
 
+@contextlib.contextmanager
+def quick_compilation():
+    """Programs are compiled without LLVM's costly passes, for tests that compile many and run each once."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 def checkpoint_name(path: str) -> str:
     """What a checkpoint calls the parameter at `path`."""
     module, _, leaf = path.rpartition("/")
-    kind = {"bias": "bias", "scale_inv": "weight_scale_inv", "embedding_scale_inv": "weight_scale_inv"}.get(leaf, "weight")
+    kind = {"bias": "bias", "scale_inv": "weight_scale_inv", "embedding_scale_inv": "weight_scale_inv"}.get(
+        leaf, "weight"
+    )
     return f"{'' if module == 'lm_head' else 'model.'}{module.replace('/', '.')}.{kind}"
 
 
@@ -172,7 +187,7 @@ def _logits(graphdef, state, ids, mask):
 
 
 def logits(model: nnx.Module, ids, mask=None) -> np.ndarray:
-    """The model's logits, compiled once for models of the same shapes and policy; NaN where nothing was attended to is kept."""
+    """The model's logits, compiled once for models of the same shapes and policy."""
     return np.asarray(_logits(*nnx.split(model), np.asarray(ids, np.int32), None if mask is None else np.asarray(mask)))
 
 

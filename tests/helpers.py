@@ -8,6 +8,7 @@ import re
 import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
+
 from perparam import Policy
 
 # Patterns.
@@ -101,7 +102,17 @@ def bits(array) -> tuple[str, tuple[int, ...], bytes]:
 ACTIVATIONS = ("f32", "bf16", "f16")
 NARROW = ("f8_e4m3fn", "f8_e5m2", "int8")
 _patterns = st.sampled_from(
-    ["kernel", "bias", "embedding", "**/gate/kernel", "layers/*/mlp/**", "layers/{0,1}/{q,k}_proj/kernel", "a*b/c", "on", "0"]
+    [
+        "kernel",
+        "bias",
+        "embedding",
+        "**/gate/kernel",
+        "layers/*/mlp/**",
+        "layers/{0,1}/{q,k}_proj/kernel",
+        "a*b/c",
+        "on",
+        "0",
+    ]
 )
 _scales = st.sampled_from(["scale_inv", "embedding_scale_inv", "**/scale_inv"])
 

@@ -7,9 +7,10 @@ import shutil
 import checkpoints
 import ml_dtypes
 import numpy as np
-import perparam
 import pytest
 from checkpoints import BF16, CASES, F8, GOLDEN, fields, tensors, write, write_index
+
+import perparam
 from perparam.loaders import CheckpointWarning, open_checkpoint
 from perparam.policies.errors import InvalidCheckpoint, MissingFile, PerparamError, UnsupportedConfig
 
@@ -157,7 +158,7 @@ def test_everything_that_is_wrong_with_the_tensors_is_in_one_error(folder):
         "missing: model.norm.weight (56,)",
         "missing: model.layers.0.self_attn.q_proj.weight (72, 56)",
         "misshapen: model.layers.1.mlp.gate_proj.weight is (75, 56), expected (76, 56)",
-        "layers/0/mlp/up_proj/scale_inv: scales of shape (5, 2) do not fit a kernel of shape (76, 56) in blocks of (16, 24)",
+        "layers/0/mlp/up_proj/scale_inv: scales of shape (5, 2) do not fit a kernel of shape (76, 56)",
         "expected (5, 3)",
         "wrong dtype: model.layers.0.input_layernorm.weight is i32",
         "unused: model.layers.7.mlp.up_proj.weight (76, 56)",
@@ -214,7 +215,10 @@ def test_scales_beside_a_plain_parameter_are_refused(folder, name):
 def test_a_grid_that_does_not_fit_the_block_is_refused(folder, shape):
     stored = tensors(fields()) | {f"{GATE}_scale_inv": np.ones(shape, BF16)}
     message = refusal(write(folder, fields(), stored))
-    assert f"scales of shape {shape} do not fit a kernel of shape (76, 56) in blocks of (16, 24), expected (5, 3)" in message
+    assert (
+        f"scales of shape {shape} do not fit a kernel of shape (76, 56) in blocks of (16, 24), expected (5, 3)"
+        in message
+    )
     assert "Name the block the kernel was quantised with." in message
 
 
@@ -265,14 +269,26 @@ def test_an_untied_model_needs_its_head(folder):
 
 def listed(*modules, **changes):
     return fields(
-        quantization_config={**checkpoints.FIELDS["quantization_config"], "modules_to_not_convert": list(modules)}, **changes
+        quantization_config={**checkpoints.FIELDS["quantization_config"], "modules_to_not_convert": list(modules)},
+        **changes,
     )
 
 
-@pytest.mark.parametrize("prefix", ["model.", ""])
-def test_modules_listed_as_unquantised_that_are_pass_in_silence(folder, prefix):
-    config = listed("lm_head", f"{prefix}layers.1.mlp.gate_proj")
-    open_checkpoint(write(folder, config, tensors(config, plain=["model.layers.1.mlp.gate_proj"])))
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("model.layers.1.mlp.gate_proj", ["model.layers.1.mlp.gate_proj"]),
+        ("layers.1.mlp.gate_proj", ["model.layers.1.mlp.gate_proj"]),
+        ("wrapped.model.layers.1.mlp.gate_proj", ["model.layers.1.mlp.gate_proj"]),
+        ("model.layers.1.mlp", [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]),
+        ("gate_proj", ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj"]),
+    ],
+    ids=["a module", "without its prefix", "with a wrapper's prefix", "a parent", "a name"],
+)
+def test_modules_listed_as_unquantised_that_are_pass_in_silence(folder, name, places):
+    config = listed("lm_head", name)
+    found = open_checkpoint(write(folder, config, tensors(config, plain=places))).found
+    assert found["layers/1/mlp/gate_proj/kernel"].dtype == BF16
 
 
 def test_a_listed_module_that_is_quantised_warns_with_its_name(folder):
@@ -296,7 +312,9 @@ def test_an_unlisted_module_that_is_not_quantised_warns_with_its_name(folder):
 def test_quantised_modules_without_quantization_config_warn(folder):
     config = fields(quantization_config=None)
     stored = tensors(config) | {GATE: np.ones((76, 56), F8), f"{GATE}_scale_inv": np.ones((1, 1), np.float32)}
-    with pytest.warns(CheckpointWarning, match=r"no quantization_config, but these are quantised .*layers/1/mlp/gate_proj"):
+    with pytest.warns(
+        CheckpointWarning, match=r"no quantization_config, but these are quantised .*layers/1/mlp/gate_proj"
+    ):
         checkpoint = open_checkpoint(write(folder, config, stored))
     assert checkpoint.found["layers/1/mlp/gate_proj/kernel"].block == (128, 128)
 
@@ -310,7 +328,9 @@ def test_a_config_that_is_not_implemented_is_refused_with_its_file(folder):
 
 
 def test_ids_of_generation_config_win(folder):
-    write(folder, fields(), tensors(fields()), generation_config={"eos_token_id": [7, 8], "pad_token_id": 9, "top_k": 20})
+    write(
+        folder, fields(), tensors(fields()), generation_config={"eos_token_id": [7, 8], "pad_token_id": 9, "top_k": 20}
+    )
     config = open_checkpoint(folder).config
     assert (config.eos_token_id, config.pad_token_id) == ((7, 8), 9)
 
@@ -322,7 +342,9 @@ def test_without_ids_in_generation_config_those_of_config_hold(folder, generatio
     assert (config.eos_token_id, config.pad_token_id) == ((59,), 60)
 
 
-@pytest.mark.parametrize("ids", [{"eos_token_id": "7"}, {"eos_token_id": [7, None, "x"]}, {"pad_token_id": True}], ids=str)
+@pytest.mark.parametrize(
+    "ids", [{"eos_token_id": "7"}, {"eos_token_id": [7, None, "x"]}, {"pad_token_id": True}], ids=str
+)
 def test_ids_that_are_no_integers_are_refused(folder, ids):
     write(folder, fields(), tensors(fields()), generation_config=ids)
     assert re.search(r"generation_config\.json: .*expected token ids, found", refusal(folder))

@@ -2,9 +2,10 @@
 
 import checkpoints
 import numpy as np
-import perparam
 import pytest
 from checkpoints import BF16, CASES, GOLDEN, fields, tensors, write
+
+import perparam
 from perparam import Policy
 
 
@@ -21,15 +22,21 @@ def test_a_rule_decides_every_parameter(case):
     assert all(row.storage_rule is not None for row in plan.rows)
 
 
-@pytest.mark.parametrize("case", ["fp8_mixed_unquantised", "fp8_tied_bf16_scales", "bf16_plain"])
+@pytest.mark.parametrize("case", CASES)
 def test_loading_with_it_is_loading_without_a_policy_bit_for_bit(case):
-    policy = perparam.infer_policy(GOLDEN / case)
-    plain, inferred = perparam.load_model(GOLDEN / case), perparam.load_model(GOLDEN / case, policy)
+    plain = perparam.load_model(GOLDEN / case)
+    inferred = perparam.load_model(GOLDEN / case, perparam.infer_policy(GOLDEN / case))
     arrays, same = checkpoints.arrays(plain), checkpoints.arrays(inferred)
     assert arrays.keys() == same.keys()
     assert all(np.asarray(arrays[path]).tobytes() == np.asarray(same[path]).tobytes() for path in arrays)
+    assert (inferred.activations, inferred.output) == (plain.activations, plain.output)
+
+
+def test_computing_with_it_is_computing_without_a_policy_bit_for_bit():
+    folder = GOLDEN / "fp8_mixed_unquantised"
     ids = np.array([[3, 14, 15, 92, 65]])
-    logits, again = checkpoints.logits(plain, ids), checkpoints.logits(inferred, ids)
+    logits = checkpoints.logits(perparam.load_model(folder), ids)
+    again = checkpoints.logits(perparam.load_model(folder, perparam.infer_policy(folder)), ids)
     assert (logits.dtype, logits.tobytes()) == (again.dtype, again.tobytes())
 
 

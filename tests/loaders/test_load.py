@@ -8,10 +8,11 @@ import checkpoints
 import jax
 import ml_dtypes
 import numpy as np
-import perparam
 import pytest
 from checkpoints import BF16, BLOCK, CASES, F8, GOLDEN, checkpoint_name, fields, tensors, write
 from flax import nnx
+
+import perparam
 from perparam import Policy
 from perparam.policies.errors import InvalidCheckpoint, InvalidScale, MissingFile, UnmatchedRule
 
@@ -177,7 +178,10 @@ def test_another_block_requantises(folder, stored):
     projection = model.layers[1].mlp.gate_proj
     assert projection.kernel.block == (32, 32)
     assert projection.scale_inv[...].shape == (3, 2)
-    exact, found = weight(stored, GATE), perparam.dequantize(projection.kernel[...], projection.scale_inv[...], (32, 32))
+    exact, found = (
+        weight(stored, GATE),
+        perparam.dequantize(projection.kernel[...], projection.scale_inv[...], (32, 32)),
+    )
     assert 0 < checkpoints.relative_error(found, exact) <= E4M3_ERROR
 
 
@@ -256,7 +260,9 @@ def test_a_scale_that_is_no_positive_finite_number_is_refused(tmp_path, value, p
     stored = tensors(fields())
     stored[checkpoint_name(f"{GATE}/scale_inv")][3, 1] = value
     write(tmp_path, fields(), stored)
-    expected = rf"{GATE}/scale_inv: scales are positive finite numbers; found {value} at block \(3, 1\), and 1 such of 15"
+    expected = (
+        rf"{GATE}/scale_inv: scales are positive finite numbers; found {value} at block \(3, 1\), and 1 such of 15"
+    )
     with pytest.raises(InvalidScale, match=expected) as caught:
         perparam.load_model(tmp_path, policy)
     assert "fetch or make them again" in str(caught.value)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import safetensors
 from checkpoints import BF16, F8, GOLDEN, file_bytes, safetensors_bytes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from perparam.loaders.safetensors_file import aligned_empty, read_header, read_tensor
 from perparam.policies.errors import InvalidCheckpoint, MissingFile, PerparamError
 
@@ -103,7 +104,7 @@ def test_arrays_own_memory_aligned_to_64_bytes_that_can_be_written(path):
     path.write_bytes(safetensors_bytes(ARRAYS))
     for tensor in read_header(path).values():
         array = read_tensor(tensor)
-        assert array.ctypes.data % 64 == 0
+        assert array.ctypes.data % 64 == 0 or not array.size
         assert array.flags.writeable
     assert [aligned_empty(count).nbytes for count in (0, 1, 63, 64, 65)] == [0, 1, 63, 64, 65]
 
@@ -233,6 +234,7 @@ _values = st.recursive(
 )
 
 
+@settings(max_examples=300)  # it compiles nothing: a millisecond each
 @given(key=st.sampled_from(["dtype", "shape", "data_offsets"]), value=_values)
 def test_whatever_stands_in_a_header_the_error_is_ours(tmp_path_factory, key, value):
     path = tmp_path_factory.mktemp("any") / "model.safetensors"

@@ -9,6 +9,7 @@ import pytest
 from helpers import bits, dtype, reference_dequantize, reference_quantize, spread
 from hypothesis import given
 from hypothesis import strategies as st
+
 from perparam import dequantize, quantize
 from perparam.policies import InvalidScale, UnknownDtype, UnsupportedCast
 
@@ -27,16 +28,16 @@ blocks = st.sampled_from(BLOCKS)
 
 
 @st.composite
-def matrices(draw, shapes=SHAPES, exponents=st.integers(-6, 6)):
+def matrices(draw, shapes=SHAPES, smallest=-6, largest=6):
     """Normally drawn weights of a normal magnitude: CPUs flush subnormal float32."""
     shape = draw(st.sampled_from(shapes))
     weight = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).normal(size=shape)
-    return (weight * 2.0 ** draw(exponents)).astype(np.float32)
+    return (weight * 2.0 ** draw(st.integers(smallest, largest))).astype(np.float32)
 
 
 class TestAgainstNumpy:
     @pytest.mark.parametrize("narrow", NARROW)
-    @given(weight=matrices(), block=st.sampled_from(BLOCKS[:2]))
+    @given(weight=matrices(shapes=SHAPES[::2]), block=st.sampled_from(BLOCKS[:2]))
     def test_every_narrow_type_is_bit_for_bit(self, narrow, weight, block):
         kernel, scale_inv = quantize(weight, narrow, block)
         expected = reference_quantize(weight, narrow, block)
@@ -52,11 +53,15 @@ class TestAgainstNumpy:
         assert bits(scale_inv) == bits(expected[1])
 
     @given(
-        weight=hnp.arrays(np.float32, (3, 5), elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)),
+        weight=hnp.arrays(
+            np.float32, (3, 5), elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
+        ),
         block=blocks,
     )
     def test_values_that_hypothesis_chooses_are_bit_for_bit(self, weight, block):
-        weight[np.abs(weight) < 2.0**-100] = 0  # quotients by 448 stay normal: what is flushed is no question of rounding
+        weight[np.abs(weight) < 2.0**-100] = (
+            0  # quotients by 448 stay normal: what is flushed is no question of rounding
+        )
         kernel, scale_inv = quantize(weight, "float8_e4m3fn", block)
         expected = reference_quantize(weight, "float8_e4m3fn", block)
         # The product of a tiny weight and its block's large scale may be flushed to a zero, of either sign.
@@ -64,12 +69,27 @@ class TestAgainstNumpy:
         assert bits(scale_inv) == bits(expected[1])
 
     @pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16"])
-    @given(weight=matrices(shapes=((3, 5), (16, 16)), exponents=st.integers(0, 12)), block=st.sampled_from(BLOCKS[:2]))
+    @given(weight=matrices(shapes=((3, 5), (16, 16)), smallest=0, largest=12), block=st.sampled_from(BLOCKS[:2]))
     def test_rounded_scales_are_bit_for_bit(self, scale_dtype, weight, block):
         kernel, scale_inv = quantize(weight, "float8_e4m3fn", block, scale_dtype=scale_dtype)
         expected = reference_quantize(weight, "float8_e4m3fn", block, scale_dtype)
         assert bits(kernel) == bits(expected[0])
         assert bits(scale_inv) == bits(expected[1])
+
+    @pytest.mark.parametrize("block", [(64, 64), (1, 64), (64, 1), (16, 128)])
+    def test_quotients_are_correctly_rounded(self, block):
+        """A quotient that is an ulp off shows where it falls between two neighbours of e4m3."""
+        random = np.random.default_rng(0)
+        weight = np.zeros((64, 64), np.float32)
+        corners = weight[:: block[0], :: block[1]]
+        corners[:] = 448 * random.uniform(1, 2, corners.shape)
+        _, scale_inv = reference_quantize(weight, "float8_e4m3fn", block)
+        ties = random.choice(np.arange(17, 32, 2), weight.shape)  # e4m3 has the even numbers from 16 to 32
+        weight = np.where(weight == 0, ties * spread(scale_inv, weight.shape, block), weight).astype(np.float32)
+        kernel, scale_inv = quantize(weight, "float8_e4m3fn", block)
+        expected = reference_quantize(weight, "float8_e4m3fn", block)
+        assert bits(scale_inv) == bits(expected[1])
+        assert bits(kernel) == bits(expected[0])
 
     @pytest.mark.parametrize("wide", ["bfloat16", "float16"])
     def test_weights_of_16_bits_are_quantised_in_f32(self, wide):
@@ -118,7 +138,7 @@ class TestInvariants:
         # The quotient is rounded to f32 before it is rounded to e4m3: half an f32 ulp on top.
         assert (error <= bound * (1 + 2.0**-20)).all()
 
-    @given(block=blocks, weight=matrices(shapes=((3, 5), (16, 16))))
+    @given(block=st.sampled_from([(4, 2), (128, 128)]), weight=matrices(shapes=((3, 5), (16, 16))))
     def test_transposing_the_pair_transposes_the_weight(self, block, weight):
         kernel, scale_inv = quantize(weight, "f8_e4m3fn", block)
         kernel2, scale_inv2 = quantize(weight.T, "f8_e4m3fn", block[::-1])
@@ -134,7 +154,9 @@ class TestInvariants:
         assert bits(kernel) == bits(np.stack([k for k, _ in each]).reshape(weight.shape))
         assert bits(scale_inv) == bits(np.stack([s for _, s in each]).reshape(scale_inv.shape))
 
-    @pytest.mark.parametrize(("shape", "grid"), [((576, 200), (5, 2)), ((1, 1), (1, 1)), ((128, 129), (1, 2)), ((4, 0), (1, 0))])
+    @pytest.mark.parametrize(
+        ("shape", "grid"), [((576, 200), (5, 2)), ((1, 1), (1, 1)), ((128, 129), (1, 2)), ((4, 0), (1, 0))]
+    )
     def test_the_grid_is_rounded_up(self, shape, grid):
         _, scale_inv = quantize(np.ones(shape, np.float32), "f8_e4m3fn")
         assert scale_inv.shape == grid
@@ -198,7 +220,9 @@ class TestVariants(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_a_weight_is_the_same_with_and_without_jit(self):
-        kernel, scale_inv = reference_quantize(np.random.default_rng(3).normal(size=(33, 47)), "float8_e4m3fn", (16, 16))
+        kernel, scale_inv = reference_quantize(
+            np.random.default_rng(3).normal(size=(33, 47)), "float8_e4m3fn", (16, 16)
+        )
         weight = self.variant(lambda k, s: dequantize(k, s, (16, 16)))(kernel, scale_inv)
         chex.assert_trees_all_equal(np.asarray(weight), reference_dequantize(kernel, scale_inv, (16, 16), np.float32))
 
@@ -214,12 +238,16 @@ class TestVariants(chex.TestCase):
 class TestErrors:
     @pytest.mark.parametrize("shape", [(), (4,)])
     def test_fewer_than_two_dimensions_have_no_blocks(self, shape):
-        with pytest.raises(InvalidScale, match=r"blocks lie over two axes, found the shape .*Only parameters of two or more"):
+        with pytest.raises(
+            InvalidScale, match=r"blocks lie over two axes, found the shape .*Only parameters of two or more"
+        ):
             quantize(np.ones(shape, np.float32), "f8_e4m3fn")
 
     @pytest.mark.parametrize("found", ["int32", "int8", "bool", "float8_e4m3fn"])
     def test_what_is_no_wide_float_cannot_be_quantised(self, found):
-        with pytest.raises(UnsupportedCast, match=f"a {found} array cannot be quantised. Give f32, bf16 or f16 weights"):
+        with pytest.raises(
+            UnsupportedCast, match=f"a {found} array cannot be quantised. Give f32, bf16 or f16 weights"
+        ):
             quantize(np.ones((2, 2), dtype(found)), "f8_e4m3fn")
 
     @pytest.mark.parametrize("wide", ["f32", "bf16", "i32"])
@@ -239,4 +267,7 @@ class TestErrors:
     def test_a_grid_that_does_not_fit_is_an_error_with_every_shape(self, grid):
         with pytest.raises(InvalidScale) as caught:
             dequantize(jnp.ones((5, 9), "float8_e4m3fn"), jnp.ones(grid), (4, 4))
-        assert f"scales of shape {grid} do not fit a kernel of shape (5, 9) in blocks of (4, 4), expected (2, 3)" in str(caught.value)
+        assert (
+            f"scales of shape {grid} do not fit a kernel of shape (5, 9) in blocks of (4, 4), expected (2, 3)"
+            in str(caught.value)
+        )

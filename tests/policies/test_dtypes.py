@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from perparam.policies import PerparamError, UnknownDtype, as_dtype, dtype_name, saturating_cast
 
 NARROW_FLOATS = (
@@ -57,7 +58,9 @@ class TestNames:
     def test_every_name_of_f32_is_one_dtype(self, alias):
         assert as_dtype(alias) == np.dtype("float32")
 
-    @pytest.mark.parametrize(("alias", "name"), [("I8", "int8"), ("i8", "int8"), ("F8_E5M2", "float8_e5m2"), ("BOOL", "bool")])
+    @pytest.mark.parametrize(
+        ("alias", "name"), [("I8", "int8"), ("i8", "int8"), ("F8_E5M2", "float8_e5m2"), ("BOOL", "bool")]
+    )
     def test_safetensors_names_are_known(self, alias, name):
         assert as_dtype(alias) == np.dtype(getattr(ml_dtypes, name, name))
 
@@ -87,7 +90,7 @@ class TestNames:
 
     @pytest.mark.parametrize("thing", [float, int, 3, object(), ["f32"], None])
     def test_what_is_no_dtype_is_refused(self, thing):
-        with pytest.raises(UnknownDtype, match="is no dtype. Write a name such as 'bf16'"):
+        with pytest.raises(UnknownDtype, match=r"is no dtype. Write a name such as 'bf16'"):
             as_dtype(thing)
 
     def test_the_error_is_perparams_and_a_value_error(self):
@@ -124,12 +127,12 @@ def saturated(values: np.ndarray, target: np.dtype) -> np.ndarray:
 class TestSaturatingCast:
     @pytest.mark.parametrize("found", FLOATS)
     def test_no_finite_value_becomes_nan_or_infinite(self, found):
-        values = finite_values(found)
-        broken = {}
-        for target in FLOATS:
-            cast = np.asarray(saturating_cast(jnp.asarray(values), target)).astype(np.float64)
-            if not np.isfinite(cast).all():
-                broken[target] = values[~np.isfinite(cast)][0]
+        values, broken = finite_values(found), {}
+        every = jax.jit(lambda x: {target: saturating_cast(x, target) for target in FLOATS})
+        for target, cast in every(values).items():
+            finite = np.isfinite(np.asarray(cast).astype(np.float64))
+            if not finite.all():
+                broken[target] = values[~finite][0]
         assert not broken
 
     @given(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+
 from perparam import Policy, get_policy, init
 from perparam.policies import InvalidScale, UnpairedScale
 
@@ -87,8 +88,9 @@ class TestRows:
             "bytes_before": 80,
             "bytes": 80,
         }
-        steps = bias | {"shape": (3,), "found": np.dtype("int32"), "storage": np.dtype("int32"), "change": "kept"}
-        steps |= {"bytes_before": 12, "bytes": 12}
+        # Integers are never cast: the defaults, which reach everything, do not decide for them.
+        steps = dict.fromkeys(bias) | {"shape": (3,), "found": np.dtype("int32"), "storage": np.dtype("int32")}
+        steps |= {"change": "kept", "bytes_before": 12, "bytes": 12}
         plan = Policy.loads(YAML, "p.yaml").explain(TREE)
         expected = {
             "dense/bias": bias,
@@ -110,10 +112,18 @@ class TestRows:
 
     def test_a_parameter_that_no_rule_reaches_has_none(self):
         row = Policy(params={"kernel": "bf16"}).explain(TREE).rows[0]
-        assert (row.path, row.storage, row.storage_rule, row.compute, row.compute_rule) == ("dense/bias", F32, None, None, None)
+        assert (row.path, row.storage, row.storage_rule, row.compute, row.compute_rule) == (
+            "dense/bias",
+            F32,
+            None,
+            None,
+            None,
+        )
 
     def test_an_optional_rule_is_named_as_it_is_written(self):
-        rows = rows_of(get_policy("fp8_weight_only").explain({"lm_head": {"kernel": TREE["dense"]["kernel"]}, "a": TREE["dense"]}))
+        rows = rows_of(
+            get_policy("fp8_weight_only").explain({"lm_head": {"kernel": TREE["dense"]["kernel"]}, "a": TREE["dense"]})
+        )
         assert rows["lm_head/kernel"]["storage_rule"] == "lm_head/kernel?"
         assert rows["lm_head/kernel"]["storage_source"] == "fp8_weight_only.yaml:3"
 
@@ -130,8 +140,18 @@ class TestRows:
         plan = Policy(params="bf16").explain(stored)
         rows = rows_of(plan)
         kernel, scales = rows["dense/kernel"], rows["dense/scale_inv"]
-        assert (kernel["change"], kernel["storage"], kernel["bytes_before"], kernel["bytes"]) == ("dequantised", BF16, 60_000, 120_000)
-        assert (scales["change"], scales["storage"], scales["bytes_before"], scales["bytes"]) == ("dissolved", None, 24, 0)
+        assert (kernel["change"], kernel["storage"], kernel["bytes_before"], kernel["bytes"]) == (
+            "dequantised",
+            BF16,
+            60_000,
+            120_000,
+        )
+        assert (scales["change"], scales["storage"], scales["bytes_before"], scales["bytes"]) == (
+            "dissolved",
+            None,
+            24,
+            0,
+        )
         assert (scales["storage_rule"], scales["compute_rule"]) == (None, None)
         assert plan.total_bytes == sum(x.nbytes for x in jax.tree.leaves(Policy(params="bf16").store(stored)))
 
@@ -216,8 +236,22 @@ class TestTable:
     def test_equal_layers_share_a_line(self):
         table = str(Policy(params={"kernel": "f8_e4m3fn"}, compute="bf16", output="f32").explain(layers(28)))
         lines = table.splitlines()
-        assert lines[0].split() == ["path", "shape", "found", "storage", "compute", "rule", "(params", "|", "compute)", "bytes"]
-        assert lines[1].split() == "layers/0-27/mlp/up_proj/kernel ×28 8×4 f32 f8_e4m3fn quantised bf16 kernel | default 896 B".split()
+        assert lines[0].split() == [
+            "path",
+            "shape",
+            "found",
+            "storage",
+            "compute",
+            "rule",
+            "(params",
+            "|",
+            "compute)",
+            "bytes",
+        ]
+        assert (
+            lines[1].split()
+            == "layers/0-27/mlp/up_proj/kernel ×28 8×4 f32 f8_e4m3fn quantised bf16 kernel | default 896 B".split()
+        )
         assert lines[2].split() == "layers/0-27/mlp/up_proj/scale_inv ×28 1×1 – f32 made – | – 112 B".split()
         assert lines[4:] == [
             "28 parameters and 28 grids of scales: 28 made, 28 quantised",

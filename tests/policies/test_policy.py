@@ -13,6 +13,7 @@ import pytest
 from helpers import policies, policy_fields
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from perparam import Policy
 from perparam.policies import InvalidPolicy, ParamSpec, PerparamError, UnknownDtype
 
@@ -45,7 +46,9 @@ class TestConstructor:
 
     @pytest.mark.parametrize("slot", ["params", "compute", "output"])
     def test_a_narrow_dtype_is_refused_for_a_whole_slot(self, slot):
-        with pytest.raises(UnknownDtype, match=rf"{slot}: f8_e4m3fn needs scales.*Name the parameters: {{kernel: f8_e4m3fn}}"):
+        with pytest.raises(
+            UnknownDtype, match=rf"{slot}: f8_e4m3fn needs scales.*Name the parameters: {{kernel: f8_e4m3fn}}"
+        ):
             Policy(**{slot: "f8_e4m3fn"})
 
     @pytest.mark.parametrize("narrow", ["f8_e4m3fn", "f8_e5m2", "int8"])
@@ -65,11 +68,11 @@ class TestConstructor:
             Policy(params={"kernel": dtype})
 
     def test_int8_is_no_dtype_to_compute_in_and_says_which_are(self):
-        with pytest.raises(UnknownDtype, match="i8 is no dtype to compute in. Write f32, bf16, f16, or a float8 type"):
+        with pytest.raises(UnknownDtype, match=r"i8 is no dtype to compute in. Write f32, bf16, f16, or a float8 type"):
             Policy(compute={"kernel": "int8"})
 
     def test_a_rule_for_scales_in_compute_is_refused(self):
-        with pytest.raises(InvalidPolicy, match="compute: scale_inv: scales are always applied in f32. Write null"):
+        with pytest.raises(InvalidPolicy, match=r"compute: scale_inv: scales are always applied in f32. Write null"):
             Policy(compute={"scale_inv": "f32"})
 
     @pytest.mark.parametrize("key", ["scale_inv", "embedding_scale_inv", "layers/*/{kernel,scale_inv}"])
@@ -78,12 +81,12 @@ class TestConstructor:
             Policy(params={key: "f8_e4m3fn"})
 
     def test_the_text_none_is_answered_with_null(self):
-        with pytest.raises(InvalidPolicy, match="params: kernel: 'None' is text here.*write null"):
+        with pytest.raises(InvalidPolicy, match=r"params: kernel: 'None' is text here.*write null"):
             Policy(params={"kernel": "None"})
 
     @pytest.mark.parametrize("key", [0, None, True, "", "?"])
     def test_keys_are_text(self, key):
-        with pytest.raises(InvalidPolicy, match="is no name of a parameter in params. Keys are text"):
+        with pytest.raises(InvalidPolicy, match=r"is no name of a parameter in params. Keys are text"):
             Policy(params={key: "f32"})
 
     def test_the_default_is_never_optional(self):
@@ -91,7 +94,7 @@ class TestConstructor:
             Policy(params={"default?": "f32"})
 
     def test_an_unknown_dtype_says_in_which_slot_and_rule(self):
-        with pytest.raises(UnknownDtype, match="params: kernel: unknown dtype 'fp32'. The nearest name is 'f32'"):
+        with pytest.raises(UnknownDtype, match=r"params: kernel: unknown dtype 'fp32'. The nearest name is 'f32'"):
             Policy(params={"kernel": "fp32"})
 
     def test_output_is_one_dtype(self):
@@ -228,11 +231,13 @@ class TestTextForms:
 
     @pytest.mark.parametrize("line", ["", "params", "params=f32,", "q=f32", "block=128", "params:f32"])
     def test_a_line_that_is_none_is_answered_with_an_example(self, line):
-        with pytest.raises(InvalidPolicy, match="is not slot=dtype. Write params=f32,compute=bf16,output=f32, or p=,c=,o="):
+        with pytest.raises(
+            InvalidPolicy, match=r"is not slot=dtype. Write params=f32,compute=bf16,output=f32, or p=,c=,o="
+        ):
             Policy.parse(line)
 
     def test_a_slot_written_twice_is_refused(self):
-        with pytest.raises(InvalidPolicy, match="params is written twice. Keep one"):
+        with pytest.raises(InvalidPolicy, match=r"params is written twice. Keep one"):
             Policy.parse("p=f32,params=bf16")
 
     def test_a_line_with_an_unknown_dtype_says_which(self):
@@ -243,7 +248,9 @@ class TestTextForms:
 class TestScope:
     """What a module sees: the policy at its own path."""
 
-    policy = Policy(params={"a/kernel": "f8_e4m3fn", "kernel": "bf16"}, compute={"a/*": None, "default": "f32"})
+    policy = Policy(
+        params={"a/kernel": "f8_e4m3fn", "kernel": "bf16", "default": "bf16"}, compute={"a/*": None, "default": "f32"}
+    )
 
     def test_a_spec_is_resolved_by_the_whole_path(self):
         bf16, f8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
@@ -260,5 +267,6 @@ class TestScope:
 
     def test_a_narrow_spec_knows_its_scales_and_its_block(self):
         policy = Policy(params={"kernel": "int8", "scale_inv": "bf16"}, block=(32, 16))
+        assert self.policy.at("a").spec("kernel").scale == np.dtype("float32")
         spec = policy.at("a").spec("kernel")
         assert (spec.scale, spec.block) == (np.dtype(ml_dtypes.bfloat16), (32, 16))

@@ -7,8 +7,9 @@ import types
 
 import jax.numpy as jnp
 import numpy as np
-import perparam
 import pytest
+
+import perparam
 from perparam import Policy, get_policy
 from perparam.policies import InvalidPolicy, MissingFile, UnknownDtype, preset_names
 
@@ -60,7 +61,9 @@ class TestPresets:
     def test_the_fp8_ones_leave_alone_what_they_do_not_name(self, name):
         tree = {
             "lm_head": {"kernel": np.ones((4, 4), np.float16)},
-            "layers": {"0": {"gate": {"kernel": np.ones((2, 4), np.float32)}, "up": {"kernel": np.ones((4, 4), np.float32)}}},
+            "layers": {
+                "0": {"gate": {"kernel": np.ones((2, 4), np.float32)}, "up": {"kernel": np.ones((4, 4), np.float32)}}
+            },
             "norm": {"scale": np.ones(4, jnp.bfloat16)},
         }
         plan = {row.path: (row.storage.name, row.change) for row in get_policy(name).explain(tree).rows}
@@ -116,7 +119,7 @@ class TestGetPolicy:
         )
 
     def test_a_narrow_dtype_is_no_uniform_policy(self):
-        with pytest.raises(UnknownDtype, match="f8_e4m3fn needs scales.*Name the parameters"):
+        with pytest.raises(UnknownDtype, match=r"f8_e4m3fn needs scales.*Name the parameters"):
             get_policy("f8_e4m3fn")
 
     @pytest.mark.parametrize(("name", "says"), [("f64", "needs jax_enable_x64"), ("f8", "'f8' is ambiguous")])
@@ -125,14 +128,16 @@ class TestGetPolicy:
             get_policy(name)
 
     def test_a_missing_file_is_named(self, tmp_path):
-        with pytest.raises(MissingFile, match="nowhere.yaml: there is no such policy file"):
+        with pytest.raises(MissingFile, match=r"nowhere.yaml: there is no such policy file"):
             get_policy(tmp_path / "nowhere.yaml")
 
     def test_an_unknown_slot_is_named(self):
-        with pytest.raises(InvalidPolicy, match="unknown slot 'parms'. A policy has params, compute, output, block"):
+        with pytest.raises(InvalidPolicy, match=r"unknown slot 'parms'. A policy has params, compute, output, block"):
             get_policy({"parms": "f32"})
 
     @pytest.mark.parametrize("thing", [3, ["f32"], object(), jnp.float32])
     def test_anything_else_is_no_policy(self, thing):
-        with pytest.raises(InvalidPolicy, match="is no policy. Give a Policy, a mapping, a preset's name or a YAML file"):
+        with pytest.raises(
+            InvalidPolicy, match=r"is no policy. Give a Policy, a mapping, a preset's name or a YAML file"
+        ):
             get_policy(thing)

@@ -9,6 +9,7 @@ from flax import linen as nn
 from helpers import reference_matches, written_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from perparam import Policy, apply, init
 from perparam.policies import InvalidPolicy, ShadowedRule, UnmatchedRule
 from perparam.policies.resolution import resolve
@@ -165,6 +166,7 @@ class TestStrictness:
         assert issubclass(error, ValueError)
 
 
+TREE = {"dense": {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}}
 UNMATCHED = [
     ({"params": {"kernal": "bf16"}}, "params"),
     ({"compute": {"kernal": "bf16"}}, "compute"),
@@ -174,25 +176,23 @@ UNMATCHED = [
 class TestEverySlotForItself:
     """Each entry point holds both slots to it; the slot is named."""
 
-    tree = {"dense": {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}}
-
     @pytest.mark.parametrize(("fields", "slot"), UNMATCHED)
     def test_in_a_plan(self, fields, slot):
         with pytest.raises(UnmatchedRule, match=rf"'kernal' \({slot}\).*\n  nearest: dense/kernel"):
-            Policy(**fields).explain(self.tree)
+            Policy(**fields).explain(TREE)
 
     @pytest.mark.parametrize(("fields", "slot"), UNMATCHED)
     def test_in_a_cast(self, fields, slot):
         with pytest.raises(UnmatchedRule, match=rf"'kernal' \({slot}\)"):
-            Policy(**fields).cast(self.tree, slot)
+            Policy(**fields).cast(TREE, slot)
 
     def test_in_storage(self):
         with pytest.raises(UnmatchedRule, match=r"'kernal' \(params\)"):
-            Policy(params={"kernal": "bf16"}).store(self.tree)
+            Policy(params={"kernal": "bf16"}).store(TREE)
 
     def test_a_rule_of_one_slot_says_nothing_of_the_other(self):
         policy = Policy(params={"kernel": "bf16"}, compute={"bias": "bf16"})
-        rows = {row.path: row for row in policy.explain(self.tree).rows}
+        rows = {row.path: row for row in policy.explain(TREE).rows}
         assert (rows["dense/kernel"].storage_rule, rows["dense/kernel"].compute_rule) == ("kernel", None)
         assert (rows["dense/bias"].storage_rule, rows["dense/bias"].compute_rule) == (None, "bias")
 

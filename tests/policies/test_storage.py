@@ -12,6 +12,7 @@ from flax.core import FrozenDict, freeze
 from helpers import bits, dtype, reference_dequantize, reference_quantize
 from hypothesis import given
 from hypothesis import strategies as st
+
 from perparam import Policy
 from perparam.policies import InvalidPolicy, InvalidScale, Narrow, UnmatchedRule, UnpairedScale, UnsupportedCast
 
@@ -109,7 +110,11 @@ class TestTheTable:
         weight = reference_dequantize(layer["kernel"], layer["scale_inv"], BLOCK, np.float32)
         kernel, scale_inv = reference_quantize(weight, asked, BLOCK)
         assert same(layer_of(policy.store(tree(layer))), layer | {"kernel": kernel, "scale_inv": scale_inv})
-        assert change(policy, tree(layer)) == {"a/kernel": "requantised", "a/scale_inv": "requantised", "a/bias": "kept"}
+        assert change(policy, tree(layer)) == {
+            "a/kernel": "requantised",
+            "a/scale_inv": "requantised",
+            "a/bias": "kept",
+        }
 
     @pytest.mark.parametrize("block", [(4, 4), (128, 128)])
     def test_a_pair_asked_for_another_block_is_requantised_through_f32(self, block):
@@ -162,7 +167,9 @@ class TestTheTable:
 
     def test_a_plain_tree_has_the_policys_block(self):
         assert same(Policy().store(pair(block=(128, 128))), pair(block=(128, 128)))
-        with pytest.raises(InvalidScale, match=r"scales of shape \(3, 3\) do not fit.*in blocks of \(128, 128\), expected \(1, 1\)"):
+        with pytest.raises(
+            InvalidScale, match=r"scales of shape \(3, 3\) do not fit.*in blocks of \(128, 128\), expected \(1, 1\)"
+        ):
             Policy().store(pair())
 
 
@@ -216,7 +223,10 @@ class TestTrees:
         assert isinstance(Policy(params={"kernel": F8}).store(frozen(plain())), FrozenDict)
 
     def test_scales_stand_beside_their_kernel(self):
-        tree = {"layers": [{"kernel": jnp.asarray(WEIGHT)}, {"up": {"kernel": jnp.asarray(WEIGHT)}}], "embedding": jnp.asarray(WEIGHT)}
+        tree = {
+            "layers": [{"kernel": jnp.asarray(WEIGHT)}, {"up": {"kernel": jnp.asarray(WEIGHT)}}],
+            "embedding": jnp.asarray(WEIGHT),
+        }
         stored = Policy(params={"kernel": F8, "embedding": "int8"}, block=BLOCK).store(tree)
         assert list(stored["layers"][0]) == ["kernel", "scale_inv"]
         assert list(stored["layers"][1]["up"]) == ["kernel", "scale_inv"]
@@ -224,13 +234,19 @@ class TestTrees:
         assert stored["embedding_scale_inv"].shape == GRID
 
     def test_where_scales_have_no_place_it_says_so(self):
-        with pytest.raises(UnsupportedCast, match="scales cannot stand in a list. Use a mapping for the layer"):
+        with pytest.raises(UnsupportedCast, match=r"a: scales cannot be added to or taken from a list. Use a mapping"):
             Policy(params={"a/0": F8}).store({"a": [jnp.asarray(WEIGHT)]})
+
+    def test_paths_that_cannot_be_told_apart_are_refused(self):
+        with pytest.raises(UnsupportedCast, match=r"a/kernel: two parameters of the tree have this path. Rename one"):
+            Policy("bf16").store({"a": {"kernel": jnp.asarray(WEIGHT)}, "a/kernel": jnp.asarray(WEIGHT)})
 
     def test_boxes_are_kept_and_the_scales_get_one(self):
         box = nn.Partitioned(jnp.asarray(WEIGHT), names=("out", "in"))
         stored = Policy(params={"kernel": F8}, block=BLOCK).store({"params": {"a": {"kernel": box}}})["params"]["a"]
-        assert stored["kernel"].names == stored["scale_inv"].names == ("out", "in")
+        assert stored["kernel"].names == ("out", "in")
+        # Replicated: the axis of a grid need not divide among a mesh's devices.
+        assert stored["scale_inv"].names == (None, None)
         kernel, scale_inv = reference_quantize(WEIGHT, F8, BLOCK)
         assert same({name: leaf.unbox() for name, leaf in stored.items()}, {"kernel": kernel, "scale_inv": scale_inv})
 
@@ -256,7 +272,10 @@ class TestTrees:
     def test_leading_axes_are_a_batch(self):
         weight = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
         kernel, scale_inv = reference_quantize(weight, F8, BLOCK)
-        assert same(Policy(params={"kernel": F8}, block=BLOCK).store({"kernel": jnp.asarray(weight)}), {"kernel": kernel, "scale_inv": scale_inv})
+        assert same(
+            Policy(params={"kernel": F8}, block=BLOCK).store({"kernel": jnp.asarray(weight)}),
+            {"kernel": kernel, "scale_inv": scale_inv},
+        )
 
     def test_integers_are_never_quantised(self):
         tree = {"table": jnp.arange(4).reshape(2, 2), "kernel": jnp.asarray(WEIGHT)}
@@ -272,7 +291,12 @@ class TestTrees:
 class TestProperties:
     policies = st.builds(
         lambda kernel, scale, default, block: Policy(
-            params={"kernel": kernel, "scale_inv?": scale if kernel in (F8, "int8", None) else None, "default": default}, block=block
+            params={
+                "kernel": kernel,
+                "scale_inv?": scale if kernel in (F8, "int8", None) else None,
+                "default": default,
+            },
+            block=block,
         ),
         st.sampled_from([F8, "int8", "bf16", "f32", None]),
         st.sampled_from(["bf16", "f32", None]),
@@ -313,13 +337,18 @@ class TestErrors:
     @trees
     def test_a_scale_without_its_kernel(self, tree):
         layer = {name: x for name, x in pair().items() if name != "kernel"}
-        with pytest.raises(UnpairedScale, match=r"a/scale_inv: scales \(3, 3\) without the kernel they belong to. Add it, or remove them"):
+        with pytest.raises(
+            UnpairedScale,
+            match=r"a/scale_inv: scales \(3, 3\) without the kernel they belong to. Add it, or remove them",
+        ):
             Policy().store(tree(layer))
 
     @trees
     def test_a_scale_beside_a_wide_kernel(self, tree):
         layer = pair() | {"kernel": jnp.asarray(WEIGHT)}
-        with pytest.raises(UnpairedScale, match=r"a/scale_inv: scales \(3, 3\) beside 'a/kernel', which is f32 and needs none. Remove"):
+        with pytest.raises(
+            UnpairedScale, match=r"a/scale_inv: scales \(3, 3\) beside 'a/kernel', which is f32 and needs none. Remove"
+        ):
             Policy().store(tree(layer))
 
     @trees
@@ -329,8 +358,8 @@ class TestErrors:
         with pytest.raises(InvalidScale) as caught:
             Policy(block=BLOCK).store(tree(layer))
         assert str(caught.value) == (
-            f"a/scale_inv: scales of shape {grid} do not fit a kernel of shape (5, 7) in blocks of (2, 3), expected (3, 3). "
-            "Name the block the kernel was quantised with."
+            f"a/scale_inv: scales of shape {grid} do not fit a kernel of shape (5, 7) in blocks of (2, 3), "
+            "expected (3, 3). Name the block the kernel was quantised with."
         )
 
     @trees
@@ -341,7 +370,10 @@ class TestErrors:
         layer["scale_inv"] = layer["scale_inv"].at[1, 2].set(value).at[2, 0].set(value)
         with pytest.raises(InvalidScale) as caught:
             Policy(params=params, block=BLOCK).store(tree(layer))
-        assert f"a/scale_inv: scales are positive finite numbers; found {shown} at block (1, 2), and 2 such of 9." in str(caught.value)
+        assert (
+            f"a/scale_inv: scales are positive finite numbers; found {shown} at block (1, 2), and 2 such of 9."
+            in str(caught.value)
+        )
         assert "fetch or make them again" in str(caught.value)
 
     @trees
@@ -349,7 +381,9 @@ class TestErrors:
     def test_weights_that_have_no_scale(self, tree, value):
         weight = WEIGHT.copy()
         weight[3, 4] = value
-        with pytest.raises(InvalidScale, match=r"a/kernel: the weights of a block hold NaN or infinity.* at block \(1, 1\)"):
+        with pytest.raises(
+            InvalidScale, match=r"a/kernel: the weights of a block hold NaN or infinity.* at block \(1, 1\)"
+        ):
             Policy(params={"kernel": F8}, block=BLOCK).store(tree(plain(weight)))
 
     def test_what_is_wrong_is_reported_together(self):
@@ -361,10 +395,15 @@ class TestErrors:
 
     @trees
     def test_a_narrow_dtype_for_one_dimension(self, tree):
-        with pytest.raises(InvalidPolicy, match=r"'bias' \(params\) asks f8_e4m3fn of 'a/bias', whose shape is \(5,\). Narrow dtypes are for"):
+        with pytest.raises(
+            InvalidPolicy,
+            match=r"'bias' \(params\) asks f8_e4m3fn of 'a/bias', whose shape is \(5,\). Narrow dtypes are for",
+        ):
             Policy(params={"bias": F8}).store(tree(plain()))
 
     @trees
     def test_a_rule_that_matches_nothing(self, tree):
-        with pytest.raises(UnmatchedRule, match=re.escape("'kernal' (params) matches none of 2 parameters.\n  nearest: a/kernel")):
+        with pytest.raises(
+            UnmatchedRule, match=re.escape("'kernal' (params) matches none of 2 parameters.\n  nearest: a/kernel")
+        ):
             Policy(params={"kernal": "f32"}).store(tree(plain()))

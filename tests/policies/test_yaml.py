@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+
 from perparam import Policy
 from perparam.policies import InvalidPolicy, MissingFile, PerparamError, ShadowedRule, UnknownDtype, UnmatchedRule
 
@@ -54,7 +55,9 @@ def test_a_block_is_read():
 
 def test_quoted_keys_are_read():
     text = 'params:\n  "**/kernel": bf16\n  \'{q,k}_proj/kernel\': f16\n  "on": f32\n  "0": f32\n'
-    assert Policy.loads(text) == Policy(params={"**/kernel": "bf16", "{q,k}_proj/kernel": "f16", "on": "f32", "0": "f32"})
+    assert Policy.loads(text) == Policy(
+        params={"**/kernel": "bf16", "{q,k}_proj/kernel": "f16", "on": "f32", "0": "f32"}
+    )
 
 
 def test_an_alias_stands_for_its_dtype():
@@ -64,13 +67,21 @@ def test_an_alias_stands_for_its_dtype():
 ERRORS = {
     # name: (text, what the message says, as it stands there)
     "an unclosed map": ("params: {kernel: f32\n", InvalidPolicy, ["p.yaml:2: not YAML: ", "expected ',' or '}'"]),
-    "tabs": ("params:\n\tkernel: f32\n", InvalidPolicy, ["p.yaml:2: not YAML: ", "'\\\\t'", "The line reads 'kernel: f32'"]),
+    "tabs": (
+        "params:\n\tkernel: f32\n",
+        InvalidPolicy,
+        ["p.yaml:2: not YAML: ", "'\\\\t'", "The line reads 'kernel: f32'"],
+    ),
     "wrong indentation": ("params:\n  kernel: f32\n bias: f32\n", InvalidPolicy, ["p.yaml:3: not YAML: "]),
     "two documents": ("params: f32\n---\noutput: f32\n", InvalidPolicy, ["p.yaml:2: not YAML: "]),
     "a control character": ("params: \x00", InvalidPolicy, ["p.yaml: not readable as YAML: "]),
     "an undefined alias": ("params: *nobody\n", InvalidPolicy, ["p.yaml:1: not YAML: ", "nobody"]),
-    "nothing": ("# only a comment\n", InvalidPolicy, ["p.yaml: empty.", "A policy that changes nothing is written {}."]),
-    "a list": ("- params\n", InvalidPolicy, ["p.yaml:1: expected lines of 'name: dtype', found a sequence."]),
+    "nothing": (
+        "# only a comment\n",
+        InvalidPolicy,
+        ["p.yaml: empty.", "A policy that changes nothing is written {}."],
+    ),
+    "a list": ("- params\n", InvalidPolicy, ["p.yaml:1: expected lines of 'name: dtype', found a list."]),
     "a word": ("bf16\n", InvalidPolicy, ["p.yaml:1: expected lines of 'name: dtype', found 'bf16'."]),
     "an unknown slot": (
         "params: f32\n\ncomptue: bf16\n",
@@ -87,7 +98,11 @@ ERRORS = {
         InvalidPolicy,
         ["p.yaml:4: 'kernel' is written a second time, first at p.yaml:2. Keep one."],
     ),
-    "the key on": ("params:\n  on: f32\n", InvalidPolicy, ["p.yaml:2: YAML reads the key 'on' as bool. Put it in quotes."]),
+    "the key on": (
+        "params:\n  on: f32\n",
+        InvalidPolicy,
+        ["p.yaml:2: YAML reads the key 'on' as bool. Put it in quotes."],
+    ),
     "the key 0": ("params:\n  0: f32\n", InvalidPolicy, ["p.yaml:2: YAML reads the key '0' as int. Put it in quotes."]),
     "the key 1.5": ("params:\n  1.5: f32\n", InvalidPolicy, ["p.yaml:2: YAML reads the key '1.5' as float. Put it in"]),
     "the key null": (
@@ -109,21 +124,33 @@ ERRORS = {
     "a key that looks like an alias": (
         "params:\n  *_proj: f32\n",
         InvalidPolicy,
-        ["p.yaml:2: ", "Put the key in quotes: \"*_proj\"."],
+        ["p.yaml:2: ", 'Put the key in quotes: "*_proj".'],
     ),
     "a key that begins with a brace": (
         "params:\n  {q,k}_proj/kernel: f32\n",
         InvalidPolicy,
-        ["p.yaml:2: YAML gives '{' at the start of a key", "Put the key in quotes: \"{q,k}_proj/kernel\"."],
+        ["p.yaml:2: YAML gives '{' at the start of a key", 'Put the key in quotes: "{q,k}_proj/kernel".'],
     ),
-    "a key that is a map": ("params:\n  {q,k}: f32\n", InvalidPolicy, ["p.yaml:2: a key begins with '{' or '['. Put it in quotes"]),
-    "a merge key": ("params:\n  <<: f32\n", InvalidPolicy, ["p.yaml:2: YAML reads the key '<<' as merge. Put it in quotes."]),
+    "a key that is a map": (
+        "params:\n  {q,k}: f32\n",
+        InvalidPolicy,
+        ["p.yaml:2: a key begins with '{' or '['. Put it in quotes"],
+    ),
+    "a merge key": (
+        "params:\n  <<: f32\n",
+        InvalidPolicy,
+        ["p.yaml:2: YAML reads the key '<<' as merge. Put it in quotes."],
+    ),
     "the value None": (
         "params:\n  kernel: None\n",
         InvalidPolicy,
         ["p.yaml:2: params: kernel: 'None' is text here. To leave a parameter alone write null."],
     ),
-    "the slot None": ("compute: None\n", InvalidPolicy, ["p.yaml:1: compute: default: 'None' is text here.", "write null"]),
+    "the slot None": (
+        "compute: None\n",
+        InvalidPolicy,
+        ["p.yaml:1: compute: default: 'None' is text here.", "write null"],
+    ),
     "the output None": ("output: None\n", InvalidPolicy, ["p.yaml:1: output: ", "write null"]),
     "a number for a dtype": (
         "params:\n  kernel: 8\n",
@@ -133,26 +160,37 @@ ERRORS = {
     "a list of dtypes": (
         "params:\n  kernel: [f32, bf16]\n",
         InvalidPolicy,
-        ["p.yaml:2: kernel: expected the name of a dtype or null, found a sequence."],
+        ["p.yaml:2: kernel: expected the name of a dtype or null, found a list."],
     ),
     "a map of maps": (
         "params:\n  mlp:\n    kernel: f32\n",
         InvalidPolicy,
-        ["p.yaml:2: mlp: expected the name of a dtype or null, found a mapping."],
+        ["p.yaml:2: mlp: expected the name of a dtype or null, found a map."],
     ),
     "an unknown dtype": (
         "params:\n  bias: f32\n  kernel: fp32\n",
         UnknownDtype,
         ["p.yaml:3: params: kernel: unknown dtype 'fp32'. The nearest name is 'f32'."],
     ),
-    "an ambiguous dtype": ("params:\n  kernel: f8\n", UnknownDtype, ["p.yaml:2: params: kernel: dtype 'f8' is ambiguous."]),
+    "an ambiguous dtype": (
+        "params:\n  kernel: f8\n",
+        UnknownDtype,
+        ["p.yaml:2: params: kernel: dtype 'f8' is ambiguous."],
+    ),
     "f64 without x64": ("output: f64\n", UnknownDtype, ["p.yaml:1: output: default: float64 needs jax_enable_x64"]),
     "a narrow default": (
         "params:\n  default: f8_e4m3fn\n",
         UnknownDtype,
-        ["p.yaml:2: params: f8_e4m3fn needs scales", "cannot be the default of a slot. Name the parameters: {kernel: f8_e4m3fn}."],
+        [
+            "p.yaml:2: params: f8_e4m3fn needs scales",
+            "cannot be the default of a slot. Name the parameters: {kernel: f8_e4m3fn}.",
+        ],
     ),
-    "a narrow slot": ("params: f8_e4m3fn\n", UnknownDtype, ["p.yaml:1: params: f8_e4m3fn needs scales", "Name the parameters"]),
+    "a narrow slot": (
+        "params: f8_e4m3fn\n",
+        UnknownDtype,
+        ["p.yaml:1: params: f8_e4m3fn needs scales", "Name the parameters"],
+    ),
     "a narrow compute slot": ("compute: int8\n", UnknownDtype, ["p.yaml:1: compute: ", "needs scales"]),
     "a narrow output": ("params: f32\noutput: f8_e5m2\n", UnknownDtype, ["p.yaml:2: output: f8_e5m2 needs scales"]),
     "an output by name": (
@@ -170,24 +208,48 @@ ERRORS = {
         UnknownDtype,
         ["p.yaml:2: params: scale_inv: scales are f32, bf16 or f16, not f8_e4m3fn."],
     ),
-    "int8 in compute": ("compute:\n  kernel: int8\n", UnknownDtype, ["p.yaml:2: compute: kernel: ", "no dtype to compute in. Write f32"]),
-    "int32 in params": ("params:\n  kernel: i32\n", UnknownDtype, ["p.yaml:2: params: kernel: a parameter cannot be i32."]),
+    "int8 in compute": (
+        "compute:\n  kernel: int8\n",
+        UnknownDtype,
+        ["p.yaml:2: compute: kernel: ", "no dtype to compute in. Write f32"],
+    ),
+    "int32 in params": (
+        "params:\n  kernel: i32\n",
+        UnknownDtype,
+        ["p.yaml:2: params: kernel: a parameter cannot be i32."],
+    ),
     "another glob character": (
         'params:\n  "layers/[01]/kernel": f32\n',
         InvalidPolicy,
         ["p.yaml:2: 'layers/[01]/kernel': '[' has no meaning in a pattern. Write '*'"],
     ),
-    "an optional default": ("params:\n  default?: f32\n", InvalidPolicy, ["p.yaml:2: params: default", "Write it without '?'."]),
-    "a block of one side": ("params: f32\nblock: 128\n", InvalidPolicy, ["p.yaml:2: block: expected two positive integers"]),
-    "a block of zero": ("block: [128, 0]\n", InvalidPolicy, ["p.yaml:1: block: expected two positive integers such as [128, 128]"]),
-    "a block of text": ("block: [a, b]\n", InvalidPolicy, ["p.yaml:1: block: expected two positive integers such as [128, 128]"]),
+    "an optional default": (
+        "params:\n  default?: f32\n",
+        InvalidPolicy,
+        ["p.yaml:2: params: default", "Write it without '?'."],
+    ),
+    "a block of one side": (
+        "params: f32\nblock: 128\n",
+        InvalidPolicy,
+        ["p.yaml:2: block: expected two positive integers"],
+    ),
+    "a block of zero": (
+        "block: [128, 0]\n",
+        InvalidPolicy,
+        ["p.yaml:1: block: expected two positive integers such as [128, 128]"],
+    ),
+    "a block of text": (
+        "block: [a, b]\n",
+        InvalidPolicy,
+        ["p.yaml:1: block: expected two positive integers such as [128, 128]"],
+    ),
     "a block that is a map": ("block: {a: b}\n", InvalidPolicy, ["p.yaml:1: block: expected two positive integers"]),
     "a tag that runs code": (
         "params: !!python/object/apply:os.getcwd []\n",
         PerparamError,
         ["p.yaml:1: "],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -216,7 +278,9 @@ class TestErrorsOfResolutionHaveTheLine:
 
     def test_a_shadowed_rule(self):
         policy = Policy.loads('compute:\n  kernel: f32\n  "layers/**/kernel?": bf16\n', "policy.yaml")
-        with pytest.raises(ShadowedRule, match=r"^policy.yaml:3: 'layers/\*\*/kernel\?' \(compute\) decides nothing.*'kernel'"):
+        with pytest.raises(
+            ShadowedRule, match=r"^policy.yaml:3: 'layers/\*\*/kernel\?' \(compute\) decides nothing.*'kernel'"
+        ):
             policy.explain(TREE)
 
     def test_a_narrow_dtype_for_one_dimension(self):
@@ -230,7 +294,9 @@ class TestErrorsOfResolutionHaveTheLine:
 
     def test_a_narrow_compute_dtype_for_one_dimension(self):
         policy = Policy.loads("compute:\n  kernel: f8_e4m3fn\n  bias: f8_e4m3fn\n", "policy.yaml")
-        with pytest.raises(InvalidPolicy, match=r"^policy.yaml:3: 'bias' \(compute\) asks f8_e4m3fn of 'layers/0/mlp/down_proj/bias'"):
+        with pytest.raises(
+            InvalidPolicy, match=r"^policy.yaml:3: 'bias' \(compute\) asks f8_e4m3fn of 'layers/0/mlp/down_proj/bias'"
+        ):
             policy.explain(TREE)
 
 
@@ -242,7 +308,7 @@ class TestFiles:
             Policy.load(file).store(TREE)
 
     def test_a_missing_file_is_named(self, tmp_path):
-        with pytest.raises(MissingFile, match="nowhere.yaml: there is no such policy file. Look in ") as caught:
+        with pytest.raises(MissingFile, match=r"nowhere.yaml: there is no such policy file. Look in ") as caught:
             Policy.load(tmp_path / "nowhere.yaml")
         assert isinstance(caught.value, FileNotFoundError)
 
@@ -252,7 +318,7 @@ class TestFiles:
 
     def test_bytes_that_are_no_text_are_refused(self, tmp_path):
         (tmp_path / "p.yaml").write_bytes(b"params: \xff\xfe")
-        with pytest.raises(InvalidPolicy, match="p.yaml: cannot be read as UTF-8 text"):
+        with pytest.raises(InvalidPolicy, match=r"p.yaml: cannot be read as UTF-8 text"):
             Policy.load(tmp_path / "p.yaml")
 
     def test_text_beyond_ascii_is_read(self, tmp_path):
@@ -264,7 +330,11 @@ class TestFiles:
 
 
 LAUGHS = "\n".join(
-    ['a0: &a0 ["lol", "lol"]', *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 40)), "params: *a39"]
+    [
+        'a0: &a0 ["lol", "lol"]',
+        *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 40)),
+        "params: *a39",
+    ]
 )
 HOSTILE = {
     "billion laughs": LAUGHS,

@@ -1,0 +1,53 @@
+"""Token ids and masks as callers give them, checked before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..policies.errors import InvalidTokens
+
+
+def checked_tokens(
+    input_ids: ArrayLike, attention_mask: ArrayLike | None, vocabulary: int
+) -> tuple[jax.Array, jax.Array]:
+    """`(ids, mask)`, both (batch, length), int32 and bool; ids of padding are 0, so that none is looked up.
+
+    input_ids       (batch, length) integers
+    attention_mask  (batch, length), nonzero for real tokens; None: all are real
+
+    Raises:
+      InvalidTokens: shapes or dtypes that do not fit; ids of real tokens outside the vocabulary, unless traced.
+    """
+    ids = _array("input_ids", input_ids)
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise InvalidTokens(f"input_ids: expected integers of shape (batch, length), found {ids.dtype} {ids.shape}.")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else _array("attention_mask", attention_mask).astype(bool)
+    if mask.shape != ids.shape:
+        raise InvalidTokens(f"attention_mask: expected the shape of input_ids, {ids.shape}, found {mask.shape}.")
+    if not isinstance(ids, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
+        outside = mask & ((ids < 0) | (ids >= vocabulary))
+        if outside.any():
+            row, column = (int(i) for i in np.argwhere(outside)[0])
+            raise InvalidTokens(
+                f"input_ids[{row}, {column}] is {ids[row, column]}, outside the vocabulary of {vocabulary}. "
+                "Use the tokenizer that belongs to the checkpoint."
+            )
+    mask = jnp.asarray(mask)
+    return jnp.where(mask, jnp.asarray(ids, jnp.int32), 0), mask
+
+
+def _array(name: str, values: ArrayLike) -> Any:
+    """A traced array as it is, anything else in numpy."""
+    if isinstance(values, jax.core.Tracer):
+        return values
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError) as error:
+        raise InvalidTokens(
+            f"{name}: rows of different length are no array. Pad them, and say in attention_mask which tokens are real."
+        ) from error
