@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PerparamError, OSError) as error:
         print(f"perparam: error: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, MemoryError) as error:  # JAX's: no such device, not enough memory
+    except (RuntimeError, MemoryError, AssertionError) as error:  # JAX's: no such device, not enough memory
         lines = str(error).splitlines() or [type(error).__name__]
         print(f"perparam: error: JAX could not run this: {lines[0]}", file=sys.stderr)
         return 2

@@ -174,6 +174,8 @@ def _placed(tensors: dict[str, Tensor], config: Qwen3Config) -> tuple[dict[str, 
             )
         placed[path] = tensor
         scales = tensors.get(f"{name}_scale_inv")
+        if scales is None and tensor.dtype == np.int8:
+            problems.append(f"{path}: int8 {shape} without its scales {scale_path(path)!r}, so its magnitude is lost")
         if scales is not None:
             placed[scale_path(path)] = scales
             if not is_activation(scales.dtype):

@@ -37,10 +37,12 @@ def generate(
     """
     config = model.config
     ids, mask = checked_tokens(input_ids, attention_mask, config.vocab_size)
+    if 0 in ids.shape:
+        raise InvalidTokens(f"input_ids: expected integers of shape (batch, length), found {ids.dtype} {ids.shape}.")
     alive = np.asarray(mask).any(axis=1)
-    if 0 in ids.shape or not alive.all():
+    if not alive.all():
         raise InvalidTokens(
-            f"row {int(np.argmin(alive)) if alive.size else 0} has no real token, so there is nothing to continue."
+            f"attention_mask: row {int(np.argmin(alive))} has no real token, so there is nothing to continue."
         )
     if not isinstance(max_new_tokens, (int, np.integer)) or not 0 <= max_new_tokens < 2**31 - ids.shape[1]:
         raise InvalidTokens(f"max_new_tokens: expected an integer of 0 or more, found {max_new_tokens!r}.")
@@ -58,9 +60,8 @@ def generate(
 def _ends(eos_token_id: ArrayLike) -> np.ndarray:
     """The ids that end a row, (count,) int32."""
     ids = np.atleast_1d(np.asarray(eos_token_id))
-    if ids.ndim != 1 or (
-        ids.size and (not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= 2**31)
-    ):
+    whole = ids.size == 0 or np.issubdtype(ids.dtype, np.integer)
+    if ids.ndim != 1 or not whole or not ((ids >= 0) & (ids < 2**31)).all():
         raise InvalidTokens(f"eos_token_id: expected a token id or several, found {eos_token_id!r}.")
     return ids.astype(np.int32)
 

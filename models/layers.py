@@ -116,15 +116,15 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Ids (...) to (..., features) in the activations' dtype; an id outside the table gives NaN."""
-        ids = jnp.where(ids < 0, self.embedding.shape[0], ids)  # counted from the end otherwise
-        rows = jnp.take(self.embedding[...], ids, axis=0, mode="fill")
+        inside = (ids >= 0) & (ids < self.embedding.shape[0])
+        rows = jnp.take(self.embedding[...], ids, axis=0, mode="clip")
         wide = self.activations or (jnp.float32 if self.embedding_scale_inv is not None else rows.dtype)
         if self.embedding_scale_inv is not None:
             height, width = self.embedding.block
-            scales = jnp.take(self.embedding_scale_inv[...].astype(jnp.float32), ids // height, axis=0, mode="fill")
+            scales = jnp.take(self.embedding_scale_inv[...].astype(jnp.float32), ids // height, axis=0, mode="clip")
             rows = rows.astype(jnp.float32) * jnp.repeat(scales, width, axis=-1)[..., : rows.shape[-1]]
         compute = wide if self.compute is None or is_narrow(self.compute) else self.compute
-        return saturating_cast(rows, compute).astype(wide)
+        return jnp.where(inside[..., None], saturating_cast(rows, compute).astype(wide), jnp.nan)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """(..., features) to logits (..., vocabulary), under the rule of `embedding`."""

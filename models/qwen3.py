@@ -215,12 +215,6 @@ def assemble(
     linear: LinearFactory = Linear,
 ) -> Qwen3:
     """The model whose parameters, by path, are `parameters`, stored as `specs` says and computed as `policy` says."""
-    return fill(abstract(config, policy, specs, linear), parameters)
-
-
-def abstract(
-    config: Qwen3Config, policy: Policy, specs: Mapping[str, ParamSpec] | None = None, linear: LinearFactory = Linear
-) -> Qwen3:
-    """The model with shapes in place of arrays; nothing is allocated."""
     scope = Scope(policy, policy.activations, stored=specs)
-    return nnx.eval_shape(lambda: Qwen3(config, policy=scope, linear=linear, rngs=nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: Qwen3(config, policy=scope, linear=linear, rngs=nnx.Rngs(0)))
+    return fill(shapes, parameters)

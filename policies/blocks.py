@@ -63,8 +63,10 @@ def split_blocks(values: jax.Array, block: Block) -> jax.Array:
 
 
 def block_amax(weight: jax.Array, block: Block) -> jax.Array:
-    """The largest magnitude of each block, in float32, `(..., ceil(rows/block[0]), ceil(columns/block[1]))`."""
-    return split_blocks(jnp.abs(weight.astype(jnp.float32)), block).max(axis=(-3, -1), initial=0.0)
+    """The largest magnitude of each block, or NaN, float32 `(..., ceil(rows/block[0]), ceil(columns/block[1]))`."""
+    blocks = split_blocks(jnp.abs(weight.astype(jnp.float32)), block)
+    # XLA's maximum over several axes loses NaN on a CPU.
+    return jnp.where(jnp.isnan(blocks).any(axis=(-3, -1)), jnp.nan, blocks.max(axis=(-3, -1), initial=0.0))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "block", "scale_dtype"))
@@ -73,7 +75,7 @@ def _quantize(weight: jax.Array, dtype: np.dtype, block: Block, scale_dtype: np.
     # XLA on the CPU turns a division by anything constant along its inner loop into a product with the reciprocal,
     # which is an ulp off in half of all cases.  Behind a barrier the divisor is an array of its own, and the quotient
     # correctly rounded, with and without jit.
-    divisor = jax.lax.optimization_barrier(jnp.full_like(amax, dtypes.largest(dtype)))
+    divisor = jax.lax.optimization_barrier(jnp.where(amax < 0, 1.0, jnp.float32(dtypes.largest(dtype))))
     floor = max(dtypes.smallest_normal(np.float32), dtypes.smallest_normal(scale_dtype))
     scale_inv = jnp.where(amax == 0, 1.0, jnp.maximum(amax / divisor, floor))
     scale_inv = dtypes.saturating_cast(scale_inv, scale_dtype)
@@ -131,5 +133,10 @@ def dequantize(
     """
     kernel, scale_inv, block = jnp.asarray(kernel), jnp.asarray(scale_inv), as_block(block)
     check_grid(kernel.shape, scale_inv.shape, block)
+    return _dequantize(kernel, scale_inv, block, dtypes.as_dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("block", "dtype"))
+def _dequantize(kernel: jax.Array, scale_inv: jax.Array, block: Block, dtype: np.dtype) -> jax.Array:
     weight = kernel.astype(jnp.float32) * expand(scale_inv.astype(jnp.float32), kernel.shape, block)
-    return dtypes.saturating_cast(weight, dtypes.as_dtype(dtype))
+    return dtypes.saturating_cast(weight, dtype)

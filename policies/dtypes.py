@@ -39,6 +39,7 @@ _SAFETENSORS = {
 }
 _AMBIGUOUS = {
     "f8": "f8_e4m3fn (numpy reads 'f8' as 64-bit)",
+    "i8": "int8 (numpy reads 'i8' as 64-bit)",
     "f8_e4m3": "f8_e4m3fn (what checkpoints call F8_E4M3) or float8_e4m3 (the type with infinities)",
     "float8": "f8_e4m3fn",
     "fp8": "f8_e4m3fn",
@@ -96,6 +97,11 @@ def as_dtype(dtype: DTypeLike) -> np.dtype:
     if found == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != found:
         raise UnknownDtype("float64 needs jax_enable_x64, else JAX makes it float32. Enable it, or write f32.")
     return found
+
+
+def is_dtype_name(name: str) -> bool:
+    """Whether `name` is meant as a dtype's: a known one, or one that is refused as ambiguous."""
+    return name in _BY_NAME or name in _AMBIGUOUS
 
 
 def _nearest(name: str) -> str:

@@ -76,14 +76,15 @@ def _expand(text: str) -> list[str]:
     while waiting:
         head = waiting.pop(0)
         braces = _BRACES.search(head)
-        if braces is None:
+        if braces is None or "{" in head[: braces.start()]:
             if "{" in head or "}" in head:
                 raise InvalidPolicy(f"{text!r}: braces do not match. Alternatives are written '{{a,b}}', not nested.")
             done.append(head)
             continue
-        waiting[:0] = [head[: braces.start()] + word + head[braces.end() :] for word in braces.group(1).split(",")]
-        if len(waiting) + len(done) > _LIMIT:
+        words = braces.group(1).split(",")
+        if len(words) + len(waiting) + len(done) > _LIMIT:
             raise InvalidPolicy(f"{text!r} has more than {_LIMIT} alternatives. Write several rules, or use '*'.")
+        waiting[:0] = [head[: braces.start()] + word + head[braces.end() :] for word in words]
     return done
 
 

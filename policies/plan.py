@@ -168,7 +168,8 @@ def explain(policy: Policy, tree: Any, activations: np.dtype | None = None) -> P
     """See `Policy.explain`; `activations` is the model's own dtype, for where the policy names none."""
     found = found_in(tree)
     steps, answers = plan_storage(policy, found)
-    activations = policy.activations or activations or getattr(getattr(tree, "config", None), "dtype", None)
+    own = activations or getattr(getattr(tree, "config", None), "dtype", None)
+    activations = policy.activations or own
     # The compute slot speaks of what is there once things are stored: a dissolved scale is gone, a made one has come.
     stored = [path for path in found if not is_scale(path)]
     computed = resolve(
@@ -185,7 +186,8 @@ def explain(policy: Policy, tree: Any, activations: np.dtype | None = None) -> P
             scales = scale_path(path)
             answer = computed.get(scales, Answer())
             rows.append(_scale_row(found[path], step, scales, found.get(scales), answers[scales], answer))
-    return Plan(tuple(rows), activations, policy.output or activations)
+    # A module that knows nothing of perparam returns what it will; a model of ours its activations' dtype.
+    return Plan(tuple(rows), activations, policy.output or (activations if own is not None else None))
 
 
 def check_compute(path: str, one: Found, answer: Answer) -> None:

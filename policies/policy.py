@@ -32,6 +32,11 @@ def is_scale(path: str) -> bool:
     return name == "scale_inv" or name.endswith("_scale_inv")
 
 
+def names_scales(pattern: Pattern) -> bool:
+    """Whether a pattern speaks of scales: `scale_inv`, `**/*scale_inv`, `embed_tokens/embedding_scale_inv`."""
+    return any(name.endswith("scale_inv") for name in pattern.names)
+
+
 def scale_path(path: str) -> str:
     """Where the scales of the parameter at `path` stand: beside it.
 
@@ -65,7 +70,7 @@ class Rule:
     def reaches(self, path: str) -> bool:
         """Whether the rule's pattern matches `path`; scales are reached only by a pattern that names them."""
         pattern = Pattern.of(self.pattern)
-        return (not is_scale(path) or any(map(is_scale, pattern.names))) and pattern.matches(path)
+        return (not is_scale(path) or names_scales(pattern)) and pattern.matches(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,8 +329,8 @@ def make_slot(
             if key == "default":
                 default, default_source = _slot_dtype(name, key, dtype), sources.get(key)
                 continue
-            names = Pattern.of(pattern).names
-            rules.append(Rule(pattern, _rule_dtype(name, key, names, dtype), optional, sources.get(key)))
+            found = _rule_dtype(name, key, Pattern.of(pattern), dtype)
+            rules.append(Rule(pattern, found, optional, sources.get(key)))
     return Slot(tuple(rules), default, default_source)
 
 
@@ -373,11 +378,11 @@ def _slot_dtype(slot: str, key: str, dtype: Any) -> np.dtype | None:
     return found
 
 
-def _rule_dtype(slot: str, key: str, names: tuple[str, ...], dtype: Any) -> np.dtype | None:
+def _rule_dtype(slot: str, key: str, pattern: Pattern, dtype: Any) -> np.dtype | None:
     found = _readable(slot, key, dtype)
     if found is None:
         return None
-    if any(map(is_scale, names)):
+    if names_scales(pattern):
         if slot == "compute":
             raise InvalidPolicy(f"compute: {key}: scales are always applied in f32. Write null, or leave the rule out.")
         if not dtypes.is_activation(found):

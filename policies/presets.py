@@ -9,10 +9,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from .dtypes import as_dtype
-from .errors import InvalidPolicy, UnknownDtype
+from .dtypes import as_dtype, is_dtype_name
+from .errors import InvalidPolicy
 from .policy import Policy
-from .text import SLOTS
+from .text import SLOTS, unknown_slot
 
 _FOLDER = pathlib.Path(__file__).parent / "presets"
 
@@ -54,7 +54,7 @@ def get_policy(policy: Any) -> Policy:
         return Policy()
     if isinstance(policy, Mapping):
         if unknown := sorted(map(str, set(policy) - set(SLOTS))):
-            raise InvalidPolicy(f"unknown slot {unknown[0]!r}. A policy has {', '.join(SLOTS)}.")
+            raise unknown_slot(unknown[0])
         return Policy(**policy)
     if isinstance(policy, os.PathLike):
         return Policy.load(policy)
@@ -62,11 +62,8 @@ def get_policy(policy: Any) -> Policy:
         raise InvalidPolicy(f"{policy!r} is no policy. Give a Policy, a mapping, a preset's name or a YAML file.")
     if policy in preset_names():
         return _preset(policy)
-    try:
+    if is_dtype_name(policy):
         dtype = as_dtype(policy)
-    except UnknownDtype:
-        pass
-    else:
         return Policy(dtype, dtype, dtype)
     if "=" in policy:
         return Policy.parse(policy)

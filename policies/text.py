@@ -52,9 +52,7 @@ def loads(text: str, name: str) -> Policy:
     for key, value, source in _entries(root, name):
         with located(source):
             if key not in SLOTS:
-                near = difflib.get_close_matches(key, SLOTS, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise InvalidPolicy(f"unknown slot {key!r}. A policy has {', '.join(SLOTS)}.{hint}")
+                raise unknown_slot(key)
         if isinstance(value, yaml.MappingNode):
             rules, sources = {}, {}
             for pattern, dtype, rule_source in _entries(value, name):
@@ -74,6 +72,13 @@ def loads(text: str, name: str) -> Policy:
             slots[key] = make_slot(key, plain, default_source=source) if key in ("params", "compute") else plain
             Policy(**{key: slots[key]})  # checked here, where the line is known
     return Policy(**slots)
+
+
+def unknown_slot(key: str) -> InvalidPolicy:
+    """The error for a slot that no policy has, with the nearest that one has."""
+    near = difflib.get_close_matches(key, SLOTS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return InvalidPolicy(f"unknown slot {key!r}. A policy has {', '.join(SLOTS)}.{hint}")
 
 
 def _entries(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node, str]]:

@@ -64,7 +64,7 @@ def is_linen(tree: Any) -> bool:
 
 
 def is_parameter(leaf: Any, nnx_tree: bool = False) -> bool:
-    """Whether a leaf is under the policy: an array or shape; of an NNX model or state `nnx.Param` and `Narrow` alone."""
+    """Whether a leaf is under the policy: an array or shape; of an NNX tree `nnx.Param` and `Narrow` alone."""
     if isinstance(leaf, nnx.Variable):
         return isinstance(leaf, (nnx.Param, Narrow))
     value = unbox(leaf)
@@ -123,8 +123,9 @@ def found(tree: Any) -> dict[str, Found]:
 
 
 def variables_by_path(state: nnx.State) -> dict[str, Any]:
-    """The array of every variable of an NNX state by path, parameter or not."""
-    return {"/".join(map(str, keys)): unbox(leaf) for keys, leaf in nnx.to_flat_state(state)}
+    """The array of every variable of an NNX state by path, parameter or not; arrays in no variable are left out."""
+    flat = nnx.to_flat_state(state)
+    return {"/".join(map(str, keys)): unbox(leaf) for keys, leaf in flat if isinstance(leaf, nnx.Variable)}
 
 
 def replace_parameters(tree: Any, flat: Mapping[str, Any], blocks: Mapping[str, Block]) -> Any:
@@ -158,7 +159,8 @@ def _replace(node: Any, flat: Mapping[str, Any], path: str) -> Any:
                 children[name] = _box_of_scales(child, flat[scale_path(where)])
         return FrozenDict(children) if isinstance(node, FrozenDict) else children
     if type(node) in (list, tuple):
-        if any(is_parameter(child) and f"{prefix}{i}" not in flat for i, child in enumerate(node)):
+        items = [f"{prefix}{i}" for i, child in enumerate(node) if is_parameter(child)]
+        if any(item not in flat or scale_path(item) in flat for item in items):
             raise _immovable(path, node)
         return type(node)(_replace(child, flat, f"{prefix}{i}") for i, child in enumerate(node))
     here = _leaves(node, path)
@@ -189,11 +191,14 @@ def _replace_state(state: nnx.State, flat: Mapping[str, Any], blocks: Mapping[st
         scales = scale_path(path)
         if not is_parameter(leaf, nnx_tree=True):
             leaves.append((keys, leaf))
-        elif path in flat and is_scale(path):
-            leaves.append((keys, leaf.replace(flat[path])))
+        elif is_scale(path):
+            continue  # beside its kernel, or dissolved
         elif path in flat and scales in flat:
             leaves.append((keys, _retyped(leaf, Narrow, flat[path], block=blocks[path])))
-            if scales not in variables:
+            if scales in variables:
+                sibling, like = variables[scales]
+                leaves.append((sibling, _retyped(like, Narrow, flat[scales], block=blocks[path])))
+            else:
                 sibling = (*keys[:-1], scale_path(str(keys[-1])))
                 leaves.append((sibling, Narrow(flat[scales], block=blocks[path])))  # replicated, as above
         elif path in flat:

@@ -118,11 +118,14 @@ def _apply_nnx(module, policy, variables, inputs, rngs, mutable, method, kwargs)
     if takes_policy(module):
         scope = Scope(policy, policy.activations, stored=stored_specs(policy, variables))
         explain(Policy(compute=policy.compute), variables)  # strict, and pairs are whole
-        model = nnx.eval_shape(lambda: module(policy=scope, rngs=_streams(variables)))
+        build = functools.partial(module, policy=scope)
     else:
         variables = computed_variables(policy, variables, (inputs, kwargs))
-        model = nnx.eval_shape(lambda: module(rngs=_streams(variables)))
-    model = fill(model, variables_by_path(variables))
+        build = module
+    # Arrays that are plain attributes cannot be traced as shapes: such a module is built in full.
+    plain = any(not isinstance(leaf, nnx.Variable) for _, leaf in nnx.to_flat_state(variables))
+    rebuilt = build(rngs=_streams(variables)) if plain else nnx.eval_shape(lambda: build(rngs=_streams(variables)))
+    model = fill(rebuilt, variables_by_path(variables))
     if rngs is not None:
         nnx.reseed(model, **_reseeded(rngs, _tags(variables)))
     if method is None:
@@ -186,23 +189,21 @@ def stored_specs(policy: Policy, variables: Any) -> dict[str, ParamSpec]:
 
 
 def fill(model: nnx.Module, variables: Mapping[str, Any]) -> Any:
-    """The abstract `model` with the arrays of `variables`, by path; types and metadata stay the model's.
+    """`model`, which may be abstract, with the arrays of `variables`, by path; types and metadata stay the model's.
 
     Raises:
       UnsupportedCast: where the two do not have the same variables.
     """
     graphdef, state = nnx.split(model)
-    wanted = {"/".join(map(str, keys)): (keys, leaf) for keys, leaf in nnx.to_flat_state(state)}
-    if wanted.keys() != variables.keys():
-        missing, extra = sorted(wanted.keys() - variables.keys()), sorted(variables.keys() - wanted.keys())
+    flat = [("/".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
+    wanted = {path for path, _, leaf in flat if isinstance(leaf, nnx.Variable)}
+    if wanted != variables.keys():
+        missing, extra = sorted(wanted - variables.keys()), sorted(variables.keys() - wanted)
         raise UnsupportedCast(
             f"the variables are not those of the module: it lacks {missing[:5]}, and does not have {extra[:5]}. "
             "Give what init returned for the same module and policy."
         )
-    leaves = [
-        (keys, leaf.replace(variables[path]) if isinstance(leaf, nnx.Variable) else variables[path])
-        for path, (keys, leaf) in wanted.items()
-    ]
+    leaves = [(keys, leaf.replace(variables[path]) if path in wanted else leaf) for path, keys, leaf in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 

@@ -7,8 +7,9 @@ import sys
 import time
 
 import numpy as np
-import perparam
 import pytest
+
+import perparam
 from perparam.__main__ import main
 from perparam.examples.make_checkpoint import make_checkpoint
 

@@ -7,8 +7,9 @@ import pkgutil
 import re
 
 import jax
-import perparam
 import pytest
+
+import perparam
 
 ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)

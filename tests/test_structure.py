@@ -21,7 +21,7 @@ def imported_layers(path):
         if isinstance(node, ast.ImportFrom):
             base = parts[: len(parts) - node.level] if node.level else ()
             module = (*base, *(node.module or "").split("."))
-            names = [module + (alias.name,) for alias in node.names]
+            names = [(*module, alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [tuple(alias.name.split(".")) for alias in node.names]
         else:
@@ -43,7 +43,9 @@ def test_the_check_of_imports_sees_relative_and_absolute_ones(tmp_path, monkeypa
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     (tmp_path / "models").mkdir()
     file = tmp_path / "models" / "x.py"
-    file.write_text("from ..loaders.load import a\nfrom ..policies import b\nimport perparam.examples.c\nfrom .. import d\n")
+    file.write_text(
+        "from ..loaders.load import a\nfrom ..policies import b\nimport perparam.examples.c\nfrom .. import d\n"
+    )
     assert set(imported_layers(file)) == {"loaders", "policies", "examples", "face"}
 
 

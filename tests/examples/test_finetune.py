@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import perparam
 import pytest
 from flax import nnx
+
+import perparam
 from perparam.examples import finetune
 from perparam.examples.make_checkpoint import make_checkpoint
 from perparam.policies import Narrow
@@ -56,7 +57,7 @@ def test_parameters_gradients_and_moments_are_float32():
 
 def tuned(tmp_path, compute, steps=8):
     policy = perparam.Policy({"kernel": None, "default": "f32"}, {"kernel": None, "default": compute}, "f32")
-    model = perparam.load_model(make_checkpoint(tmp_path / "tiny", "tiny"), policy)
+    model = perparam.load_model(make_checkpoint(tmp_path / compute, "tiny"), policy)
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
     losses, optimizer = finetune.finetune(model, steps)
     return model, before, losses, optimizer
