@@ -11,7 +11,8 @@ import pytest
 
 import perparam
 from perparam.__main__ import main
-from perparam.examples.make_checkpoint import make_checkpoint
+from perparam.examples.make_checkpoint import DEMO, make_checkpoint
+from perparam.loaders.names import expected
 
 POLICY = str(pathlib.Path(__file__).parent.parent / "examples" / "policy.yaml")
 
@@ -54,6 +55,7 @@ def test_audit_prints_what_a_policy_costs(folder, capsys):
     assert "dequantised" in printed
 
 
+@pytest.mark.slow
 def test_the_demo_runs(capsys, tmp_path):
     assert main(["demo", "--folder", str(tmp_path / "kept")]) == 0
     printed = capsys.readouterr().out
@@ -91,11 +93,8 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
     assert "usage: perparam" in capsys.readouterr().err
 
 
-def header_of_8b(folder):
+def headers_of_8b(folder):
     """The config and headers of a checkpoint of Qwen3-8B's shape, its data a hole in the file."""
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
-    from perparam.examples.make_checkpoint import DEMO
-
     config = DEMO | {
         "hidden_size": 4096,
         "intermediate_size": 12288,
@@ -108,8 +107,6 @@ def header_of_8b(folder):
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    from perparam.loaders.names import expected
-
     header, end = {}, 0
     for name, (path, shape) in expected(perparam.Qwen3Config.from_json(config)).items():
         narrow = path.startswith("layers") and path.endswith("kernel")
@@ -128,7 +125,7 @@ def header_of_8b(folder):
 
 
 def test_the_plan_of_an_8b_checkpoint_comes_within_five_seconds_of_pressing_return(tmp_path):
-    folder = header_of_8b(tmp_path / "8b")
+    folder = headers_of_8b(tmp_path / "8b")
     command = [sys.executable, "-m", "perparam", "plan", str(folder), "--policy", "fp8_weight_only"]
     seconds = []
     for _ in range(3):  # the best of three: the machine is shared, the limit is not about its neighbours

@@ -39,6 +39,7 @@ def test_the_page_on_your_own_model_runs(capsys):
     assert names["y"].dtype == "float32"
 
 
+@pytest.mark.slow
 def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     from perparam.examples.make_checkpoint import make_checkpoint
 

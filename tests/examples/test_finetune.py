@@ -49,7 +49,7 @@ def test_parameters_gradients_and_moments_are_float32():
         assert logits.dtype == jnp.float32
         return finetune.cross_entropy(logits, tokens)
 
-    gradients = jax.grad(loss)(parameters)
+    gradients = jax.jit(jax.grad(loss))(parameters)
     chex.assert_trees_all_equal_shapes_and_dtypes(gradients, parameters)
     for tree in (parameters, gradients, state[0].mu, state[0].nu):
         chex.assert_type(jax.tree.leaves(tree), jnp.float32)
@@ -88,6 +88,7 @@ def test_over_a_checkpoint_the_loss_in_bfloat16_falls_as_in_float32(tmp_path):
     np.testing.assert_allclose(mixed, exact, rtol=RELATIVE)
 
 
+@pytest.mark.slow
 def test_the_example_prints_three_losses(capsys, monkeypatch):
     monkeypatch.setattr(finetune.train, "__defaults__", (3, 5e-3))
     monkeypatch.setattr(finetune.finetune, "__defaults__", (2, 1e-2))

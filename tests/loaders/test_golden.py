@@ -33,16 +33,8 @@ KEPT = perparam.Policy(compute="f32")
 EXACT_POLICIES = {"kept": KEPT, "dequantised": "f32"}
 BF16_POLICIES = {"kept": None, "dequantised": "bf16"}
 
-# Once dequantised, an FP8 checkpoint is a plain one: what follows from the agreement of its float32 logits is repeated
-# for a few only.
-REPEATED = (
-    "bf16_plain",
-    "fp8_left_padding",
-    "fp8_ragged_block128_f16_scales",
-    "fp8_right_padding",
-    "fp8_tied_with_lm_head",
-)
-RUNS = [(case, "kept") for case in CASES] + [(case, "dequantised") for case in REPEATED]
+# Once dequantised, an FP8 checkpoint is a plain one: held in full all the same, but not in the quick run.
+POLICIES = ("kept", pytest.param("dequantised", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +58,7 @@ def logits(case, policy):
     return checkpoints.logits(loaded(case, policy), expected(case)["input_ids"], expected(case)["attention_mask"])
 
 
-@pytest.mark.parametrize("policy", EXACT_POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("case", CASES)
 def test_float32_logits_are_those_of_transformers(case, policy):
     found, exact = logits(case, EXACT_POLICIES[policy]), expected(case)
@@ -74,7 +66,8 @@ def test_float32_logits_are_those_of_transformers(case, policy):
     assert relative_error(found, exact["logits_f32"], exact["attention_mask"]) <= FLOAT32_ERROR
 
 
-@pytest.mark.parametrize(("case", "policy"), RUNS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_are_those_of_transformers(case, policy):
     exact = expected(case)
     tokens = perparam.generate(
@@ -87,7 +80,8 @@ def test_greedy_tokens_are_those_of_transformers(case, policy):
     np.testing.assert_array_equal(tokens, exact["greedy"])
 
 
-@pytest.mark.parametrize(("case", "policy"), RUNS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("case", CASES)
 def test_bfloat16_logits_are_within_rounding_of_transformers(case, policy):
     found, exact = logits(case, BF16_POLICIES[policy]), expected(case)
     mask = exact["attention_mask"]
@@ -103,7 +97,7 @@ def test_bfloat16_logits_are_within_rounding_of_transformers(case, policy):
 MISTAKES = {"transposed": np.transpose, "ignored": np.ones_like, "divided": np.reciprocal}
 
 
-@pytest.mark.parametrize("policy", EXACT_POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_comparison_notices_scales_that_are(mistake, policy, tmp_path):
     case = "fp8_ragged_block128_f16_scales"

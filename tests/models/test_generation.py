@@ -158,7 +158,7 @@ def test_calls_of_one_shape_share_a_program(model, endless):
         ([[3, 4], [5, -1]], None, r"input_ids\[1, 1\] is -1, outside the vocabulary of 61"),
         ([3, 4], None, r"expected integers of shape \(batch, length\), found int64 \(2,\)"),
         ([[]], None, r"expected integers of shape \(batch, length\), found \w+ \(1, 0\)"),
-        (np.zeros((0, 3), int), None, r"found int64 \(0, 3\)"),
+        (np.zeros((0, 3), int), None, r"found int32 \(0, 3\)"),
         ([[3.0, 4.0]], None, "found float64"),
         ([[True, False]], None, "found bool"),
         ([[3, 4], [5]], None, "input_ids"),
