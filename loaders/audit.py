@@ -19,8 +19,9 @@ from ..policies.blocks import block_amax, dequantize, expand, split_blocks
 from ..policies.dtypes import largest
 from ..policies.errors import InvalidTokens
 from ..policies.plan import Plan, Row, explain
-from ..policies.policy import Block, Policy, is_scale, scale_path
+from ..policies.policy import Policy
 from ..policies.presets import get_policy
+from ..policies.slots import Block, is_scale, scale_path
 from ..policies.storage import Step, plan_storage, run_steps
 from ..policies.trees import found, parameters
 from .load import load_model

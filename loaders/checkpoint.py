@@ -14,7 +14,8 @@ import numpy as np
 from ..models.config import Quantization, Qwen3Config, read_json, token_ids
 from ..policies.dtypes import dtype_name, is_activation, is_narrow
 from ..policies.errors import InvalidCheckpoint, MissingFile
-from ..policies.policy import Policy, is_scale, scale_path
+from ..policies.policy import Policy
+from ..policies.slots import is_scale, scale_path
 from ..policies.storage import pair_problems
 from ..policies.trees import Found
 from .names import expected, explained

@@ -8,7 +8,8 @@ import re
 
 import numpy as np
 
-from ..policies.policy import Policy, is_scale
+from ..policies.policy import Policy
+from ..policies.slots import is_scale
 from .checkpoint import open_checkpoint
 
 

@@ -9,8 +9,9 @@ import jax
 
 from ..models.qwen3 import Qwen3, assemble
 from ..policies.plan import explain
-from ..policies.policy import ParamSpec, scale_path
+from ..policies.policy import ParamSpec
 from ..policies.presets import get_policy
+from ..policies.slots import scale_path
 from ..policies.storage import plan_storage
 from .checkpoint import open_checkpoint
 from .safetensors_file import Tensor, read_tensor

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..policies.dtypes import as_dtype, is_activation, is_narrow
 from ..policies.errors import InvalidCheckpoint, MissingFile, UnknownDtype, UnsupportedConfig
-from ..policies.policy import Block
+from ..policies.slots import Block
 
 # Accepted and unused: what training, transformers itself or a tokenizer reads.
 _CHANGES_NOTHING = frozenset(

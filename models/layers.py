@@ -18,8 +18,9 @@ from ..policies.blocks import quantize
 from ..policies.dtypes import dtype_name, is_narrow, saturating_cast
 from ..policies.errors import InvalidPolicy
 from ..policies.matmul import scaled_matmul
-from ..policies.policy import DEFAULT_BLOCK, Policy, Scope
+from ..policies.policy import Policy, Scope
 from ..policies.presets import get_policy
+from ..policies.slots import DEFAULT_BLOCK
 from ..policies.trees import Narrow
 
 

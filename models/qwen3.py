@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
+from ..policies.modules import fill, stored_specs
 from ..policies.plan import explain
 from ..policies.policy import ParamSpec, Policy, Scope
 from ..policies.presets import get_policy
 from ..policies.trees import variables_by_path
-from ..policies.wrappers import fill, stored_specs
 from . import rope
 from .attention import EMPTY, KVCache, attend, token_positions
 from .config import Qwen3Config

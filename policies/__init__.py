@@ -18,8 +18,9 @@ from .errors import (
 )
 from .matmul import scaled_matmul
 from .plan import Plan, Row
-from .policy import DEFAULT_BLOCK, ParamSpec, Policy, Rule, Scope, Slot
+from .policy import ParamSpec, Policy, Scope
 from .presets import get_policy, preset_names
+from .slots import DEFAULT_BLOCK, Rule, Slot
 from .training import join_trainable, refuse_narrow, split_trainable
 from .trees import Found, Narrow
 from .wrappers import apply, init

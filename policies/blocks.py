@@ -19,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import dtypes
 from .errors import InvalidScale, UnsupportedCast
-from .policy import DEFAULT_BLOCK, Block, as_block
+from .slots import DEFAULT_BLOCK, Block, as_block
 
 
 def grid_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:

@@ -11,8 +11,9 @@ from flax import nnx
 
 from . import dtypes
 from .errors import InvalidPolicy, UnsupportedCast
-from .policy import Policy, is_scale, scale_path
+from .policy import Policy
 from .resolution import Answer, resolve
+from .slots import is_scale, scale_path
 from .trees import map_parameters, parameters, rebox, unbox
 
 

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 from . import dtypes
 from .blocks import check_grid, dequantize, expand, grid_shape, quantize
 from .errors import UnsupportedCast
-from .policy import DEFAULT_BLOCK, Block, as_block
+from .slots import DEFAULT_BLOCK, Block, as_block
 
 SLAB = 256
 """Rows of a kernel that are widened at a time."""

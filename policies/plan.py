@@ -13,8 +13,9 @@ import numpy as np
 from . import dtypes
 from .blocks import grid_shape
 from .errors import InvalidPolicy
-from .policy import Policy, is_scale, scale_path
+from .policy import Policy
 from .resolution import Answer, resolve
+from .slots import is_scale, scale_path
 from .storage import Change, Step, plan_storage
 from .trees import Found
 from .trees import found as found_in

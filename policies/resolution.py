@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import ShadowedRule, UnmatchedRule
 from .patterns import Pattern
-from .policy import Rule, Slot, is_scale
+from .slots import Rule, Slot, is_scale
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,9 @@ import numpy as np
 from . import dtypes
 from .blocks import check_grid, dequantize, quantize
 from .errors import InvalidPolicy, InvalidScale, PerparamError, UnpairedScale
-from .policy import DEFAULT_BLOCK, Block, Policy, is_scale, scale_path
+from .policy import Policy
 from .resolution import Answer, resolve
+from .slots import DEFAULT_BLOCK, Block, is_scale, scale_path
 from .trees import Found, found, parameters, replace_parameters
 
 Change = Literal["kept", "cast", "quantised", "dequantised", "requantised", "made", "dissolved"]

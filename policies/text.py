@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from .errors import InvalidPolicy, MissingFile
-from .policy import Policy, located, make_slot
+from .policy import Policy
+from .slots import located, make_slot
 
 SLOTS = ("params", "compute", "output", "block")
 _SHORT = {"p": "params", "c": "compute", "o": "output"}

@@ -14,7 +14,7 @@ from flax import nnx
 
 from . import dtypes
 from .errors import UnsupportedCast
-from .policy import is_scale, scale_path
+from .slots import is_scale, scale_path
 from .trees import is_box, map_parameters, parameters, rebox, unbox
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from flax.core import FrozenDict, meta
 
 from .errors import UnsupportedCast
-from .policy import Block, is_scale, scale_path
+from .slots import Block, is_scale, scale_path
 
 
 class Narrow(nnx.Variable):

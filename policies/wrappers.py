@@ -7,7 +7,6 @@ says, and inside the compiled program each is cast, or dequantised, to its compu
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,10 +20,12 @@ from . import dtypes
 from .blocks import dequantize
 from .casting import cast_floats
 from .errors import UnsupportedCast
+from .modules import fill, reseeded, stored_specs, streams, takes_policy
 from .plan import explain
-from .policy import ParamSpec, Policy, Scope, is_scale, scale_path
+from .policy import Policy, Scope
 from .presets import get_policy
 from .resolution import resolve
+from .slots import is_scale, scale_path
 from .storage import found_block, pair_problems, raise_together
 from .trees import Narrow, found, parameters, replace_parameters, variables_by_path
 
@@ -124,10 +125,10 @@ def _apply_nnx(module, policy, variables, inputs, rngs, mutable, method, kwargs)
         build = module
     # Arrays that are plain attributes cannot be traced as shapes: such a module is built in full.
     plain = any(not isinstance(leaf, nnx.Variable) for _, leaf in nnx.to_flat_state(variables))
-    rebuilt = build(rngs=_streams(variables)) if plain else nnx.eval_shape(lambda: build(rngs=_streams(variables)))
+    rebuilt = build(rngs=streams(variables)) if plain else nnx.eval_shape(lambda: build(rngs=streams(variables)))
     model = fill(rebuilt, variables_by_path(variables))
     if rngs is not None:
-        nnx.reseed(model, **_reseeded(rngs, _tags(variables)))
+        nnx.reseed(model, **reseeded(rngs, variables))
     if method is None:
         result = model(*inputs, **kwargs)
     else:
@@ -136,75 +137,6 @@ def _apply_nnx(module, policy, variables, inputs, rngs, mutable, method, kwargs)
     if mutable is False:
         return policy.cast_output(result)
     return policy.cast_output(result), nnx.state(model, nnx.All(mutable, nnx.Not(nnx.Any(nnx.Param, Narrow))))
-
-
-def _tags(variables: nnx.State) -> set[str]:
-    """The names of the random streams that a module kept."""
-    return {leaf.tag for _, leaf in nnx.to_flat_state(variables) if isinstance(leaf, nnx.RngKey)}
-
-
-def _streams(variables: nnx.State) -> nnx.Rngs:
-    """Streams to rebuild a module with: those it kept, and a default one if parameters could not be drawn from them."""
-    names = _tags(variables)
-    return nnx.Rngs(**dict.fromkeys(sorted(names if names & {"default", "params"} else names | {"default"}), 0))
-
-
-def _reseeded(rngs: Mapping[str, Any], tags: set[str]) -> dict[str, Any]:
-    """`rngs` by the streams that a module has: one it does not have stands for its default stream, as in `nnx.Rngs`."""
-    known = {name: key for name, key in rngs.items() if name in tags}
-    for name, key in rngs.items():
-        if name not in tags and name != "params" and tags:
-            if "default" not in tags or "default" in known:
-                raise UnsupportedCast(
-                    f"rngs: {name!r} is no stream of the module, which has {', '.join(sorted(tags))}. "
-                    "Name one of these."
-                )
-            known["default"] = key
-    return known
-
-
-def takes_policy(module: Callable[..., Any]) -> bool:
-    """Whether `module` is called with `policy=`."""
-    while isinstance(module, functools.partial):
-        if "policy" in module.keywords:
-            return False
-        module = module.func
-    # Of an NNX class, inspect sees only the `*args, **kwargs` of its metaclass.
-    return "policy" in inspect.signature(module.__init__ if inspect.isclass(module) else module).parameters
-
-
-def stored_specs(policy: Policy, variables: Any) -> dict[str, ParamSpec]:
-    """How the parameters of `variables` are stored, by path."""
-    flat = found(variables)
-    specs = {}
-    for path, one in flat.items():
-        if is_scale(path):
-            continue
-        scales = flat.get(scale_path(path))
-        if scales is None:
-            specs[path] = ParamSpec(one.dtype)
-        else:
-            specs[path] = ParamSpec(one.dtype, scales.dtype, block=found_block(one, policy))
-    return specs
-
-
-def fill(model: nnx.Module, variables: Mapping[str, Any]) -> Any:
-    """`model`, which may be abstract, with the arrays of `variables`, by path; types and metadata stay the model's.
-
-    Raises:
-      UnsupportedCast: where the two do not have the same variables.
-    """
-    graphdef, state = nnx.split(model)
-    flat = [("/".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
-    wanted = {path for path, _, leaf in flat if isinstance(leaf, nnx.Variable)}
-    if wanted != variables.keys():
-        missing, extra = sorted(wanted - variables.keys()), sorted(variables.keys() - wanted)
-        raise UnsupportedCast(
-            f"the variables are not those of the module: it lacks {missing[:5]}, and does not have {extra[:5]}. "
-            "Give what init returned for the same module and policy."
-        )
-    leaves = [(keys, leaf.replace(variables[path]) if path in wanted else leaf) for path, keys, leaf in flat]
-    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
 def computed_variables(policy: Policy, variables: Any, inputs: Any) -> Any:

@@ -30,6 +30,7 @@ def run_blocks(path):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # a page shows what readers see, their own warnings settings included
 def test_the_page_on_your_own_model_runs(capsys):
     with jax.numpy_dtype_promotion("standard"):
