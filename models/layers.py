@@ -15,12 +15,12 @@ from flax import nnx
 from jax.nn import initializers
 
 from ..policies.blocks import quantize
-from ..policies.dtypes import dtype_name, is_narrow, saturating_cast
-from ..policies.errors import InvalidPolicy
+from ..policies.dtypes import is_narrow, saturating_cast
 from ..policies.matmul import scaled_matmul
 from ..policies.policy import Policy, Scope
 from ..policies.presets import get_policy
 from ..policies.slots import DEFAULT_BLOCK
+from ..policies.storage import too_flat
 from ..policies.trees import Narrow
 
 
@@ -41,11 +41,7 @@ def stored(value: jax.Array, scope: Scope, name: str) -> tuple[nnx.Variable, Nar
     if value.ndim < 2:
         path = "/".join((*scope.prefix, name))
         rule = scope.policy.params.rule(path)
-        source = f"{rule.source}: " if rule and rule.source else ""
-        raise InvalidPolicy(
-            f"{source}{rule.key if rule else name!r} (params) asks {dtype_name(spec.storage)} of {path!r}, whose "
-            f"shape is {value.shape}. Narrow dtypes are for parameters of two or more dimensions."
-        )
+        raise too_flat(rule.source if rule else None, rule.key if rule else name, spec.storage, path, value.shape)
     block = spec.block or DEFAULT_BLOCK
     kernel, scale_inv = quantize(value, spec.storage, block, scale_dtype=spec.scale or jnp.float32)
     return Narrow(kernel, block=block), Narrow(scale_inv, block=block)

@@ -148,10 +148,7 @@ def _becomes_narrow(policy: Policy, path: str, one: Found) -> bool:
 def _step(policy: Policy, path: str, one: Found, scales: Found | None, answer: Answer, scale_answer: Answer) -> Step:
     asked = answer.dtype
     if asked is not None and dtypes.is_narrow(asked) and len(one.shape) < 2 and dtypes.is_floating(one.dtype):
-        raise InvalidPolicy(
-            f"{answer.where}{answer.rule!r} (params) asks {dtypes.dtype_name(asked)} of {path!r}, whose shape is "
-            f"{one.shape}. Narrow dtypes are for parameters of two or more dimensions."
-        )
+        raise too_flat(answer.source, answer.rule, asked, path, one.shape)
     if scales is None:
         if asked is None or asked == one.dtype or not dtypes.is_floating(one.dtype):
             return Step("kept", one.dtype)
@@ -167,6 +164,15 @@ def _step(policy: Policy, path: str, one: Found, scales: Found | None, answer: A
     exact = scale in (scales.dtype, np.dtype(np.float32))
     change: Change = "kept" if storage == one.dtype and block == own and exact else "requantised"
     return Step(change, storage, scale, block, scales.dtype, own)
+
+
+def too_flat(source: str | None, key: str | None, dtype: np.dtype, path: str, shape: tuple[int, ...]) -> InvalidPolicy:
+    """The error for a rule that asks a narrow dtype of a parameter that has no two axes for blocks."""
+    where = f"{source}: " if source else ""
+    return InvalidPolicy(
+        f"{where}{key!r} (params) asks {dtypes.dtype_name(dtype)} of {path!r}, whose shape is {shape}. "
+        "Narrow dtypes are for parameters of two or more dimensions."
+    )
 
 
 def store(policy: Policy, tree: Any) -> Any:

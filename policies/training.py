@@ -34,11 +34,9 @@ def split_trainable(variables: Any) -> tuple[Any, Any]:
     scales = {scale_path(path) for path in narrow}
     trained = {p for p, x in flat.items() if _trains(x.dtype) and p not in narrow | scales}
     if isinstance(variables, nnx.State):
-        leaves = [("/".join(map(str, keys)) in trained, keys, leaf) for keys, leaf in nnx.to_flat_state(variables)]
-        return tuple(
-            nnx.from_flat_state([(k, leaf) for is_trained, k, leaf in leaves if is_trained is side])
-            for side in (True, False)
-        )  # type: ignore[return-value]
+        leaves = [("/".join(map(str, keys)) in trained, (keys, leaf)) for keys, leaf in nnx.to_flat_state(variables)]
+        inside = nnx.from_flat_state([leaf for is_trained, leaf in leaves if is_trained])
+        return inside, nnx.from_flat_state([leaf for is_trained, leaf in leaves if not is_trained])
     mask = map_parameters(lambda path, leaf: rebox(leaf, _Trained()) if path in trained else leaf, variables)
     sides = jax.tree.map(lambda leaf, mark: isinstance(unbox(mark), _Trained), variables, mask, is_leaf=is_box)
     trainable = jax.tree.map(lambda leaf, side: leaf if side else None, variables, sides, is_leaf=is_box)

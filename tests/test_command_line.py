@@ -85,6 +85,22 @@ def test_an_error_is_one_paragraph_and_exit_code_2(arguments, text, folder, tmp_
     assert "\n\n" not in printed
 
 
+def test_the_demo_leaves_a_folder_with_files_alone(folder, capsys):
+    before = (pathlib.Path(folder) / "config.json").read_bytes()
+    assert main(["demo", "--folder", folder]) == 2
+    assert "there are files in it already" in capsys.readouterr().err
+    assert (pathlib.Path(folder) / "config.json").read_bytes() == before
+
+
+def test_what_jax_cannot_do_is_one_paragraph(folder, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand much more")
+
+    monkeypatch.setattr("perparam.__main__.generate", fail)
+    assert main(["generate", folder, "--tokens", "1"]) == 2
+    assert capsys.readouterr().err == "perparam: error: JAX could not run this: RESOURCE_EXHAUSTED: out of memory\n"
+
+
 @pytest.mark.parametrize("arguments", [["generate", "x", "--tokens", "1,b"], ["plan"], ["paln", "x"], []])
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
