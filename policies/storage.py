@@ -109,11 +109,11 @@ def pair_problems(found: Mapping[str, Found], policy: Policy) -> list[PerparamEr
     return problems
 
 
-def raise_together(problems: Iterable[PerparamError], heading: str = "") -> None:
+def raise_together(problems: Iterable[PerparamError]) -> None:
     """Raises what is in `problems`, in one error of the first one's type."""
     problems = list(problems)
     if problems:
-        raise type(problems[0])("\n".join(filter(None, [heading, *map(str, problems)])))
+        raise type(problems[0])("\n".join(map(str, problems)))
 
 
 def found_block(one: Found, policy: Policy) -> Block:
