@@ -16,7 +16,7 @@ from jax.nn import initializers
 
 from ..policies.blocks import quantize
 from ..policies.dtypes import is_narrow, saturating_cast
-from ..policies.matmul import scaled_matmul
+from ..policies.matmul import scaled_matmul, scaled_matmuls
 from ..policies.policy import Policy, Scope
 from ..policies.presets import get_policy
 from ..policies.slots import DEFAULT_BLOCK
@@ -82,11 +82,31 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., in) to (..., out), in the activations' dtype: the policy's, or that of x."""
         x = x.astype(self.activations or x.dtype)
-        y = block_matmul(x, self.kernel, self.scale_inv, self.compute)
+        return self._biased(block_matmul(x, self.kernel, self.scale_inv, self.compute))
+
+    def _biased(self, y: jax.Array) -> jax.Array:
         if self.bias is None:
             return y
         bias = saturating_cast(self.bias[...], self.bias_compute or y.dtype)
         return (y.astype(bias.dtype) + bias).astype(y.dtype)
+
+    def _shares_launch(self) -> tuple[Any, ...] | None:
+        """What projections of the same x have in common where their products can be launched as one."""
+        if type(self) is not Linear or self.scale_inv is None:
+            return None
+        return self.activations, self.compute, self.kernel.dtype, self.kernel.block
+
+
+def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
+    """`layer(x)` of each; of narrow `Linear`s that agree in all but their width, as one `scaled_matmuls`."""
+    shared = {layer._shares_launch() if isinstance(layer, Linear) else None for layer in layers}
+    if len(shared) > 1 or None in shared:
+        return tuple(layer(x) for layer in layers)
+    first = layers[0]
+    pairs = [(layer.kernel[...], layer.scale_inv[...]) for layer in layers]
+    x = x.astype(first.activations or x.dtype)
+    results = scaled_matmuls(x, pairs, block=first.kernel.block, compute=first.compute)
+    return tuple(layer._biased(y) for layer, y in zip(layers, results, strict=True))
 
 
 def block_matmul(x: jax.Array, kernel: nnx.Variable, scale_inv: Narrow | None, compute: np.dtype | None) -> jax.Array:
@@ -114,7 +134,7 @@ class Embedding(nnx.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Ids (...) to (..., features) in the activations' dtype; an id outside the table gives NaN."""
         inside = (ids >= 0) & (ids < self.embedding.shape[0])
-        rows = jnp.take(self.embedding[...], ids, axis=0, mode="clip")
+        rows = _rows(self.embedding[...], ids)
         wide = self.activations or (jnp.float32 if self.embedding_scale_inv is not None else rows.dtype)
         if self.embedding_scale_inv is not None:
             height, width = self.embedding.block
@@ -126,6 +146,21 @@ class Embedding(nnx.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """(..., features) to logits (..., vocabulary), under the rule of `embedding`."""
         return block_matmul(x, self.embedding, self.embedding_scale_inv, self.compute)
+
+
+@jax.custom_jvp
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table, gathered as bits and tied to the ids: XLA's CPU backend widens a whole narrow table to gather of
+    it, and that before the decoding loop."""
+    table, ids = jax.lax.optimization_barrier((table, ids))
+    bits = jax.lax.bitcast_convert_type(table, jnp.dtype(f"uint{8 * table.dtype.itemsize}"))
+    return jax.lax.bitcast_convert_type(jnp.take(bits, ids, axis=0, mode="clip"), table.dtype)
+
+
+@_rows.defjvp
+def _rows_jvp(primals, tangents):
+    (table, ids), (tangent, _) = primals, tangents
+    return _rows(table, ids), jnp.take(tangent, ids, axis=0, mode="clip")
 
 
 class RMSNorm(nnx.Module):

@@ -18,9 +18,9 @@ from ..policies.policy import ParamSpec, Policy, Scope
 from ..policies.presets import get_policy
 from ..policies.trees import variables_by_path
 from . import rope
-from .attention import EMPTY, KVCache, attend, token_positions
+from .attention import EMPTY, KVCache, as_cached, attend, token_positions
 from .config import Qwen3Config
-from .layers import Embedding, Linear, RMSNorm, scope_of
+from .layers import Embedding, Linear, RMSNorm, project, scope_of
 from .tokens import checked_tokens
 
 LinearFactory = Callable[..., nnx.Module]
@@ -53,13 +53,15 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """x (b, t, hidden) to the same, and the keys and values to keep."""
         b, t, _ = x.shape
-        q = self.q_norm(self.q_proj(x).reshape(b, t, self.heads, self.head_dim))
-        k = self.k_norm(self.k_proj(x).reshape(b, t, self.kv_heads, self.head_dim))
-        v = self.v_proj(x).reshape(b, t, self.kv_heads, self.head_dim)
-        q, k = rope.rotate(q, step.cos, step.sin), rope.rotate(k, step.cos, step.sin)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = self.q_norm(q.reshape(b, t, self.heads, self.head_dim))
+        k = self.k_norm(k.reshape(b, t, self.kv_heads, self.head_dim))
+        v = v.reshape(b, t, self.kv_heads, self.head_dim)
+        q = rope.rotate(q, step.cos, step.sin)
+        k, v = as_cached(rope.rotate(k, step.cos, step.sin), v)
         if past is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(past[0], k, step.start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(past[1], v, step.start, axis=1)
+            k = jax.lax.dynamic_update_slice_in_dim(past[0], k, step.start, axis=3)
+            v = jax.lax.dynamic_update_slice_in_dim(past[1], v, step.start, axis=2)
         return self.o_proj(attend(q, k, v, step.queries, step.slots, self.window)), (k, v)
 
 
@@ -74,7 +76,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (b, t, hidden) to the same."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = project(x, self.gate_proj, self.up_proj)
         return self.down_proj(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up)
 
 
@@ -191,13 +193,14 @@ class Qwen3(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache for `slots` tokens of each of `batch` rows, in the activations' dtype."""
-        shape = (batch, slots, self.config.num_key_value_heads, self.config.head_dim)
+        heads, width = self.config.num_key_value_heads, self.config.head_dim
 
-        def zeros() -> tuple[jax.Array, ...]:
+        def zeros(*shape: int) -> tuple[jax.Array, ...]:
             return tuple(jnp.zeros(shape, self.activations) for _ in range(self.config.num_hidden_layers))
 
+        keys, values = zeros(batch, heads, width, slots), zeros(batch, heads, slots, width)
         positions = jnp.full((batch, slots), EMPTY)
-        return KVCache(zeros(), zeros(), positions, jnp.int32(0), jnp.zeros(batch, jnp.int32))
+        return KVCache(keys, values, positions, jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
     def with_policy(self, policy: Any) -> Qwen3:
         """The same parameters stored and computed under another policy; what is already as asked is shared."""

@@ -16,7 +16,7 @@ from .errors import (
     UnsupportedCast,
     UnsupportedConfig,
 )
-from .matmul import scaled_matmul
+from .matmul import Choice, Target, matmul_override, matmul_plan, scaled_matmul, scaled_matmuls
 from .plan import Plan, Row
 from .policy import ParamSpec, Policy, Scope
 from .presets import get_policy, preset_names
@@ -27,6 +27,7 @@ from .wrappers import apply, init
 
 __all__ = [
     "DEFAULT_BLOCK",
+    "Choice",
     "Found",
     "InvalidCheckpoint",
     "InvalidPolicy",
@@ -43,6 +44,7 @@ __all__ = [
     "Scope",
     "ShadowedRule",
     "Slot",
+    "Target",
     "UnknownDtype",
     "UnmatchedRule",
     "UnpairedScale",
@@ -55,10 +57,13 @@ __all__ = [
     "get_policy",
     "init",
     "join_trainable",
+    "matmul_override",
+    "matmul_plan",
     "preset_names",
     "quantize",
     "refuse_narrow",
     "saturating_cast",
     "scaled_matmul",
+    "scaled_matmuls",
     "split_trainable",
 ]

@@ -48,8 +48,8 @@ def check_grid(shape: tuple[int, ...], grid: tuple[int, ...], block: Block, wher
 def expand(scale_inv: jax.Array, shape: tuple[int, ...], block: Block) -> jax.Array:
     """The scale of every element: `scale_inv` repeated over its blocks and cut to `shape`."""
     for axis, side in ((-2, block[0]), (-1, block[1])):
-        index = np.arange(shape[axis]) // side
-        scale_inv = jnp.take(scale_inv, index, axis=axis) if scale_inv.shape[axis] != 1 else scale_inv
+        if scale_inv.shape[axis] != 1:  # repeated, not gathered: XLA fuses a repetition without an index an element
+            scale_inv = jax.lax.slice_in_dim(jnp.repeat(scale_inv, side, axis), 0, shape[axis], axis=axis)
     return jnp.broadcast_to(scale_inv, shape)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from checkpoints import relative_error
 
-from perparam.models.attention import EMPTY, attend, token_positions
+from perparam.models import attention
+from perparam.models.attention import EMPTY, as_cached, token_positions
 
 FLOAT32_ERROR = 1e-6
 """Sums of 8 products, a softmax over 9 scores and a sum of 9 products, each term rounded to 2**-24."""
@@ -25,6 +26,11 @@ def inputs(dtype=np.float32):
 
 QUERIES = np.array([[4, 5, 6, 7, 8], [2, 3, 4, 5, 6]], np.int32)
 SLOTS = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8], [EMPTY, EMPTY, 0, 1, 2, 3, 4, 5, 6]], np.int32)
+
+
+def attend(q, k, v, *rest):
+    """`attention.attend` of keys and values (b, s, kv, d), as projections give them."""
+    return attention.attend(jnp.asarray(q), *as_cached(jnp.asarray(k), jnp.asarray(v)), *rest)
 
 
 def reference(q, k, v, queries, slots, window):
@@ -51,8 +57,18 @@ def test_it_is_attention_with_repeated_heads(window):
     assert relative_error(found, reference(q, k, v, QUERIES, SLOTS, window)) <= FLOAT32_ERROR
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_single_query_as_in_decoding(dtype, window):
+    q, k, v = inputs(dtype)
+    found = attend(q[:, -1:], k, v, QUERIES[:, -1:], SLOTS, window)
+    expected = reference(q, k, v, QUERIES, SLOTS, window)[:, -1:]
+    assert found.shape == (B, 1, HEADS * D)
+    assert relative_error(found, expected) <= (FLOAT32_ERROR if dtype == np.float32 else BF16_ERROR)
+
+
 def test_a_window_as_long_as_the_row_is_no_window():
-    q, k, v = map(jnp.asarray, inputs())
+    q, k, v = inputs()
     whole = attend(q, k, v, QUERIES, SLOTS, None)
     np.testing.assert_array_equal(attend(q, k, v, QUERIES, SLOTS, S), whole)
     assert not np.array_equal(attend(q, k, v, QUERIES, SLOTS, 3), whole)
@@ -60,7 +76,7 @@ def test_a_window_as_long_as_the_row_is_no_window():
 
 def test_bfloat16_is_summed_in_float32():
     q, k, v = inputs(ml_dtypes.bfloat16)
-    found = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), QUERIES, SLOTS, None)
+    found = attend(q, k, v, QUERIES, SLOTS, None)
     assert found.dtype == jnp.bfloat16
     assert relative_error(found, reference(q, k, v, QUERIES, SLOTS, None)) <= BF16_ERROR
 

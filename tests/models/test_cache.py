@@ -71,9 +71,8 @@ def test_the_cache_counts_slots_and_real_tokens(model):
 def test_a_cache_holds_kv_heads_in_the_activations_dtype(model):
     cache = model.empty_cache(3, SLOTS)
     assert len(cache.keys) == len(cache.values) == 2
-    assert {(array.shape, array.dtype) for array in (*cache.keys, *cache.values)} == {
-        ((3, SLOTS, 2, 18), np.dtype("f4"))
-    }
+    assert {(array.shape, array.dtype) for array in cache.keys} == {((3, 2, 18, SLOTS), np.dtype("f4"))}
+    assert {(array.shape, array.dtype) for array in cache.values} == {((3, 2, SLOTS, 18), np.dtype("f4"))}
     assert model.with_policy(None).empty_cache(3, SLOTS).keys[0].dtype == checkpoints.BF16
 
 

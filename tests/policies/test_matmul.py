@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from perparam import scaled_matmul
 from perparam.policies import InvalidScale, PerparamError, UnsupportedCast
-from perparam.policies.matmul import SLAB
+from perparam.policies.matmul.cpu import slab_height
 
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """The unit roundoff of each dtype of results: half the distance of 1 from its neighbour."""
@@ -21,7 +21,7 @@ ACTIVATIONS = tuple(ROUNDING)
 FP8 = "float8_e4m3fn"
 COMPUTES = (None, FP8, *ACTIVATIONS)
 
-SLABS = (2 * SLAB + 88, 72)  # (out, in): two whole slabs and a part
+SLABS = (2 * slab_height(10**6, 72) + 88, 72)  # (out, in): two whole slabs and a part
 RAGGED = (100, 50)  # a block that fits neither the slabs nor the shape
 
 
@@ -113,7 +113,7 @@ class TestProducts:
         assert_product(y, *operands(x, kernel, scale_inv, RAGGED, None))
 
     @given(
-        shape=st.sampled_from([(3, 5), (SLAB + 1, 16)]),
+        shape=st.sampled_from([(3, 5), (37, 16), (300, 200)]),
         block=st.sampled_from([(1, 3), (128, 128)]),
         leading=st.sampled_from([(), (4,), (2, 3)]),
         seed=st.integers(0, 99),
@@ -261,7 +261,7 @@ class TestGradients:
 class TestMemory:
     """Kernels are widened at the use; narrow ones a slab at a time, so that no float array of their shape exists."""
 
-    shape = (16 * SLAB, 64)
+    shape = (16 * slab_height(10**6, 64), 64)
 
     def compiled(self, run, *arguments):
         return jax.jit(run).lower(*arguments).compile()
@@ -275,7 +275,7 @@ class TestMemory:
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="slabs are how CPUs are kept from widening everything")
     @pytest.mark.parametrize("compute", [None, FP8, "bfloat16"])
     def test_of_the_product_and_of_its_gradient(self, compute):
-        kernel, scale_inv = jnp.zeros(self.shape, FP8), jnp.ones((32, 1))
+        kernel, scale_inv = jnp.zeros(self.shape, FP8), jnp.ones((self.shape[0] // 128, 1))
         run = lambda x, k, s: scaled_matmul(x, k, s, compute=compute)  # noqa: E731
         assert self.holds_no_wide_kernel(self.compiled(run, inputs(1, 64), kernel, scale_inv))
         gradient = jax.grad(lambda *a: run(*a).sum())
@@ -283,7 +283,7 @@ class TestMemory:
 
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="slabs are how CPUs are kept from widening everything")
     def test_within_a_loop(self):
-        kernel, scale_inv = jnp.zeros(self.shape, FP8), jnp.ones((32, 1))
+        kernel, scale_inv = jnp.zeros(self.shape, FP8), jnp.ones((self.shape[0] // 128, 1))
 
         def decode(x, kernel, scale_inv):
             step = lambda _, x: scaled_matmul(x, kernel, scale_inv)[:, : x.shape[1]]  # noqa: E731
@@ -291,7 +291,7 @@ class TestMemory:
 
         compiled = self.compiled(decode, inputs(1, 64), kernel, scale_inv)
         assert self.holds_no_wide_kernel(compiled)
-        slab = SLAB * self.shape[1] * 4
+        slab = slab_height(*self.shape) * self.shape[1] * 4
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * slab  # a wide copy alone takes sixteen
 
     def test_a_plain_kernel_is_not_cast_once_and_carried_through_a_loop(self):

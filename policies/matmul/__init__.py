@@ -1,0 +1,16 @@
+"""The block-scaled matmul: the face, the oracle that defines it, and one file for each way to carry it out."""
+
+from .activations import quantize_rows
+from .dispatch import IMPLEMENTATIONS, Choice, Target, matmul_override, matmul_plan
+from .face import scaled_matmul, scaled_matmuls
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Choice",
+    "Target",
+    "matmul_override",
+    "matmul_plan",
+    "quantize_rows",
+    "scaled_matmul",
+    "scaled_matmuls",
+]

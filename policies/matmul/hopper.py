@@ -1,0 +1,100 @@
+"""Which calls the kernels for compute capability 9.0 take, and how operands are laid out for them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import dtypes
+from .calls import Call, Implementation, Operands
+
+SIDE = 128
+"""What both dimensions of a kernel, and both sides of its blocks, are multiples of."""
+
+FEW_ROWS = 64
+"""Rows of x up to which tiles of them would be mostly empty, and operands are swapped."""
+
+
+def _refuses_both(call: Call) -> str | None:
+    """Why neither kernel takes the call."""
+    if call.mode == "plain":
+        return "no operand is narrow in the product"
+    if call.kernel not in (jnp.float8_e4m3fn, jnp.float8_e5m2):
+        return f"there is no kernel for {dtypes.dtype_name(call.kernel)}"
+    if call.mode == "W8A8" and not call.x == call.kernel == jnp.float8_e4m3fn:
+        return "both operands have to be f8_e4m3fn"
+    if call.mode == "W8A16" and call.x == jnp.float32:
+        return "float32 activations would lose bits"
+    if call.out_features % SIDE or call.in_features % SIDE or not call.in_features or not call.out_features:
+        return f"{call.out_features}×{call.in_features} is no multiple of {SIDE}×{SIDE}"
+    if call.block is None or any(side % SIDE for side in _block(call)):
+        return f"sides of the block {call.block} are no multiples of {SIDE}"
+    return None if call.rows else "there are no rows"
+
+
+def _block(call: Call) -> tuple[int, int]:
+    """The block of a call, cut to its kernel."""
+    assert call.block is not None
+    return min(call.block[0], call.out_features), min(call.block[1], call.in_features)
+
+
+def _refuses_rows(call: Call) -> str | None:
+    if why := _refuses_both(call):
+        return why
+    if call.mode == "W8A16":
+        return "a narrow kernel is widened in registers, as the left operand"
+    return None if call.rows > FEW_ROWS else f"{call.rows} rows leave its tiles mostly empty"
+
+
+def _pad(x: jax.Array, multiple: int) -> jax.Array:
+    return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0)))
+
+
+def _quantize(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    from . import hopper_quantize
+
+    values, scales = hopper_quantize.quantize(_pad(x, hopper_quantize.ROWS))
+    return values[: x.shape[0]], scales.T[: x.shape[0]]
+
+
+def _rows(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
+    from . import hopper_rows  # Pallas is imported by those alone who use it
+
+    results = []
+    for call, one in zip(calls, operands, strict=True):
+        assert one.x_scales is not None and one.scale_inv is not None
+        x, x_scales = _pad(one.x, hopper_rows.TILE), _pad(one.x_scales, hopper_rows.TILE).T
+        y = hopper_rows.product(x, x_scales, one.kernel, one.scale_inv, block=_block(call), result=call.result)
+        results.append(y[: call.rows])
+    return tuple(results)
+
+
+def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
+    from . import hopper_columns
+
+    first, rows = operands[0], calls[0].rows
+    tile = hopper_columns.row_tile(rows)
+    x_scales = None if first.x_scales is None else _pad(first.x_scales, tile).T
+    results = hopper_columns.products(
+        _pad(first.x, tile),
+        x_scales,
+        tuple(one.kernel for one in operands),
+        tuple(one.scale_inv for one in operands if one.scale_inv is not None),
+        blocks=tuple(map(_block, calls)),
+        result=calls[0].result,
+    )
+    return tuple(y[:rows] for y in results)
+
+
+ROWS = Implementation(
+    "hopper rows",
+    "tiles of x by tiles of the kernel, float8 tensor cores",
+    _refuses_rows,
+    _rows,
+    _quantize,
+    opaque=True,
+)
+COLUMNS = Implementation(
+    "hopper columns", "the kernel by tiles of x, its columns split among blocks", _refuses_both, _columns, opaque=True
+)

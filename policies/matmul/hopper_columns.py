@@ -1,0 +1,134 @@
+"""Few rows, or activations in 16 bits (W8A16): operands swapped, out.T = kernel @ x.T, for decoding on Hopper.
+
+The kernel takes the matrix instruction's 64 rows and x its columns, of which it has as few as 8; so a step reads 16 KiB of
+kernel for as little as 1 KiB of x.  Narrow kernels are widened in registers, without loss, to the dtype of x; columns
+are summed 128 at a time and scaled in float32.  Where the tiles of the kernels are too few for all multiprocessors, its
+columns are split among blocks, whose sums are added up in a fixed order afterwards: the result is deterministic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import warpgroup
+
+TILE = 128
+"""Rows of a kernel in a tile, and columns in a step."""
+
+SHARED_MEMORY = 200 * 1024
+"""Bytes of shared memory for operands, of the 227 KiB that a block has."""
+
+
+def row_tile(rows: int) -> int:
+    """Rows of x in a tile: the least of 8, 16, … 128 that holds them all, or 128."""
+    return min(max(8, 2 ** math.ceil(math.log2(max(rows, 1)))), TILE)
+
+
+def splits(tiles: int, steps: int, processors: int = 132) -> int:
+    """Among how many blocks the `steps` of each tile are divided.
+
+    A wave of `processors` blocks costs its steps, and about four more to fill and drain the pipeline.
+
+    >>> splits(32, 32), splits(192, 32), splits(1187, 32)
+    (4, 2, 1)
+    """
+    divisors = [count for count in range(1, steps + 1) if steps % count == 0]
+    return min(divisors, key=lambda count: (math.ceil(tiles * count / processors) * (steps // count + 4), count))
+
+
+def products(
+    x: jax.Array,
+    x_scales: jax.Array | None,
+    kernels: tuple[jax.Array, ...],
+    scales: tuple[jax.Array, ...],
+    *,
+    blocks: tuple[tuple[int, int], ...],
+    result: np.dtype,
+    interpret: Any = None,
+) -> tuple[jax.Array, ...]:
+    """(rows, out) in `result` for each kernel, from one launch.
+
+    x         (rows, in)      bfloat16 or float16, or float8_e4m3fn with scales; rows a multiple of `row_tile(rows)`
+    x_scales  (in/128, rows)  float32, or None
+    kernels   (out, in) each  float8; out and in multiples of 128
+    scales    (out/block[0], in/block[1]) each, float32; both sides of a block multiples of 128
+    """
+    rows, columns = x.shape
+    tile, steps = row_tile(rows), columns // TILE
+    starts = np.cumsum([0, *(kernel.shape[0] // TILE for kernel in kernels)])
+    parts = splits(int(starts[-1]) * (rows // tile), steps)
+    length = steps // parts
+    out = result if parts == 1 else np.dtype(np.float32)
+    activations = [x] if x_scales is None else [x, x_scales]
+
+    def body(*refs: Any, out_smem: Any) -> None:
+        x_gmem, refs = refs[: len(activations)], refs[len(activations) :]
+        kernels_gmem, scales_gmem, out_gmem = refs[: len(kernels)], refs[len(kernels) : -1], refs[-1]
+        n, m, part = lax.axis_index("kernel_tile"), lax.axis_index("row_tile"), lax.axis_index("split")
+        half = lax.axis_index("warpgroup")
+        mine = pl.ds(half * warpgroup.ROWS, warpgroup.ROWS)
+
+        def run(kernel_gmem: Any, scale_gmem: Any, block: tuple[int, int], local: Any) -> None:
+            def step(index: Any, *arguments: Any) -> jax.Array:
+                x_smem, *row_scales, kernel_smem, total = arguments
+                k = part * length + index[0]
+                scale = scale_gmem[local * TILE // block[0], k * TILE // block[1]]
+                kernel_tile = kernel_smem.at[mine]
+                if not row_scales:
+                    return total + warpgroup.product(warpgroup.load_kernel(kernel_tile, x.dtype), x_smem) * scale
+                partial = warpgroup.product(kernel_tile, x_smem)
+                by_row = warpgroup.load(row_scales[0].at[0], plgpu.Layout.WGMMA.reduce(0)) * scale
+                return total + partial * lax.broadcast_in_dim(by_row, partial.shape, [1])
+
+            def context(evaluate: Any) -> None:
+                total = evaluate(warpgroup.zeros(tile))
+                warpgroup.store_transposed(out_smem.at[half], total.astype(out))
+                plgpu.commit_smem()
+                here = pl.ds(n * TILE + half * warpgroup.ROWS, warpgroup.ROWS)
+                plgpu.copy_smem_to_gmem(out_smem.at[half], out_gmem.at[part, pl.ds(m * tile, tile), here])
+                plgpu.wait_smem_to_gmem(0)
+
+            operand = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM)
+            x_spec = operand((tile, TILE), lambda k: (m, part * length + k), transforms=warpgroup.tiled(x.dtype, TILE))
+            scales_spec = operand((1, tile), lambda k: (part * length + k, m))
+            kernel_spec = operand(
+                (TILE, TILE), lambda k: (local, part * length + k), transforms=warpgroup.tiled(kernel_gmem.dtype, TILE)
+            )
+            specs = [x_spec, *([scales_spec] * (len(activations) - 1)), kernel_spec]
+            stage = TILE * TILE + tile * TILE * x.dtype.itemsize + 4 * tile
+            stages = min(length, SHARED_MEMORY // stage, 12)
+            warpgroup.pipeline(
+                step, grid=(length,), in_specs=specs, max_concurrent_steps=stages, compute_context=context
+            )(*x_gmem, kernel_gmem)
+
+        for i in range(len(kernels)):
+            one = functools.partial(run, kernels_gmem[i], scales_gmem[i], blocks[i], n - int(starts[i]))
+            if len(kernels) == 1:
+                one()
+            else:
+                pl.when((n >= starts[i]) & (n < starts[i + 1]))(one)
+
+    width = int(starts[-1]) * TILE
+    launch = warpgroup.kernel(
+        body,
+        jax.ShapeDtypeStruct((parts, rows, width), out),
+        grid=(int(starts[-1]), rows // tile, parts),
+        grid_names=("kernel_tile", "row_tile", "split"),
+        scratch_types=dict(
+            out_smem=plgpu.SMEM((2, tile, warpgroup.ROWS), out, transforms=warpgroup.tiled(out, warpgroup.ROWS))
+        ),
+        interpret=interpret,
+    )
+    partial = launch(*activations, *kernels, *(scale.astype(jnp.float32) for scale in scales))
+    total = partial[0] if parts == 1 else partial.sum(axis=0).astype(result)
+    cuts = [int(start) * TILE for start in starts]
+    return tuple(total[:, start:end] for start, end in zip(cuts, cuts[1:], strict=False))

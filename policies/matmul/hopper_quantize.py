@@ -1,0 +1,74 @@
+"""Activations to e4m3 in one pass on Hopper: read once, written as a quarter to a half of what they were.
+
+XLA takes two passes, one for the largest magnitudes and one for the quotients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .. import dtypes
+from . import warpgroup
+
+ROWS = warpgroup.ROWS
+"""Rows that a block takes."""
+
+COLUMNS = 128
+"""Columns that share a scale."""
+
+
+def quantize(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Array]:
+    """`(values, scales)`, as `quantize` in blocks of (1, 128) has them.
+
+    x       (rows, in)      f32, bf16 or f16; rows a multiple of 64, in of 128
+    values  (rows, in)      float8_e4m3fn
+    scales  (in/128, rows)  float32
+    """
+    rows, columns = x.shape
+    largest = dtypes.largest(jnp.float8_e4m3fn)
+    floor = dtypes.smallest_normal(np.float32)
+
+    def body(
+        x_gmem: Any, values_gmem: Any, scales_gmem: Any, *, x_smem: Any, values_smem: Any, scales_smem: Any, ready: Any
+    ):
+        m, k = lax.axis_index("row_tile"), lax.axis_index("column_block")
+        tile = (pl.ds(m * ROWS, ROWS), pl.ds(k * COLUMNS, COLUMNS))
+        plgpu.copy_gmem_to_smem(x_gmem.at[tile], x_smem, ready)
+        plgpu.barrier_wait(ready)
+        wide = warpgroup.load(x_smem, plgpu.Layout.WGMMA).astype(jnp.float32)
+        amax = jnp.max(jnp.abs(wide), axis=1)
+        scales = jnp.where(amax == 0, 1.0, jnp.maximum(amax / largest, floor))
+        scales_smem[...] = scales
+        values_smem[...] = (wide / lax.broadcast_in_dim(scales, wide.shape, [0])).astype(jnp.float8_e4m3fn)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(values_smem, values_gmem.at[tile])
+        plgpu.copy_smem_to_gmem(scales_smem, scales_gmem.at[k, tile[0]])
+        plgpu.wait_smem_to_gmem(0)
+
+    shape = (ROWS, COLUMNS)
+    settings = {} if interpret is None else {"interpret": interpret}
+    run = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((rows, columns), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((columns // COLUMNS, rows), jnp.float32),
+        ),
+        grid=(columns // COLUMNS, rows // ROWS),
+        grid_names=("column_block", "row_tile"),
+        scratch_types=dict(
+            x_smem=plgpu.SMEM(shape, x.dtype, transforms=warpgroup.tiled(x.dtype, COLUMNS)),
+            values_smem=plgpu.SMEM(shape, jnp.float8_e4m3fn, transforms=warpgroup.tiled(jnp.float8_e4m3fn, COLUMNS)),
+            scales_smem=plgpu.SMEM((ROWS,), jnp.float32),
+            ready=plgpu.Barrier(),
+        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **settings,
+    )
+    return run(x)

@@ -1,0 +1,113 @@
+"""Many rows, both operands e4m3 (W8A8): tiles of 128 rows of x by 128 of the kernel, for prefill on Hopper.
+
+After DeepSeek-V3 (arXiv:2412.19437, section 3.3): float8 tensor cores keep about 14 bits of a sum, so each block of
+128 columns is summed from zero and added to a float32 sum, scaled, in registers.  Blocks are persistent and walk the
+tiles in a snake, so that neighbours share operands in the second-level cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import warpgroup
+
+TILE = 128
+"""Rows of x, and of the kernel, in a tile; and columns of both in a step."""
+
+STAGES = 4
+"""Steps whose operands are in shared memory at a time, of 32.5 KiB each."""
+
+SNAKE = 8
+"""Tiles of the kernel beside each other before the walk goes on to the next rows of x."""
+
+
+def product(
+    x: jax.Array,
+    x_scales: jax.Array,
+    kernel: jax.Array,
+    scale_inv: jax.Array,
+    *,
+    block: tuple[int, int],
+    result: np.dtype,
+    processors: int = 132,
+    interpret: Any = None,
+) -> jax.Array:
+    """(rows, out) in `result`.
+
+    x          (rows, in)             float8_e4m3fn; rows, out and in are multiples of 128
+    x_scales   (in/128, rows)         float32, so that a tile's scales lie side by side
+    kernel     (out, in)              float8_e4m3fn
+    scale_inv  (out/block[0], in/block[1])  float32; both sides of a block multiples of 128
+    processors  streaming multiprocessors, for as many persistent blocks: 132 on H100 and H200
+    """
+    rows, columns = x.shape
+    tiles, steps = (rows // TILE, kernel.shape[0] // TILE), columns // TILE
+    operand = warpgroup.tiled(x.dtype, TILE)
+
+    def body(x_gmem: Any, x_scales_gmem: Any, kernel_gmem: Any, scale_gmem: Any, out_gmem: Any, *, out_smem: Any):
+        def pipeline(step: Any, context: Any) -> Any:
+            specs = [
+                plgpu.BlockSpec((TILE, TILE), lambda k: (0, k), transforms=operand, memory_space=plgpu.SMEM),
+                plgpu.BlockSpec((1, TILE), lambda k: (k, 0), memory_space=plgpu.SMEM),
+                plgpu.BlockSpec((TILE, TILE), lambda k: (0, k), transforms=operand, memory_space=plgpu.SMEM),
+            ]
+            return warpgroup.pipeline(
+                step, grid=(steps,), in_specs=specs, max_concurrent_steps=min(STAGES, steps), compute_context=context
+            )
+
+        nothing = lambda *_: None  # noqa: E731
+        allocations = pipeline(nothing, nothing).get_allocations(x_gmem, x_scales_gmem, kernel_gmem)
+
+        @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="warpgroup")
+        def _(allocations: Any) -> None:
+            half = lax.axis_index("warpgroup")
+
+            @plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="processor")
+            def _(loop: Any) -> None:
+                m, n = plgpu.planar_snake(loop.index[0], tiles, 1, min(SNAKE, tiles[1]))
+                rows_here, out_here = pl.ds(m * TILE, TILE), pl.ds(n * TILE, TILE)
+                mine = pl.ds(half * warpgroup.ROWS, warpgroup.ROWS)
+
+                def step(index: Any, x_smem: Any, x_scales_smem: Any, kernel_smem: Any, total: jax.Array) -> jax.Array:
+                    (k,) = index
+                    scale = scale_gmem[n * TILE // block[0], k * TILE // block[1]]
+                    partial = warpgroup.product(x_smem.at[mine], kernel_smem)
+                    scales = warpgroup.load(x_scales_smem.at[0, mine], plgpu.Layout.WGMMA.reduce(1)) * scale
+                    return total + partial * lax.broadcast_in_dim(scales, partial.shape, [0])
+
+                def context(run: Any) -> None:
+                    total = run(warpgroup.zeros(TILE))
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_smem[half] = total.astype(result)
+                    plgpu.commit_smem()
+                    here = pl.ds(m * TILE + half * warpgroup.ROWS, warpgroup.ROWS)
+                    plgpu.copy_smem_to_gmem(out_smem.at[half], out_gmem.at[here, out_here])
+
+                pipeline(step, context)(
+                    x_gmem.at[rows_here],
+                    x_scales_gmem.at[:, rows_here],
+                    kernel_gmem.at[out_here],
+                    allocations=allocations,
+                )
+
+        plgpu.wait_smem_to_gmem(0)
+
+    run = warpgroup.kernel(
+        body,
+        jax.ShapeDtypeStruct((rows, kernel.shape[0]), result),
+        grid=(min(processors, tiles[0] * tiles[1]),),
+        grid_names=("processor",),
+        scratch_types=dict(
+            out_smem=plgpu.SMEM((2, warpgroup.ROWS, TILE), result, transforms=warpgroup.tiled(result, TILE))
+        ),
+        interpret=interpret,
+    )
+    return run(x, x_scales, kernel, scale_inv.astype(jnp.float32))

@@ -1,0 +1,92 @@
+"""The product in plain XLA for devices without a kernel here: formulations that differ in what they write to memory.
+
+Widening a kernel before a dot writes it once more, in two or four bytes a weight.  For a single row a multiplication and
+a sum fuse into one kernel that reads the narrow bytes alone; for a few rows a dot a block of columns, whose sums are
+scaled afterwards, does, at the price of one partial sum a block of columns.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import dtypes
+from ..blocks import expand
+from . import oracle
+from .activations import ACTIVATION_BLOCK
+from .calls import Call, Implementation, Operands, one_by_one
+
+FEW_ROWS = 32
+"""Rows up to which partial sums a block of columns cost less than a wide copy of the kernel."""
+
+
+def _reduction(call: Call, operands: Operands) -> jax.Array:
+    """(1, out): a multiplication and a sum, which become one fused kernel."""
+    weight = oracle.wide_weight(operands, call.block, call.weight or np.dtype(np.float32)).astype(jnp.float32)
+    x = oracle.wide_rows(operands)
+    x = (x if call.weight is None else x.astype(call.weight)).astype(jnp.float32)
+    return jnp.sum(x * weight, axis=1, dtype=jnp.float32)[None].astype(call.result)
+
+
+def _refuses_reduction(call: Call) -> str | None:
+    return None if call.rows == 1 else f"a fused multiplication and sum reads the kernel once a row, of {call.rows}"
+
+
+def _by_block(call: Call, operands: Operands) -> jax.Array:
+    """(rows, out): a dot for each block of columns on values as they are, its sums scaled in float32 and added up."""
+    assert call.block is not None and operands.scale_inv is not None
+    width = _width(call)
+    # Narrow values are exact in 16 bits, and so are their products in float32.
+    dtype = call.x if dtypes.is_activation(call.x) else np.dtype(jnp.bfloat16)
+    across = call.in_features // width
+    x = operands.x.astype(dtype).reshape(call.rows, across, width)
+    kernel = operands.kernel.astype(dtype).reshape(call.out_features, across, width)
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    partial = jnp.einsum("rbw,obw->bro", x, kernel, precision=precision, preferred_element_type=jnp.float32)
+    scales = expand(operands.scale_inv.astype(jnp.float32), kernel.shape[:2], (call.block[0], call.block[1] // width))
+    partial = partial * scales.T[:, None, :]
+    if operands.x_scales is not None:
+        partial = partial * operands.x_scales.T[:, :, None]
+    return partial.sum(axis=0).astype(call.result)
+
+
+def _width(call: Call) -> int:
+    """Columns over which neither scale changes."""
+    assert call.block is not None
+    width = min(call.block[1], call.in_features)
+    return int(np.gcd(width, ACTIVATION_BLOCK)) if dtypes.is_narrow(call.x) else width
+
+
+def _refuses_by_block(call: Call) -> str | None:
+    if call.block is None or not dtypes.is_narrow(call.kernel):
+        return "the kernel has no blocks"
+    if call.weight is not None:
+        return f"the weight is rounded to {dtypes.dtype_name(call.weight)} before the product"
+    if call.rows > FEW_ROWS:
+        return f"partial sums of {call.rows} rows are larger than a wide kernel"
+    if call.in_features % _width(call) or _width(call) < 32:
+        return f"blocks of {call.block[1]} columns do not cut {call.in_features} evenly into long ones"
+    return None
+
+
+def _widened(call: Call, operands: Operands) -> jax.Array:
+    """(rows, out): the kernel widened, then a dot; to bfloat16 for x of that dtype, which costs a rounding."""
+    # Not to float16, whose range scales leave.
+    dtype = call.weight or np.dtype(jnp.bfloat16 if call.x == jnp.bfloat16 else np.float32)
+    x = oracle.wide_rows(operands).astype(dtype)
+    return oracle.dot(x, oracle.wide_weight(operands, call.block, dtype)).astype(call.result)
+
+
+REDUCTION = Implementation(
+    "fused reduction", "multiply and sum in one fusion, which reads the narrow kernel alone", _refuses_reduction,
+    one_by_one(_reduction),
+)  # fmt: skip
+BY_BLOCK = Implementation(
+    "dot by block", "a dot a block of columns, its sums scaled afterwards", _refuses_by_block, one_by_one(_by_block)
+)
+WIDENED = Implementation("widen, then dot", "the kernel widened to x's dtype", lambda call: None, one_by_one(_widened))
+DOT = Implementation(
+    "dot", "XLA's own product of a plain kernel",
+    lambda call: "the kernel is narrow" if dtypes.is_narrow(call.kernel) else None, one_by_one(_widened),
+)  # fmt: skip
