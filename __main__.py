@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     plan = command("plan", _plan, "Print what each parameter resolves to; headers are read, weights are not.")
     plan.add_argument("--json", action="store_true", help="one row a line, made to be diffed")
+    plan.add_argument("--target", metavar="TARGET", help="add what multiplies on: here, cpu, cuda, cuda:9.0 (H200), …")
     tokens = command("generate", _generate, "Continue token ids, greedily; print the new ids.")
     tokens.add_argument("--tokens", required=True, metavar="1,2,3", type=_ids, help="the prompt")
     tokens.add_argument("--max-new-tokens", type=int, default=20, metavar="N")
@@ -76,7 +77,7 @@ def _ids(text: str) -> list[int]:
 
 def _plan(arguments: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(arguments.checkpoint)
-    plan = explain(get_policy(arguments.policy), checkpoint.tree, checkpoint.config.dtype)
+    plan = explain(get_policy(arguments.policy), checkpoint.tree, checkpoint.config.dtype, arguments.target)
     print(plan.to_json() if arguments.json else plan, end="" if arguments.json else "\n")
 
 

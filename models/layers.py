@@ -99,14 +99,15 @@ class Linear(nnx.Module):
 
 def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
     """`layer(x)` of each; of narrow `Linear`s that agree in all but their width, as one `scaled_matmuls`."""
-    shared = {layer._shares_launch() if isinstance(layer, Linear) else None for layer in layers}
-    if len(shared) > 1 or None in shared:
+    linears = [layer for layer in layers if isinstance(layer, Linear)]
+    shared = {layer._shares_launch() for layer in linears}
+    if len(linears) < len(layers) or len(shared) > 1 or None in shared:
         return tuple(layer(x) for layer in layers)
-    first = layers[0]
-    pairs = [(layer.kernel[...], layer.scale_inv[...]) for layer in layers]
+    first = linears[0]
+    pairs = [(layer.kernel[...], layer.scale_inv[...]) for layer in linears if layer.scale_inv is not None]
     x = x.astype(first.activations or x.dtype)
     results = scaled_matmuls(x, pairs, block=first.kernel.block, compute=first.compute)
-    return tuple(layer._biased(y) for layer, y in zip(layers, results, strict=True))
+    return tuple(layer._biased(y) for layer, y in zip(linears, results, strict=True))
 
 
 def block_matmul(x: jax.Array, kernel: nnx.Variable, scale_inv: Narrow | None, compute: np.dtype | None) -> jax.Array:

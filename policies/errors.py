@@ -53,3 +53,13 @@ class MissingFile(PerparamError, FileNotFoundError):
 
 class InvalidTokens(PerparamError, ValueError):
     """Token ids or a mask that the model cannot take."""
+
+
+class UnknownTarget(PerparamError, ValueError):
+    """A target of a matmul that nobody knows."""
+
+
+class UnknownImplementation(PerparamError, KeyError):
+    """An implementation of the matmul that nobody knows."""
+
+    __str__ = Exception.__str__  # KeyError's quotes it

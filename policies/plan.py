@@ -13,9 +13,10 @@ import numpy as np
 from . import dtypes
 from .blocks import grid_shape
 from .errors import InvalidPolicy
+from .matmul import Target, matmul_plan
 from .policy import Policy
 from .resolution import Answer, resolve
-from .slots import is_scale, scale_path
+from .slots import DEFAULT_BLOCK, is_scale, scale_path
 from .storage import Change, Step, plan_storage
 from .trees import Found
 from .trees import found as found_in
@@ -37,6 +38,7 @@ class Row:
     change          kept, cast, quantised, dequantised or requantised; of scales also made or dissolved
     bytes_before    as found
     bytes           as stored
+    matmul          of a kernel, where the plan was asked for a target: what multiplies with it, for a row | for 512
     """
 
     path: str
@@ -51,6 +53,7 @@ class Row:
     change: Change
     bytes_before: int
     bytes: int
+    matmul: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The row with dtypes by name."""
@@ -103,8 +106,9 @@ class Plan:
         return f'{{"rows": [\n{rows}\n],\n{json.dumps(rest)[1:]}\n'
 
     def __str__(self) -> str:
+        named = ("matmul (1 | 512 rows)",) if self._has_target else ()
         lines: list[tuple[str, ...]] = [
-            ("path", "shape", "found", "storage", "compute", "rule (params | compute)", "bytes")
+            ("path", "shape", "found", "storage", "compute", *named, "rule (params | compute)", "bytes")
         ]
         for label, rows in self._folded():
             lines.append((label, *self._cells(rows[0]), human_bytes(sum(row.bytes for row in rows))))
@@ -115,6 +119,10 @@ class Plan:
         return "\n".join(
             [*(f"{row}  {line[-1]:>{widths[-1]}}" for row, line in zip(table, lines, strict=True)), "", self.summary()]
         )
+
+    @property
+    def _has_target(self) -> bool:
+        return any(row.matmul for row in self.rows)
 
     def _folded(self) -> list[tuple[str, list[Row]]]:
         """Rows that differ only in the numbers of their path share a line: `layers/0-27/mlp/up_proj/kernel ×28`."""
@@ -137,7 +145,8 @@ class Plan:
         else:
             compute = "–" if self.activations is None else f"({dtypes.dtype_name(self.activations)})"
         rules = [_key(row.storage_rule, row.storage_source), _key(row.compute_rule, row.compute_source)]
-        return "×".join(map(str, row.shape)), found, f"{storage} {change}".strip(), compute, " | ".join(rules)
+        cells = ["×".join(map(str, row.shape)), found, f"{storage} {change}".strip(), compute]
+        return *cells, *([row.matmul or ""] if self._has_target else []), " | ".join(rules)
 
     def summary(self) -> str:
         """The totals in two or three lines."""
@@ -165,7 +174,7 @@ def human_bytes(count: int) -> str:
     return f"{count} B" if power == 0 else f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"
 
 
-def explain(policy: Policy, tree: Any, activations: np.dtype | None = None) -> Plan:
+def explain(policy: Policy, tree: Any, activations: np.dtype | None = None, target: str | Target | None = None) -> Plan:
     """See `Policy.explain`; `activations` is the model's own dtype, for where the policy names none."""
     found = found_in(tree)
     steps, answers = plan_storage(policy, found)
@@ -182,7 +191,10 @@ def explain(policy: Policy, tree: Any, activations: np.dtype | None = None) -> P
         # Rules name integers and the like without effect; a row says what happens.
         cast = step.scale is not None or step.found_scale is not None or dtypes.is_floating(found[path].dtype)
         params, compute = (answers[path], computed[path]) if cast else (Answer(), Answer())
-        rows.append(_row(path, found[path].shape, found[path], step.storage, step.change, params, compute))
+        row = _row(path, found[path].shape, found[path], step.storage, step.change, params, compute)
+        if target is not None and path.rpartition("/")[2] == "kernel" and len(row.shape) == 2:
+            row = dataclasses.replace(row, matmul=_matmul(row, step, activations, target))
+        rows.append(row)
         if step.scale or step.found_scale:
             scales = scale_path(path)
             answer = computed.get(scales, Answer())
@@ -199,6 +211,25 @@ def check_compute(path: str, one: Found, answer: Answer) -> None:
             f"{dtypes.dtype_name(answer.dtype)} of {path!r}, whose shape is {one.shape}. "
             "Only kernels of two or more dimensions are computed narrow."
         )
+
+
+def _matmul(row: Row, step: Step, activations: np.dtype | None, target: str | Target) -> str:
+    """The implementations that multiply with a kernel, for a row of activations and for 512."""
+    assert row.storage is not None
+    out_features, in_features = row.shape
+    names = [
+        matmul_plan(
+            rows,
+            (out_features, in_features),
+            x=activations or np.dtype(np.float32),
+            kernel=row.storage,
+            block=step.block or DEFAULT_BLOCK,
+            compute=row.compute,
+            target=target,
+        ).implementation
+        for rows in (1, 512)
+    ]
+    return " | ".join(dict.fromkeys(names))
 
 
 def _scale_row(kernel: Found, step: Step, path: str, before: Found | None, params: Answer, compute: Answer) -> Row:

@@ -14,6 +14,7 @@ from .errors import InvalidPolicy
 from .slots import DEFAULT_BLOCK, Block, Slot, SlotLike, as_block, make_output, make_slot, scale_path
 
 if TYPE_CHECKING:
+    from .matmul import Target
     from .plan import Plan
 
 
@@ -132,10 +133,12 @@ class Policy:
 
     # Applying it to trees.
 
-    def explain(self, tree: Any) -> Plan:
+    def explain(self, tree: Any, target: str | Target | None = None) -> Plan:
         """The plan: what every parameter of `tree` resolves to.
 
-        tree: arrays, `jax.ShapeDtypeStruct`s, Linen variables, an NNX model or state, or `checkpoint_tree(folder)`.
+        tree    arrays, `jax.ShapeDtypeStruct`s, Linen variables, an NNX model or state, or `checkpoint_tree(folder)`
+        target  "here", "cpu", "cuda", "cuda:9.0", …: adds what multiplies with each kernel of perparam's models there;
+                None leaves it out, since a plan should neither depend on the machine nor start its GPU
 
         Raises:
           UnmatchedRule, ShadowedRule: a rule that decides nothing, with its file and line.
@@ -143,7 +146,7 @@ class Policy:
         """
         from .plan import explain
 
-        return explain(self, tree)
+        return explain(self, tree, target=target)
 
     def store(self, tree: Any) -> Any:
         """`tree` as the policy stores it: kernels quantised get a `scale_inv` beside them, dissolved pairs lose it.

@@ -2,8 +2,7 @@
 
 XLA's CPU backend widens whole arrays: it writes a float copy four times the size of a float8 kernel before it reads the
 first row, and schedules the copies of many layers together.  A slab is decoded from its bytes, multiplied with its
-scales and used while it is in the second-level cache.  At K = N = 4096 and one row that takes 1.5 ms where widening first
-takes 20 and XLA's product of bfloat16 kernels 16 (2 cores of a Zen 5, `benchmarks/matmul.py`).
+scales and used while it is in the cache.  `benchmarks/README.md` has the figures.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ MANY_ROWS = 128
 
 
 def slab_height(out_features: int, in_features: int) -> int:
-    """Rows of a kernel that make a slab: a power of two, so that most kernels divide into slabs, and two slabs at least.
+    """Rows of a kernel that make a slab: a power of two, so that most kernels divide into slabs; at least two slabs.
 
     XLA takes a loop of one step apart, and its schedule then widens what all layers need at once.
     """
@@ -116,8 +115,8 @@ def _decoded(bits: jax.Array, dtype: np.dtype) -> jax.Array:
     if dtype == jnp.float8_e5m2:  # the upper half of a float16
         return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16) << 8, jnp.float16).astype(jnp.float32)
     if dtype == jnp.float8_e4m3fn:
-        # As a float16 its value is 2**-8 of what it was, subnormals included.  Not through bfloat16 or float32 bits: this
-        # backend flushes their subnormals, and conversion from float16 is exact.
+        # As a float16 its value is 2**-8 of what it was, subnormals included.  Not through bfloat16 or float32 bits:
+        # the backend flushes their subnormals; its conversion from float16 is exact.
         magnitude = (bits & 0x7F).astype(jnp.uint16)
         half = jnp.where(magnitude == 0x7F, jnp.uint16(0x7E00), magnitude << 7) | (bits & 0x80).astype(jnp.uint16) << 8
         return jax.lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * jnp.float32(256)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from .. import dtypes
-from ..errors import UnsupportedCast
+from ..errors import UnknownImplementation, UnknownTarget, UnsupportedCast
 from ..slots import DEFAULT_BLOCK, Block, as_block
 from . import cpu, hopper, xla
 from .calls import Call, Implementation
@@ -44,11 +44,11 @@ class Target:
             return here()
         platform, _, capability = text.partition(":")
         if platform not in ("cpu", "cuda", "rocm", "tpu"):
-            raise ValueError(f"{text!r} is no target. Write here, cpu, tpu, rocm, cuda, or cuda:9.0 for H100 and H200.")
+            raise UnknownTarget(f"{text!r} is no target. Write here, cpu, tpu, rocm, cuda, or cuda:9.0 (H100, H200).")
         try:
             return cls(platform, _capability(capability) if capability else None)
         except ValueError:
-            raise ValueError(f"{text!r} is no target: a compute capability is written 9.0.") from None
+            raise UnknownTarget(f"{text!r} is no target: a compute capability is written 9.0.") from None
 
     def __str__(self) -> str:
         return self.platform + (":{}.{}".format(*self.capability) if self.capability else "")
@@ -101,11 +101,12 @@ def matmul_override(implementation: str | None = None, target: str | Target | No
     'hopper columns'
 
     Raises:
-      KeyError: for an implementation nobody has heard of.
+      UnknownImplementation: for one that nobody has heard of.
+      UnknownTarget: likewise.
       UnsupportedCast: at the call, where the implementation cannot take it.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise KeyError(f"no implementation {implementation!r}, there are: {', '.join(IMPLEMENTATIONS)}.")
+        raise UnknownImplementation(f"no implementation {implementation!r}, there are: {', '.join(IMPLEMENTATIONS)}.")
     before = _override.value
     chosen = _Override(
         implementation or before.implementation, before.target if target is None else Target.parse(target)
@@ -138,7 +139,7 @@ def choose(call: Call, target: Target) -> tuple[Implementation, Choice]:
         if why := one.refuses(call):
             raise UnsupportedCast(f"{forced!r}, which matmul_override asks for, does not take this call: {why}.")
         return one, Choice(one.name, one.gist)
-    refused = []
+    refused: list[tuple[str, str]] = []
     for one in _candidates(target):
         why = one.refuses(call)
         if why is None:
@@ -155,7 +156,7 @@ def _candidates(target: Target) -> tuple[Implementation, ...]:
 
 def describe(
     rows: int,
-    kernel_shape: tuple[int, int],
+    kernel_shape: tuple[int, ...],
     x: np.dtype,
     kernel: np.dtype,
     block: Block | None,

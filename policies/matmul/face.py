@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -18,8 +19,9 @@ from ..errors import UnsupportedCast
 from ..slots import DEFAULT_BLOCK, Block, as_block
 from . import cpu, oracle
 from .activations import quantize_rows, widen_rows
-from .calls import Call, Operands
+from .calls import Call, Implementation, Operands
 from .dispatch import Target, choose, describe, here
+from .portable import unless_multi_platform
 
 Pair = tuple[ArrayLike, ArrayLike | None]
 
@@ -145,21 +147,23 @@ class _Group:
     def _on(self, target: Target):
         """The products as `target` carries them out."""
         chosen = [choose(call, target)[0] for call in self.calls]
+        products = functools.partial(self._products, chosen)
+        if not any(one.opaque for one in chosen):
+            return products
+        anywhere = [choose(call, Target(target.platform))[0] for call in self.calls]
+        return unless_multi_platform(products, functools.partial(self._products, anywhere))
 
-        def products(x, kernels, scales):
-            if not all(one.opaque for one in chosen):
-                # Tied to x, a kernel is nothing that XLA could cast once, outside a decoding loop, and carry along.
-                x, kernels, scales = jax.lax.optimization_barrier((x, kernels, scales))
-            results: list[jax.Array] = []
-            operands = self.operands(x, kernels, scales, chosen[0].quantize)
-            for i, one in enumerate(chosen):
-                if len(results) > i:
-                    continue
-                same = next((j for j in range(i, len(chosen)) if chosen[j] is not one), len(chosen))
-                results += one.run(self.calls[i:same], operands[i:same])
-            return results
-
-        return products
+    def _products(self, chosen: list[Implementation], x, kernels, scales) -> list[jax.Array]:
+        """The products, each by the implementation chosen for it; neighbours that share one in a single run."""
+        if not all(one.opaque for one in chosen):
+            # Tied to x, a kernel is nothing that XLA could cast once, outside a decoding loop, and carry along.
+            x, kernels, scales = jax.lax.optimization_barrier((x, kernels, scales))
+        results: list[jax.Array] = []
+        operands = self.operands(x, kernels, scales, chosen[0].quantize)
+        for one, group in itertools.groupby(zip(chosen, self.calls, operands, strict=True), key=lambda each: each[0]):
+            _, calls, arrays = zip(*group, strict=True)
+            results += one.run(calls, arrays)
+        return results
 
     def operands(self, x, kernels, scales, quantize_x=quantize_rows) -> tuple[Operands, ...]:
         """The operands of each call, quantised where the calls say so."""
@@ -209,11 +213,12 @@ def _scaled_forward(group, x, kernels, scales):
 
 
 def _scaled_backward(group, residuals, gradients):
-    """dx = gradient @ weight.  Narrow kernels are frozen; rounding is passed straight through, since it has no slope."""
+    """dx = gradient @ weight.  Narrow kernels are frozen; rounding, which has no slope, is passed straight through."""
     x, kernels, scales = residuals
     rows = gradients[0].shape[0]
     like = jnp.zeros((rows, group.calls[0].in_features), x.dtype) if x.shape[1] == 0 else x
-    dx, dkernels = jnp.zeros(like.shape, jnp.float32), []
+    dx = jnp.zeros(like.shape, jnp.float32)
+    dkernels: list[jax.Array | None] = []
     for call, gradient, kernel, operands in zip(
         group.calls, gradients, kernels, group.operands(like, kernels, scales), strict=True
     ):

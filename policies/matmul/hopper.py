@@ -63,7 +63,8 @@ def _rows(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.
 
     results = []
     for call, one in zip(calls, operands, strict=True):
-        assert one.x_scales is not None and one.scale_inv is not None
+        assert one.x_scales is not None
+        assert one.scale_inv is not None
         x, x_scales = _pad(one.x, hopper_rows.TILE), _pad(one.x_scales, hopper_rows.TILE).T
         y = hopper_rows.product(x, x_scales, one.kernel, one.scale_inv, block=_block(call), result=call.result)
         results.append(y[: call.rows])

@@ -1,14 +1,16 @@
 """Few rows, or activations in 16 bits (W8A16): operands swapped, out.T = kernel @ x.T, for decoding on Hopper.
 
-The kernel takes the matrix instruction's 64 rows and x its columns, of which it has as few as 8; so a step reads 16 KiB of
-kernel for as little as 1 KiB of x.  Narrow kernels are widened in registers, without loss, to the dtype of x; columns
-are summed 128 at a time and scaled in float32.  Where the tiles of the kernels are too few for all multiprocessors, its
-columns are split among blocks, whose sums are added up in a fixed order afterwards: the result is deterministic.
+The kernel takes the matrix instruction's 64 rows and x its columns, of which it has as few as 8; so a step reads 16 KiB
+of kernel for as little as 1 KiB of x.  Narrow kernels are widened in registers, without loss, to the dtype of x;
+columns are summed 128 at a time and scaled in float32.  Where the tiles of the kernels are too few for all
+multiprocessors, their columns are split among blocks, whose sums are added up in a fixed order afterwards: the result
+is deterministic.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -123,12 +125,13 @@ def products(
         jax.ShapeDtypeStruct((parts, rows, width), out),
         grid=(int(starts[-1]), rows // tile, parts),
         grid_names=("kernel_tile", "row_tile", "split"),
-        scratch_types=dict(
-            out_smem=plgpu.SMEM((2, tile, warpgroup.ROWS), out, transforms=warpgroup.tiled(out, warpgroup.ROWS))
-        ),
+        scratch_types={
+            "out_smem": plgpu.SMEM((2, tile, warpgroup.ROWS), out, transforms=warpgroup.tiled(out, warpgroup.ROWS))
+        },
         interpret=interpret,
     )
-    partial = launch(*activations, *kernels, *(scale.astype(jnp.float32) for scale in scales))
+    operands = *activations, *kernels, *(scale.astype(jnp.float32) for scale in scales)
+    partial = warpgroup.vary(launch(*operands), *operands)
     total = partial[0] if parts == 1 else partial.sum(axis=0).astype(result)
     cuts = [int(start) * TILE for start in starts]
-    return tuple(total[:, start:end] for start, end in zip(cuts, cuts[1:], strict=False))
+    return tuple(total[:, start:end] for start, end in itertools.pairwise(cuts))

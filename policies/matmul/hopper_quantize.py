@@ -62,13 +62,13 @@ def quantize(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Arr
         ),
         grid=(columns // COLUMNS, rows // ROWS),
         grid_names=("column_block", "row_tile"),
-        scratch_types=dict(
-            x_smem=plgpu.SMEM(shape, x.dtype, transforms=warpgroup.tiled(x.dtype, COLUMNS)),
-            values_smem=plgpu.SMEM(shape, jnp.float8_e4m3fn, transforms=warpgroup.tiled(jnp.float8_e4m3fn, COLUMNS)),
-            scales_smem=plgpu.SMEM((ROWS,), jnp.float32),
-            ready=plgpu.Barrier(),
-        ),
+        scratch_types={
+            "x_smem": plgpu.SMEM(shape, x.dtype, transforms=warpgroup.tiled(x.dtype, COLUMNS)),
+            "values_smem": plgpu.SMEM(shape, jnp.float8_e4m3fn, transforms=warpgroup.tiled(jnp.float8_e4m3fn, COLUMNS)),
+            "scales_smem": plgpu.SMEM((ROWS,), jnp.float32),
+            "ready": plgpu.Barrier(),
+        },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **settings,
     )
-    return run(x)
+    return warpgroup.vary(run(x), x)

@@ -105,9 +105,10 @@ def product(
         jax.ShapeDtypeStruct((rows, kernel.shape[0]), result),
         grid=(min(processors, tiles[0] * tiles[1]),),
         grid_names=("processor",),
-        scratch_types=dict(
-            out_smem=plgpu.SMEM((2, warpgroup.ROWS, TILE), result, transforms=warpgroup.tiled(result, TILE))
-        ),
+        scratch_types={
+            "out_smem": plgpu.SMEM((2, warpgroup.ROWS, TILE), result, transforms=warpgroup.tiled(result, TILE))
+        },
         interpret=interpret,
     )
-    return run(x, x_scales, kernel, scale_inv.astype(jnp.float32))
+    operands = x, x_scales, kernel, scale_inv.astype(jnp.float32)
+    return warpgroup.vary(run(*operands), *operands)

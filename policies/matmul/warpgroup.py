@@ -20,7 +20,7 @@ SWIZZLE = 128
 """Bytes of shared memory within which rows are swizzled."""
 
 
-def tiled(dtype: Any, columns: int) -> tuple[plgpu.MemoryRefTransform, ...]:
+def tiled(dtype: Any, columns: int) -> tuple[Any, ...]:
     """How a tile of `columns` columns lies in shared memory for matrix instructions and bulk copies."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = min(SWIZZLE, columns * itemsize)
@@ -29,9 +29,8 @@ def tiled(dtype: Any, columns: int) -> tuple[plgpu.MemoryRefTransform, ...]:
 
 def load(ref: Any, layout: Any) -> jax.Array:
     """A tile of shared memory in registers."""
-    if jax.__version_info__ >= (0, 11):
-        return plgpu.load(ref, layout=layout)
-    return plgpu.load(ref, (), layout=layout)
+    whole: tuple[Any, ...] = () if jax.__version_info__ >= (0, 11) else ((),)
+    return plgpu.load(ref, *whole, layout=layout)
 
 
 def load_kernel(ref: Any, dtype: Any) -> jax.Array:
@@ -47,8 +46,8 @@ def load_kernel(ref: Any, dtype: Any) -> jax.Array:
 def product(a: Any, b: Any) -> jax.Array:
     """a (64, k), in registers or shared memory, times b (n, k) in shared memory, transposed: float32 (64, n).
 
-    The sum begins at zero: a block of columns is scaled before it is added to others, and the tensor core's float8 sums,
-    which keep fewer bits than float32, stay short.
+    The sum begins at zero: a block of columns is scaled before it is added to others, and the tensor core's float8
+    sums, which keep fewer bits than float32, stay short.
     """
 
     def multiply(accumulator: Any) -> jax.Array:
@@ -68,10 +67,24 @@ def store_transposed(ref: Any, values: jax.Array) -> None:
     plgpu.transpose_ref(ref, (1, 0))[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
-pipeline = functools.partial(
+pipeline: Any = functools.partial(
     plgpu.emit_pipeline_warp_specialized, memory_registers=56, wg_axis="warpgroup", num_compute_wgs=2
 )
 """Two warpgroups compute what a third has copied to shared memory."""
+
+
+def vary(results: Any, *operands: jax.Array) -> Any:
+    """The results of a kernel, which inside `shard_map` vary over the axes of a mesh over which any operand does.
+
+    Pallas does not say so itself.
+    """
+    axes = frozenset[str]().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
+
+    def mark(result: jax.Array) -> jax.Array:
+        missing = axes - jax.typeof(result).manual_axis_type.varying
+        return jax.lax.pcast(result, tuple(sorted(missing)), to="varying") if missing else result
+
+    return jax.tree.map(mark, results)
 
 
 def kernel(body: Any, out_type: jax.ShapeDtypeStruct, *, interpret: Any = None, **settings: Any) -> Any:

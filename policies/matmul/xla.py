@@ -1,8 +1,8 @@
 """The product in plain XLA for devices without a kernel here: formulations that differ in what they write to memory.
 
-Widening a kernel before a dot writes it once more, in two or four bytes a weight.  For a single row a multiplication and
-a sum fuse into one kernel that reads the narrow bytes alone; for a few rows a dot a block of columns, whose sums are
-scaled afterwards, does, at the price of one partial sum a block of columns.
+Widening a kernel before a dot writes it once more, in two or four bytes a weight.  For a single row a multiplication
+and a sum fuse into one kernel that reads the narrow bytes alone; for a few rows a dot a block of columns, whose sums
+are scaled afterwards, does, at the price of one partial sum a block of columns.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def _refuses_reduction(call: Call) -> str | None:
 
 def _by_block(call: Call, operands: Operands) -> jax.Array:
     """(rows, out): a dot for each block of columns on values as they are, its sums scaled in float32 and added up."""
-    assert call.block is not None and operands.scale_inv is not None
+    assert call.block is not None
+    assert operands.scale_inv is not None
     width = _width(call)
     # Narrow values are exact in 16 bits, and so are their products in float32.
     dtype = call.x if dtypes.is_activation(call.x) else np.dtype(jnp.bfloat16)

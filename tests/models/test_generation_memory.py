@@ -25,11 +25,15 @@ BATCH, LENGTH, NEW = 2, 5, 8
 def program(policy, linear=Linear) -> str:
     """The optimised HLO of generating under `policy`; nothing is allocated."""
     model = nnx.eval_shape(lambda: Qwen3(CONFIG, policy=policy, linear=linear, rngs=nnx.Rngs(0)))
+    return compiled(model, BATCH, LENGTH, NEW).as_text()
+
+
+def compiled(model, batch, length, new):
     graphdef, state = nnx.split(model)
-    ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     mask, eos = jax.ShapeDtypeStruct(ids.shape, jnp.bool_), jax.ShapeDtypeStruct((1,), jnp.int32)
-    cache = jax.eval_shape(lambda: model.empty_cache(BATCH, LENGTH + NEW))
-    return generation._generate.lower(graphdef, state, ids, mask, eos, cache, 0, NEW).compile().as_text()
+    cache = jax.eval_shape(lambda: model.empty_cache(batch, length + new))
+    return generation._generate.lower(graphdef, state, ids, mask, eos, cache, 0, new).compile()
 
 
 def wide_copies(text: str) -> set[str]:
@@ -80,6 +84,29 @@ class Hoisted(Linear):
 
 def test_the_check_notices_kernels_that_are_widened_before_the_loop():
     assert wide_copies(program(NARROW, Hoisted))
+
+
+class TestAModelOfThePublishedSize:
+    """Qwen3-0.6B's shape, compiled for a CPU: what it takes beside weights and cache, which a device must have free."""
+
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, pad_token_id=0,
+    )  # fmt: skip
+    policy = Policy({"kernel": "f8_e4m3fn", "default": "bf16"}, "bf16")
+
+    def temporary(self, length, new):
+        """MiB of temporary memory of generating `new` tokens after `length`."""
+        model = nnx.eval_shape(lambda: Qwen3(self.config, policy=self.policy, rngs=nnx.Rngs(0)))
+        return compiled(model, 1, length, new).memory_analysis().temp_size_in_bytes / 2**20
+
+    @pytest.mark.slow
+    def test_decoding(self):
+        assert self.temporary(16, 8) <= 16
+
+    @pytest.mark.slow
+    def test_prefill(self):
+        assert self.temporary(512, 1) <= 64
 
 
 def test_the_cache_is_updated_in_place(narrow):

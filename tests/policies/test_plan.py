@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 from perparam import Policy, get_policy, init
-from perparam.policies import InvalidScale, UnpairedScale
+from perparam.policies import InvalidScale, UnknownTarget, UnpairedScale
 
 F32, BF16, F8 = np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -99,7 +99,7 @@ class TestRows:
             "embed/embedding": embedding,
             "steps": steps,
         }
-        assert rows_of(plan) == {path: {"path": path, **row} for path, row in expected.items()}
+        assert rows_of(plan) == {path: {"path": path, "matmul": None, **row} for path, row in expected.items()}
         assert (plan.activations, plan.output) == (F32, np.dtype("float16"))
 
     def test_scales_follow_their_kernel(self):
@@ -173,6 +173,42 @@ class TestRows:
             Policy().explain(TREE).rows[0].bytes = 0
 
 
+class TestTarget:
+    """With a target a plan says what multiplies with each kernel there; the machine it is made on does not matter."""
+
+    tree = TREE | {"wide": {"kernel": np.ones((256, 384), np.float32)}}
+
+    @pytest.mark.parametrize(
+        ("target", "compute", "wide", "ragged"),
+        [
+            ("cpu", "null", "slabs", "slabs"),
+            ("cuda:9.0", "null", "hopper columns", "fused reduction | widen, then dot"),
+            ("cuda:9.0", "f8_e4m3fn", "hopper columns | hopper rows", "fused reduction | widen, then dot"),
+            ("cuda:8.0", "null", "fused reduction | widen, then dot", "fused reduction | widen, then dot"),
+            ("tpu", "bf16", "fused reduction | widen, then dot", "fused reduction | widen, then dot"),
+        ],
+    )
+    def test_kernels_have_an_implementation(self, target, compute, wide, ragged):
+        policy = Policy.loads(
+            YAML.replace("kernel: null", f"kernel: {compute}").replace("default: f32", "default: bf16")
+        )
+        plan = policy.explain(self.tree, target=target)
+        found = {row.path: row.matmul for row in plan.rows if row.matmul is not None}
+        assert found == {"dense/kernel": ragged, "wide/kernel": wide}
+        assert "matmul (1 | 512 rows)" in str(plan).splitlines()[0]
+        assert f"  {wide}  " in str(plan)
+        assert [row["matmul"] for row in json.loads(plan.to_json())["rows"]] == [row.matmul for row in plan.rows]
+
+    def test_without_one_there_is_no_column(self):
+        plan = Policy.loads(YAML).explain(self.tree)
+        assert "matmul" not in str(plan)
+        assert not any(row.matmul for row in plan.rows)
+
+    def test_one_that_nobody_knows(self):
+        with pytest.raises(UnknownTarget, match=r"'gpu' is no target. Write here, cpu, tpu, rocm, cuda, or cuda:9.0"):
+            Policy.loads(YAML).explain(self.tree, target="gpu")
+
+
 class TestTotals:
     plan = Policy.loads(YAML).explain(TREE)
 
@@ -205,6 +241,7 @@ class TestJson:
             "change": "quantised",
             "bytes_before": 240_000,
             "bytes": 60_000,
+            "matmul": None,
         }
         assert len(read["rows"]) == len(plan.rows)
         assert read["bytes"] == plan.total_bytes
