@@ -3,9 +3,10 @@
     python benchmarks/whole_model.py [--transformers PYTHON] [--rounds 7] [--out benchmarks/results]
 
 Both load the same FP8 checkpoint, with random weights, made in a temporary folder; perparam keeps it FP8, transformers
-dequantises it to bfloat16 (it has no FP8 matmul for CPUs), and from there to float32.  Each runs in a process of its own,
-transformers under the Python that `--transformers` names, with as many threads as there are cores; rounds alternate, so
-that a machine that slows down slows all of them.  A ratio is taken within a round; its median and quartiles are reported.
+dequantises it to bfloat16 (it has no FP8 matmul for CPUs), and from there to float32.  Each runs in a process of its
+own, transformers under the Python that `--transformers` names, with as many threads as there are cores; rounds
+alternate, so that a machine that slows down slows all of them.  A ratio is taken within a round; its median and
+quartiles are reported.
 
     prefill   seconds to the first new token of a prompt of 512
     decode    seconds a token, of the next 24 after a prompt of 16
@@ -116,6 +117,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def main() -> int:
+    """Makes the checkpoint, runs the rounds and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transformers", metavar="PYTHON", help="a Python with torch and transformers")
     parser.add_argument("--rounds", type=int, default=7)
@@ -163,7 +165,8 @@ def report(contenders, memory, rounds, out: pathlib.Path) -> None:
         }
         results[one] = {"seconds": seconds, "perparam is times as fast": speedups, "resident": memory[one]}
         lines.append(
-            f"{one:22}  prefill {PROMPT / seconds['prefill'][1]:6.0f} tokens/s  decode {1 / seconds['decode'][1]:5.1f} tokens/s"
+            f"{one:22}  prefill {PROMPT / seconds['prefill'][1]:4.0f} tokens/s"
+            f"  decode {1 / seconds['decode'][1]:5.1f} tokens/s"
             f"  resident {memory[one] / 2**20:5.0f} MiB  |  perparam / this: "
             + ", ".join(f"{what} {m:.2f} ({a:.2f} to {b:.2f})" for what, (a, m, b) in speedups.items())
             + f", resident {memory['perparam'] / memory[one]:.2f}"

@@ -40,6 +40,18 @@ def test_the_page_on_your_own_model_runs(capsys):
     assert names["y"].dtype == "float32"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_on_the_matmul_runs(capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        names = run_blocks(ROOT / "docs" / "matmul.md")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("hopper columns (")
+    assert printed[1].startswith("widen, then dot (")
+    assert "hopper rows: 4000×4096 is no multiple of 128×128" in printed[1]
+    assert float(printed[2]) < 0.1
+    assert names["z"].dtype == jax.numpy.bfloat16
+
+
 @pytest.mark.slow
 def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     from perparam.examples.make_checkpoint import make_checkpoint

@@ -105,7 +105,7 @@ def _slab(operands: Operands, call: Call, start: jax.Array, dtype: np.dtype) -> 
     return dtypes.saturating_cast(values, dtype)
 
 
-_BITS = {1: jnp.uint8, 2: jnp.uint16}
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def _decoded(bits: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -153,11 +153,15 @@ def multiplies_bfloat16() -> bool:
 def _refuses(call: Call) -> str | None:
     if dtypes.is_narrow(call.kernel):
         return None
-    if call.block is None and call.kernel in (jnp.bfloat16, jnp.float16) and call.weight == np.float32:
+    if call.kernel.itemsize > 4:
+        return "there are no slabs of float64"
+    if call.kernel != call.weight and (call.weight == np.float32 or call.rows < MANY_ROWS):
         return None
-    if call.block is None and call.kernel == jnp.float16 == call.weight:
+    if call.kernel == call.weight == jnp.float16:
+        return None  # XLA widens these to float32 itself, all at once
+    if call.kernel == call.weight == jnp.bfloat16 and call.rows == 1 and not multiplies_bfloat16():
         return None
-    return "the kernel is no wider in the product than in memory"
+    return "the kernel has the dtype of the product"
 
 
 def _refuses_two_rows(call: Call) -> str | None:

@@ -140,7 +140,7 @@ def choose(call: Call, target: Target) -> tuple[Implementation, Choice]:
             raise UnsupportedCast(f"{forced!r}, which matmul_override asks for, does not take this call: {why}.")
         return one, Choice(one.name, one.gist)
     refused: list[tuple[str, str]] = []
-    for one in _candidates(target):
+    for one in candidates(target):
         why = one.refuses(call)
         if why is None:
             return one, Choice(one.name, one.gist, tuple(refused))
@@ -148,7 +148,8 @@ def choose(call: Call, target: Target) -> tuple[Implementation, Choice]:
     raise AssertionError(f"nothing takes {call}")
 
 
-def _candidates(target: Target) -> tuple[Implementation, ...]:
+def candidates(target: Target) -> tuple[Implementation, ...]:
+    """The implementations for `target`, the preferred ones first."""
     if target.platform == "cpu":
         return _CPU
     return _HOPPER if target.platform == "cuda" and target.capability == HOPPER else _ANY

@@ -76,6 +76,8 @@ def scaled_matmuls(
     compute, block = None if compute is None else dtypes.as_dtype(compute), as_block(block)
     for kernel, scale_inv in arrays:
         _check(x, kernel, scale_inv, block, compute)
+    if not arrays:
+        return ()
     return _matmuls(x, arrays, block, compute, here())
 
 

@@ -26,8 +26,8 @@ from . import warpgroup
 TILE = 128
 """Rows of a kernel in a tile, and columns in a step."""
 
-SHARED_MEMORY = 200 * 1024
-"""Bytes of shared memory for operands, of the 227 KiB that a block has."""
+SHARED_MEMORY = 226 * 1024
+"""Bytes of shared memory for operands and results: a block has 227 KiB, of which barriers take a little."""
 
 
 def row_tile(rows: int) -> int:
@@ -35,16 +35,28 @@ def row_tile(rows: int) -> int:
     return min(max(8, 2 ** math.ceil(math.log2(max(rows, 1)))), TILE)
 
 
-def splits(tiles: int, steps: int, processors: int = 132) -> int:
-    """Among how many blocks the `steps` of each tile are divided.
+def splits(tiles: int, steps: int, tile: int, processors: int = 132) -> int:
+    """Among how many blocks the `steps` of each of `tiles` are divided, for `tile` rows of x.
 
-    A wave of `processors` blocks costs its steps, and about four more to fill and drain the pipeline.
+    A wave of `processors` blocks costs its steps, about four more to fill and drain the pipeline, and where sums are
+    partial what it takes to write and read them, in the bytes of a step.
 
-    >>> splits(32, 32), splits(192, 32), splits(1187, 32)
+    >>> splits(32, 32, 8), splits(192, 32, 8), splits(1187, 32, 8)
     (4, 2, 1)
     """
-    divisors = [count for count in range(1, steps + 1) if steps % count == 0]
-    return min(divisors, key=lambda count: (math.ceil(tiles * count / processors) * (steps // count + 4), count))
+
+    def cost(count: int) -> float:
+        partial = 4 * tile / (64 + tile) if count > 1 else 0
+        return math.ceil(tiles * count / processors) * (steps // count + 4 + partial)
+
+    return min((count for count in range(1, steps + 1) if steps % count == 0), key=cost)
+
+
+def stages(length: int, tile: int, x: np.dtype, out: np.dtype) -> int:
+    """Steps whose operands are in shared memory at a time, of `length`."""
+    result = 2 * tile * warpgroup.ROWS * out.itemsize
+    step = TILE * TILE + tile * TILE * x.itemsize + 4 * tile
+    return min(length, (SHARED_MEMORY - result) // step, 12)
 
 
 def products(
@@ -67,7 +79,7 @@ def products(
     rows, columns = x.shape
     tile, steps = row_tile(rows), columns // TILE
     starts = np.cumsum([0, *(kernel.shape[0] // TILE for kernel in kernels)])
-    parts = splits(int(starts[-1]) * (rows // tile), steps)
+    parts = splits(int(starts[-1]) * (rows // tile), steps, tile)
     length = steps // parts
     out = result if parts == 1 else np.dtype(np.float32)
     activations = [x] if x_scales is None else [x, x_scales]
@@ -106,10 +118,12 @@ def products(
                 (TILE, TILE), lambda k: (local, part * length + k), transforms=warpgroup.tiled(kernel_gmem.dtype, TILE)
             )
             specs = [x_spec, *([scales_spec] * (len(activations) - 1)), kernel_spec]
-            stage = TILE * TILE + tile * TILE * x.dtype.itemsize + 4 * tile
-            stages = min(length, SHARED_MEMORY // stage, 12)
             warpgroup.pipeline(
-                step, grid=(length,), in_specs=specs, max_concurrent_steps=stages, compute_context=context
+                step,
+                grid=(length,),
+                in_specs=specs,
+                max_concurrent_steps=stages(length, tile, x.dtype, out),
+                compute_context=context,
             )(*x_gmem, kernel_gmem)
 
         for i in range(len(kernels)):

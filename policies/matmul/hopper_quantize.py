@@ -1,6 +1,6 @@
 """Activations to e4m3 in one pass on Hopper: read once, written as a quarter to a half of what they were.
 
-XLA takes two passes, one for the largest magnitudes and one for the quotients.
+XLA makes three kernels of it, of which two read the activations: for the largest magnitudes and for the quotients.
 """
 
 from __future__ import annotations

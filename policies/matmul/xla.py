@@ -79,6 +79,24 @@ def _widened(call: Call, operands: Operands) -> jax.Array:
     return oracle.dot(x, oracle.wide_weight(operands, call.block, dtype)).astype(call.result)
 
 
+def _dot(call: Call, operands: Operands) -> jax.Array:
+    """(rows, out) with a plain kernel."""
+    assert call.weight is not None
+    x, weight = operands.x.astype(call.weight), dtypes.saturating_cast(operands.kernel, call.weight)
+
+    def rounded_within(x: jax.Array, weight: jax.Array) -> jax.Array:
+        """GPUs sum in float32 and write 16 bits; asked for float32, they write that, and a further kernel rounds it."""
+        axes = (((1,), (1,)), ((), ()))
+        return jax.lax.dot_general(x, weight, axes, preferred_element_type=call.result)
+
+    def rounded_after(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return oracle.dot(x, weight).astype(call.result)
+
+    if call.result == call.weight and call.result.itemsize == 2:
+        return jax.lax.platform_dependent(x, weight, cuda=rounded_within, rocm=rounded_within, default=rounded_after)
+    return rounded_after(x, weight)
+
+
 REDUCTION = Implementation(
     "fused reduction", "multiply and sum in one fusion, which reads the narrow kernel alone", _refuses_reduction,
     one_by_one(_reduction),
@@ -89,5 +107,5 @@ BY_BLOCK = Implementation(
 WIDENED = Implementation("widen, then dot", "the kernel widened to x's dtype", lambda call: None, one_by_one(_widened))
 DOT = Implementation(
     "dot", "XLA's own product of a plain kernel",
-    lambda call: "the kernel is narrow" if dtypes.is_narrow(call.kernel) else None, one_by_one(_widened),
+    lambda call: "the kernel is narrow" if dtypes.is_narrow(call.kernel) else None, one_by_one(_dot),
 )  # fmt: skip

@@ -1,0 +1,287 @@
+"""All implementations of the block-scaled matmul that take a call on this machine, beside what one uses without them.
+
+    python benchmarks/matmul.py                      # the default shapes: minutes on a CPU, longer on a GPU
+    python benchmarks/matmul.py --quick              # three rounds of one small shape: does it run?
+    python benchmarks/matmul.py --shapes 4096x4096,1024x3072 --rows 1,16 --modes W8A16
+
+x is bfloat16, kernels are f8_e4m3fn in blocks of 128×128; shapes are OUT×IN, as checkpoints store kernels.  Ratios are
+taken round by round; their medians and quartiles are reported.  The baselines:
+
+    bf16 dot     XLA's product of x with the kernel in bfloat16; on NVIDIA GPUs by cuBLAS or Triton: the table says
+    f32 dot      the same with x and kernel in float32, in JAX's default precision: on NVIDIA GPUs that is TF32
+    naive        the kernel times its repeated scales, rounded to bfloat16 (on a CPU: left in float32), then a dot
+    torch …      where it is installed with CUDA: cuBLAS in bfloat16, and on float8 with one scale a tensor
+
+Contenders in a mode are named for `perparam.policies.matmul.IMPLEMENTATIONS`; a star marks the one that perparam takes.
+W8A8 is timed whole, from bfloat16 x, and in parts.  Errors are relative to the product in
+float32 of the weight before it was rounded.  Results are written after each shape as JSON, and drawn at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import report
+import timing
+import torch_cuda
+
+from perparam.policies import matmul_override, matmul_plan, quantize, scaled_matmul
+from perparam.policies.matmul import cpu, dispatch, oracle, quantize_rows
+from perparam.policies.matmul.shapes import ROWS, SHAPES, linears
+
+BF16, E4M3 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
+
+BLOCK = (128, 128)
+"""What published FP8 checkpoints have."""
+
+MODES = {"W8A16": None, "W8A8": E4M3, "plain": None}
+"""What `compute` is in each; in plain the kernel is bfloat16."""
+
+ROUNDS, QUICK_ROUNDS = 15, 3
+"""Enough for quartiles, and enough to see that it runs."""
+
+QUICK_CASES = ((1, (2048, 1024)), (64, (2048, 1024)))
+
+LARGE_CASES = ((4096, (7168, 16384)), (4096, (24576, 7168)))
+"""Those for which figures of other FP8 kernels on Hopper are published, with DeepGEMM and by sglang."""
+
+Shape = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One of those compared in a case.
+
+    name    unique in its case
+    mode    one of MODES; None for what has no mode, the baselines
+    build   compiles it
+    chosen  whether perparam takes it for this call
+    """
+
+    name: str
+    mode: str | None
+    build: Callable[[], timing.Timed]
+    chosen: bool = False
+
+
+class Case:
+    """A product of `rows` of x with a kernel of `shape` (out, in), and so many copies of its operands as exceed caches.
+
+    x          (rows, in) each           bfloat16
+    kernel     (out, in) each            f8_e4m3fn
+    scale_inv  (out/128, in/128) each    float32
+    weight     (out, in) each            bfloat16, what was quantised
+    exact      (rows, out)               float32, the product with the weight before it was rounded or quantised
+    """
+
+    def __init__(self, rows: int, shape: Shape):
+        self.rows, self.shape = rows, shape
+        self.operations = 2 * rows * shape[0] * shape[1]
+        keys = jax.random.split(jax.random.key(timing.SEED))
+        weight = jax.random.normal(keys[0], shape) / np.sqrt(shape[1])
+        x = jax.random.normal(keys[1], (rows, shape[1]), BF16)
+        kernel, scale_inv = quantize(weight, E4M3, BLOCK)
+        self.copies = max(2, -(-timing.rotated_bytes() // (kernel.nbytes + scale_inv.nbytes + x.nbytes)))
+        self.x, self.kernel, self.scale_inv = self.copied(x), self.copied(kernel), self.copied(scale_inv)
+        self.weight = self.copied(weight.astype(BF16))
+        self.exact = oracle.dot(x.astype(jnp.float32), weight)
+
+    def copied(self, array: jax.Array) -> list[jax.Array]:
+        """Copies, each in memory of its own."""
+        return [jnp.array(array, copy=True) for _ in range(self.copies)]
+
+    def product(
+        self, name: str, mode: str | None, function: Callable[..., Any], *operands: list[jax.Array]
+    ) -> Contender:
+        """A contender that carries out the product, from lists of copies of its operands."""
+        copies = list(zip(*operands, strict=True))
+        return Contender(name, mode, functools.partial(timing.timed, function, copies, self.operations))
+
+    def contenders(self, modes: Sequence[str]) -> Iterator[Contender]:
+        """All that take part."""
+        yield self.product("bf16 dot", None, timing.dot, self.x, self.weight)
+        wide = [[one.astype(jnp.float32) for one in copies] for copies in (self.x, self.weight)]
+        yield self.product("f32 dot", None, timing.dot, *wide)
+        yield self.product("naive", None, naive, self.x, self.kernel, self.scale_inv)
+        for mode in modes:
+            operands = (self.x, self.weight) if mode == "plain" else (self.x, self.kernel, self.scale_inv)
+            dtype, compute = operands[1][0].dtype, MODES[mode]
+            plan = matmul_plan(self.rows, self.shape, kernel=dtype, block=BLOCK, compute=compute)
+            for name in implementations(self.rows, self.shape, dtype, compute):
+                one = self.product(f"{mode} {name}", mode, forced(name, compute), *operands)
+                yield dataclasses.replace(one, chosen=name == plan.implementation)
+        if "W8A8" in modes:
+            yield from self.parts()
+        for name, mode, build in torch_cuda.products(self.rows, *self.shape, self.copies):
+            if mode is None or mode in modes:
+                yield Contender(name, mode, build)
+
+    def parts(self) -> Iterator[Contender]:
+        """W8A8 in parts: activations quantised alone; on Hopper its own kernels alone, where they need no padding."""
+
+        def quantized(name: str, function: Callable[..., Any]) -> Contender:
+            return Contender(name, "W8A8", functools.partial(timing.timed, function, [(x,) for x in self.x]))
+
+        yield quantized("quantize_rows alone", lambda x: quantize_rows(x, E4M3))
+        if dispatch.here().capability != dispatch.HOPPER or any(side % 128 for side in self.shape):
+            return
+        from perparam.policies.matmul import hopper_quantize, hopper_rows
+
+        if self.rows % hopper_quantize.ROWS == 0:
+            yield quantized("hopper_quantize alone", hopper_quantize.quantize)
+        if self.rows % hopper_rows.TILE == 0:
+            values, scales = quantize_rows(self.x[0], E4M3)
+            operands = self.copied(values), self.copied(scales.T), self.kernel, self.scale_inv
+            run = functools.partial(hopper_rows.product, block=BLOCK, result=BF16)
+            yield self.product("hopper_rows alone", "W8A8", run, *operands)
+
+    def error(self, result: Any) -> float | None:
+        """How far from exact: the norm of the difference over the norm; None for what is no product."""
+        if getattr(result, "shape", None) != self.exact.shape:
+            return None
+        return float(jnp.linalg.norm(result.astype(jnp.float32) - self.exact) / jnp.linalg.norm(self.exact))
+
+    def measured(self, modes: Sequence[str], rounds: int, yardsticks: dict[str, timing.Timed]) -> dict[str, Any]:
+        """The results, as they stand in the JSON."""
+        entered, ready, failed = {}, {}, {}
+        for one in self.contenders(modes):
+            try:
+                ready[one.name], entered[one.name] = one.build(), one
+            except Exception as error:  # the others still run, and why this one does not is a result
+                failed[one.name] = f"{type(error).__name__}: {error}"
+        seconds = timing.race(ready | yardsticks, rounds)
+        copy = yardsticks["copy"].moved / seconds["copy"]
+        peak = yardsticks["large bf16 dot"].operations / seconds["large bf16 dot"]
+        results = [
+            {
+                "name": name,
+                "mode": entered[name].mode,
+                "chosen": entered[name].chosen,
+                "kernels": one.kernels,
+                "bytes": one.moved,
+                "operations": one.operations,
+                "error": self.error(one.result),
+                "seconds": timing.spread(seconds[name]),
+                "bytes per second": timing.spread(one.moved / seconds[name]),
+                "of copy": timing.spread(one.moved / seconds[name] / copy),
+                "operations per second": timing.spread(one.operations / seconds[name]),
+                "of peak": timing.spread(one.operations / seconds[name] / peak),
+                "ratios": {
+                    base: timing.spread(seconds[name] / seconds[base]) for base in report.BASELINES if base in ready
+                },
+                "samples": seconds[name].tolist(),
+            }
+            for name, one in ready.items()
+        ]
+        return {
+            "rows": self.rows,
+            "shape": self.shape,
+            "copies": self.copies,
+            "copy, bytes per second": timing.spread(copy),
+            "large bf16 dot, operations per second": timing.spread(peak),
+            "smallest program, seconds": timing.spread(seconds["smallest program"]),
+            "contenders": results,
+            "failed": failed,
+        }
+
+
+def implementations(rows: int, shape: Shape, kernel: np.dtype, compute: np.dtype | None) -> list[str]:
+    """Names of those for this device, the oracle included, that take the call; of a plain call what perparam takes."""
+    call = dispatch.describe(rows, shape, BF16, kernel, BLOCK, compute)
+    if call.mode == "plain":
+        return [dispatch.choose(call, dispatch.here())[0].name]
+    candidates = (*dispatch.candidates(dispatch.here()), oracle.ORACLE)
+    return [one.name for one in candidates if one.refuses(call) is None]
+
+
+def forced(implementation: str, compute: np.dtype | None) -> Callable[..., jax.Array]:
+    """`scaled_matmul` as `implementation` carries it out."""
+
+    def run(x: jax.Array, kernel: jax.Array, scale_inv: jax.Array | None = None) -> jax.Array:
+        with matmul_override(implementation):
+            return scaled_matmul(x, kernel, scale_inv, block=BLOCK, compute=compute)
+
+    return run
+
+
+def naive(x: jax.Array, kernel: jax.Array, scale_inv: jax.Array) -> jax.Array:
+    """The product as one writes it first: the whole kernel widened, then a dot."""
+    scales = jnp.repeat(jnp.repeat(scale_inv, BLOCK[0], axis=0), BLOCK[1], axis=1)[: kernel.shape[0], : kernel.shape[1]]
+    dtype = BF16 if timing.on_gpu() else jnp.float32
+    weight = (kernel.astype(jnp.float32) * scales).astype(dtype)
+    return timing.dot(x.astype(dtype), weight).astype(x.dtype)
+
+
+def default_cases() -> list[tuple[int, Shape]]:
+    """Rows and shape of each case for the device here."""
+    if timing.on_gpu():
+        return [*itertools.product(ROWS, SHAPES), *LARGE_CASES]
+    small = sorted(set(linears("0.6B").values()))
+    return [*((rows, (4096, 4096)) for rows in (1, 16, 512)), *itertools.product((1, 512), small)]
+
+
+def parse() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shapes",
+        type=lambda text: [tuple(map(int, shape.split("x"))) for shape in text.split(",")],
+        metavar="OUTxIN,…",
+        help="kernels, instead of the default ones",
+    )
+    parser.add_argument(
+        "--rows", type=lambda text: list(map(int, text.split(","))), metavar="ROWS,…", help="rows of x, for every shape"
+    )
+    parser.add_argument(
+        "--modes", type=lambda text: text.split(","), default=list(MODES), metavar="MODE,…", help=", ".join(MODES)
+    )
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, of one small shape")
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results", help="folder to write to"
+    )
+    arguments = parser.parse_args()
+    if unknown := set(arguments.modes) - set(MODES):
+        parser.error(f"no mode {', '.join(unknown)}, there are: {', '.join(MODES)}")
+    return arguments
+
+
+def main() -> int:
+    """Measures, prints, writes and draws."""
+    arguments = parse()
+    rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
+    cases = list(QUICK_CASES) if arguments.quick else default_cases()
+    if arguments.shapes or arguments.rows:
+        rows, shapes = zip(*cases, strict=True)
+        cases = list(itertools.product(arguments.rows or sorted(set(rows)), arguments.shapes or sorted(set(shapes))))
+    results = timing.machine() | {
+        "target": str(dispatch.here()),
+        "instructions for bfloat16": cpu.multiplies_bfloat16(),
+        "rounds": rounds,
+        "rotated bytes": timing.rotated_bytes(),
+        "cases": [],
+    }
+    name = f"matmul-{timing.slug(results['device'])}{'-quick' if arguments.quick else ''}.json"
+    path = arguments.results / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yardsticks = timing.yardsticks()
+    for rows, shape in cases:
+        results["cases"].append(Case(rows, shape).measured(arguments.modes, rounds, yardsticks))
+        print(report.table(results["cases"][-1]), flush=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\nwritten to {path}\n{report.draw(path)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
