@@ -291,7 +291,7 @@ def write(command: str, results: list[dict[str, Any]]) -> None:
     sections = json.loads(file.read_text()) if file.exists() else {}
     versions = {"python": sys.version.split()[0], "jax": jax.__version__, "jaxlib": jaxlib.__version__}
     sections[command] = {"date": datetime.date.today().isoformat(), "versions": versions, "results": results}
-    file.write_text(json.dumps(sections, indent=1, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(sections, ensure_ascii=False).replace("}, {", "},\n{") + "\n")  # a line a result
     text = f"# Compiled for an H200 by JAX {jax.__version__}\n"
     for name, section in sorted(sections.items()):
         made_with = ", ".join(" ".join(pair) for pair in section["versions"].items())

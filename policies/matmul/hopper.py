@@ -74,6 +74,9 @@ def _rows(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.
 def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
     from . import hopper_columns
 
+    if len(calls) > 1 and calls[0].rows > FEW_ROWS:
+        # A launch costs little beside many rows, and results that share one are taken apart by copies.
+        return tuple(y for pair in zip(calls, operands, strict=True) for y in _columns(pair[:1], pair[1:]))
     first, rows = operands[0], calls[0].rows
     tile = hopper_columns.row_tile(rows)
     x_scales = None if first.x_scales is None else _pad(first.x_scales, tile).T

@@ -1,0 +1,74 @@
+"""The Mosaic kernels on a CPU: Pallas's interpreter for GPUs, and in plain jnp what it lacks of a warpgroup."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, warpgroup
+
+try:  # private, and so perhaps somewhere else in the next version
+    from jax._src import core
+    from jax._src.pallas.mosaic.interpret import thread_map
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+except ImportError as error:
+    MISSING = f"this JAX has no interpreter of Mosaic GPU kernels: {error}"
+else:
+    MISSING = ""
+
+required = pytest.mark.skipif(bool(MISSING), reason=MISSING or "never")
+"""On tests that need the interpreter."""
+
+
+@contextlib.contextmanager
+def interpreted():
+    """A context in which the kernels for Hopper run on the CPU, wherever they are called from.
+
+    Memory that nobody has written is NaN, and a copy or barrier that is waited for in vain stops everything.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load", "load_kernel", "product", "zeros", "store_transposed"):
+            patch.setattr(warpgroup, name, globals()[f"_{name}"])
+        if jax.__version_info__ < (0, 11):  # which compiles every block of the grid, and every thread of it, anew
+            patch.setattr(thread_map, "_run_jaxpr", _run_jaxpr)
+        for module, name in ((hopper_rows, "product"), (hopper_columns, "products"), (hopper_quantize, "quantize")):
+            patch.setattr(module, name, functools.partial(getattr(module, name), interpret=InterpretGPUParams()))
+        patch.setattr(face, "unless_multi_platform", lambda kernel, portable: kernel)  # which takes no side effects
+        try:
+            yield
+        finally:
+            gpu_callbacks.reset_gpu_interpret_mode_state()  # of which an exception leaves something behind
+            face._matmuls.clear_cache()
+
+
+def _load(ref, layout):
+    return ref[...]
+
+
+def _load_kernel(ref, dtype):
+    return ref[...].astype(dtype)
+
+
+def _product(a, b):
+    a, b = ((operand if isinstance(operand, jax.Array) else operand[...]).astype(jnp.float32) for operand in (a, b))
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision="highest")
+
+
+def _zeros(columns):
+    return jnp.zeros((warpgroup.ROWS, columns), jnp.float32)
+
+
+def _store_transposed(ref, values):
+    ref[...] = values.T
+
+
+def _evaluate(jaxpr, consts, *args):
+    core.eval_jaxpr(jaxpr, consts, *args)
+
+
+def _run_jaxpr(jaxpr, consts, *args):
+    """As later versions have it: a function of the module's, under which JAX finds the compiled program again."""
+    jax.jit(_evaluate, static_argnums=0).trace(jaxpr, consts, *args).lower().compile()(consts, *args)

@@ -1,0 +1,181 @@
+"""The kernels for Hopper, by the interpreter: tiles, grids, splits and result dtypes against float64."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import quick_compilation
+from helpers import bits, dtype
+from interpreter import interpreted, required
+from matmuls import FP8, assert_product, widened
+
+from perparam import quantize
+from perparam.policies.matmul import hopper_columns, hopper_quantize, hopper_rows
+
+pytestmark = required
+
+QUOTIENT_ERROR = 2.0**-23
+"""A float32 quotient an ulp off: XLA on a CPU multiplies with the reciprocal of what is constant along a loop."""
+
+BLOCK = (128, 128)
+
+
+def slow(*values):
+    """Parameters that are left out of the quick run."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_a_cpu():
+    with interpreted(), quick_compilation():
+        yield
+
+
+def kernel_of(out: int, features: int, block=BLOCK, of: str = FP8, seed: int = 0):
+    """`(kernel, scale_inv)`, the scales of every block another."""
+    random = np.random.default_rng([seed, out, features])
+    sides = min(block[0], out), min(block[1], features)
+    kernel = random.normal(size=(out, features)).astype(dtype(of))
+    grid = -(-out // sides[0]), -(-features // sides[1])
+    return jnp.asarray(kernel), jnp.asarray(random.uniform(0.5, 2, grid), jnp.float32), sides
+
+
+def narrow_rows(rows: int, features: int):
+    """`(values, scales)` as the kernels take them, the scales of a block of columns side by side."""
+    random = np.random.default_rng([rows, features])
+    values = random.normal(size=(rows, features)).astype(dtype(FP8))
+    return jnp.asarray(values), jnp.asarray(random.uniform(0.5, 2, (features // 128, rows)), jnp.float32)
+
+
+def wide_rows(rows: int, features: int, of: str):
+    return jnp.asarray(np.random.default_rng([rows, features]).normal(size=(rows, features)).astype(dtype(of)))
+
+
+def float64(values, scales) -> np.ndarray:
+    return widened(values, np.asarray(scales).T, (1, 128))
+
+
+class TestRows:
+    """Tiles of 128 rows of x by 128 of the kernel; at least two of them, since JAX 0.10 crashes on a CPU with one."""
+
+    def check(self, rows, out, features, result="float32", block=BLOCK, **processors):
+        x, x_scales = narrow_rows(rows, features)
+        kernel, scale_inv, sides = kernel_of(out, features, block)
+        y = hopper_rows.product(x, x_scales, kernel, scale_inv, block=sides, result=dtype(result), **processors)
+        assert y.dtype == dtype(result)
+        assert_product(y, float64(x, x_scales), widened(kernel, scale_inv, sides), roundings=4)
+
+    @pytest.mark.parametrize("processors", [1, 132, *slow(4)])
+    def test_tiles_are_shared_out_among_however_many_processors(self, processors):
+        self.check(256, 384, 128, processors=processors)
+
+    @pytest.mark.slow
+    def test_the_snake_ends_in_a_narrower_tile(self):
+        self.check(256, (hopper_rows.SNAKE + 1) * 128, 128, processors=2)
+
+    @pytest.mark.parametrize("steps", [hopper_rows.STAGES + 2, *slow(1, hopper_rows.STAGES)])
+    def test_fewer_and_more_steps_than_stages(self, steps):
+        self.check(128, 256, steps * 128, processors=1)
+
+    @pytest.mark.parametrize("result", ["bfloat16", *slow("float16")])
+    def test_results_in_16_bits(self, result):
+        self.check(128, 256, 256, result)
+
+    @pytest.mark.parametrize("block", [(256, 256), *slow((256, 128), (128, 256), (512, 512))])
+    def test_blocks_of_several_tiles(self, block):
+        self.check(128, 512, 512, block=block)
+
+
+class TestColumns:
+    """The kernels by tiles of x, their columns split among blocks of the grid."""
+
+    def check(self, x, x_scales, outs, block=BLOCK, of=FP8, result="float32"):
+        kernels, scales, blocks = zip(*(kernel_of(out, x.shape[1], block, of) for out in outs), strict=True)
+        results = hopper_columns.products(x, x_scales, kernels, scales, blocks=blocks, result=dtype(result))
+        wide = np.asarray(x).astype(np.float64) if x_scales is None else float64(x, x_scales)
+        assert len(results) == len(outs)
+        for y, kernel, scale_inv, sides in zip(results, kernels, scales, blocks, strict=True):
+            assert y.dtype == dtype(result)
+            assert_product(y, wide, widened(kernel, scale_inv, sides), roundings=4)
+
+    @pytest.mark.parametrize("rows", [16, 256, *slow(8, 64, 128)])
+    def test_one_and_several_tiles_of_rows(self, rows):
+        self.check(wide_rows(rows, 256, "bfloat16"), None, [128])
+
+    @pytest.mark.parametrize("rows", [64, *slow(8, 128)])
+    def test_w8a8(self, rows):
+        self.check(*narrow_rows(rows, 256), [256])
+
+    @pytest.mark.parametrize("of", ["float8_e5m2", *slow(FP8)])
+    @pytest.mark.parametrize("x", ["bfloat16", "float16"])
+    def test_w8a16_has_the_dtype_of_x(self, x, of):
+        self.check(wide_rows(8, 256, x), None, [128], of=of, result=x)
+
+    @pytest.mark.parametrize("outs", [(384, 128, 128), *slow((128, 256))])
+    @pytest.mark.parametrize("narrow", [False, True])
+    def test_several_kernels_in_one_launch(self, outs, narrow):
+        x, x_scales = narrow_rows(8, 128) if narrow else (wide_rows(8, 128, "bfloat16"), None)
+        self.check(x, x_scales, outs)
+
+    @pytest.mark.parametrize("processors", [1, 132, *slow(8)])
+    @pytest.mark.parametrize("narrow", [False, True])
+    def test_columns_whole_and_split(self, monkeypatch, processors, narrow):
+        split = functools.partial(hopper_columns.splits, processors=processors)
+        monkeypatch.setattr(hopper_columns, "splits", split)
+        assert split(2, 4, 8) == {1: 1, 8: 4, 132: 4}[processors]
+        x, x_scales = narrow_rows(8, 512) if narrow else (wide_rows(8, 512, "bfloat16"), None)
+        self.check(x, x_scales, [256], result="bfloat16")
+
+    def test_more_steps_than_stages(self, monkeypatch):
+        monkeypatch.setattr(hopper_columns, "splits", lambda *_: 1)
+        self.check(wide_rows(8, 14 * 128, "bfloat16"), None, [128])
+
+    @pytest.mark.parametrize("block", [(256, 256), *slow((256, 128), (128, 256), (512, 512))])
+    def test_blocks_of_several_tiles(self, block):
+        self.check(wide_rows(8, 512, "bfloat16"), None, [256], block=block)
+
+    def test_kernels_with_different_blocks(self):
+        x = wide_rows(8, 256, "bfloat16")
+        pairs = [kernel_of(256, 256, (256, 256)), kernel_of(128, 256, (128, 128))]
+        kernels, scales, blocks = zip(*pairs, strict=True)
+        results = hopper_columns.products(x, None, kernels, scales, blocks=blocks, result=dtype("float32"))
+        for y, pair in zip(results, pairs, strict=True):
+            assert_product(y, np.asarray(x).astype(np.float64), widened(*pair))
+
+
+class TestQuantize:
+    """Activations to e4m3, against `quantize` in blocks of (1, 128)."""
+
+    @pytest.mark.parametrize("of", ["bfloat16", "float32", *slow("float16")])
+    def test_is_quantize_up_to_the_quotient_s_last_bit(self, of):
+        x = wide_rows(128, 256, of).at[3].set(0).at[70, :128].set(0)
+        values, scales = hopper_quantize.quantize(x)
+        want, want_scales = quantize(x, FP8, (1, 128))
+        np.testing.assert_allclose(scales.T, want_scales, rtol=QUOTIENT_ERROR, atol=0)
+        assert (np.asarray(scales.T)[3] == 1).all()
+        assert np.asarray(scales.T)[70, 0] == 1
+        # Where the scales differ by an ulp, or the quotients do, a value may fall to the other side of a tie.
+        found, want = np.asarray(values), np.asarray(want)
+        off = found.astype(np.float32) != want.astype(np.float32)
+        below, above = (quantize_by(x, want_scales, 1 + sign * 4 * QUOTIENT_ERROR) for sign in (-1, 1))
+        assert off.mean() < 0.01
+        assert ((found == below) | (found == above))[off].all()
+
+    def test_extremes_keep_their_scale(self):
+        sizes = jnp.asarray(2.0 ** np.arange(-64, 64), jnp.float32)[:, None]
+        x = jnp.ones((128, 128), jnp.float32) * sizes
+        values, scales = hopper_quantize.quantize(x)
+        assert (np.asarray(values).astype(np.float32) == 448).all()
+        np.testing.assert_allclose(scales[0], sizes[:, 0] / 448, rtol=QUOTIENT_ERROR, atol=0)
+
+    def test_two_runs_are_equal_bit_for_bit(self):
+        x = wide_rows(64, 256, "bfloat16")
+        first, second = (map(bits, hopper_quantize.quantize(x)) for _ in range(2))
+        assert list(first) == list(second)
+
+
+def quantize_by(x, scales, factor: float) -> np.ndarray:
+    """x over its scales times a factor, in e4m3."""
+    quotients = np.asarray(x).astype(np.float64) / np.repeat(np.asarray(scales).astype(np.float64), 128, 1)
+    return np.clip(quotients * factor, -448, 448).astype(np.float32).astype(dtype(FP8))

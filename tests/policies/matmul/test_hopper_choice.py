@@ -1,0 +1,153 @@
+"""What the kernels for Hopper take, and how they cut it into tiles, splits and stages."""
+
+import dataclasses
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import dtype
+from matmuls import FP8, Case
+
+from perparam.policies.matmul import hopper
+from perparam.policies.matmul.dispatch import IMPLEMENTATIONS
+from perparam.policies.matmul.hopper_columns import TILE, row_tile, splits, stages
+from perparam.policies.matmul.shapes import ROWS, SHAPES
+
+PROCESSORS = 132
+"""Streaming multiprocessors of H100 and H200."""
+
+SHARED_MEMORY = 227 * 1024
+"""What a block may have of a multiprocessor's shared memory at compute capability 9.0, in bytes."""
+
+
+class TestRowTile:
+    @pytest.mark.parametrize(
+        ("rows", "tile"), [(0, 8), (1, 8), (8, 8), (9, 16), (33, 64), (64, 64), (65, 128), (128, 128), (4096, 128)]
+    )
+    def test_is_the_least_power_of_two_that_holds_the_rows(self, rows, tile):
+        assert row_tile(rows) == tile
+
+    def test_stays_what_it_is_once_rows_are_padded_to_it(self):
+        for rows in range(1, 300):
+            padded = -(-rows // row_tile(rows)) * row_tile(rows)
+            assert row_tile(padded) == row_tile(rows)
+            assert padded % row_tile(padded) == 0
+
+
+def cost(parts: int, tiles: int, steps: int, tile: int) -> float:
+    """Waves of blocks times the steps of each, four to fill and drain, and the partial sums in bytes of a step."""
+    partial = 0 if parts == 1 else 2 * TILE * tile * 4 / (TILE * (TILE + 2 * tile))
+    return math.ceil(tiles * parts / PROCESSORS) * (steps / parts + 4 + partial)
+
+
+CALLS = [
+    (math.ceil(rows / row_tile(rows)) * out // TILE, features // TILE, row_tile(rows))
+    for out, features in SHAPES
+    for rows in ROWS
+]
+"""What `splits` is asked for all real shapes: tiles, steps of each, rows of a tile."""
+
+
+class TestSplits:
+    def test_divide_the_steps(self):
+        for tiles, steps, tile in CALLS:
+            assert steps % splits(tiles, steps, tile) == 0
+
+    def test_are_never_dearer_than_none(self):
+        for call in CALLS:
+            assert cost(splits(*call), *call) <= cost(1, *call)
+
+    def test_are_the_cheapest(self):
+        for tiles, steps, tile in CALLS:
+            least = min(cost(parts, tiles, steps, tile) for parts in range(1, steps + 1) if steps % parts == 0)
+            assert cost(splits(tiles, steps, tile), tiles, steps, tile) == pytest.approx(least)
+
+    def test_of_a_single_step_or_of_many_waves_there_are_none(self):
+        assert splits(8, 1, 8) == 1
+        assert splits(100 * PROCESSORS, 40, 128) == 1
+
+    def test_fill_an_otherwise_idle_device(self):
+        assert splits(8, 32, 8) > 1
+
+
+class TestStages:
+    @pytest.mark.parametrize("tile", [8, 16, 32, 64, 128])
+    @pytest.mark.parametrize("x", [FP8, "bfloat16", "float16"])
+    @pytest.mark.parametrize("result", ["float32", "bfloat16"])
+    def test_fit_into_shared_memory_with_the_result(self, tile, x, result):
+        found = stages(100, tile, dtype(x), dtype(result))
+        step = TILE * TILE + tile * TILE * dtype(x).itemsize + 4 * tile
+        assert found >= 2
+        assert found * step + TILE * tile * dtype(result).itemsize < SHARED_MEMORY
+
+    def test_are_no_more_than_the_steps(self):
+        assert stages(3, 8, dtype("bfloat16"), dtype("float32")) == 3
+
+
+TAKEN = Case(8, (256, 384))
+REFUSALS = {
+    "no operand is narrow in the product": Case(8, compute="bfloat16"),
+    "there is no kernel for int8": Case(8, kernel="int8"),
+    "there is no kernel for float8_e4m3": Case(8, kernel="float8_e4m3"),
+    "both operands have to be f8_e4m3fn": Case(8, kernel="float8_e5m2", compute=FP8),
+    "float32 activations would lose bits": Case(8, x="float32"),
+    "200×384 is no multiple of 128×128": Case(8, (200, 384)),
+    "256×300 is no multiple of 128×128": Case(8, (256, 300)),
+    "sides of the block (64, 128) are no multiples of 128": Case(8, block=(64, 128)),
+    "sides of the block (128, 200) are no multiples of 128": Case(8, block=(128, 200)),
+    "there are no rows": Case(0),
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name", ["hopper rows", "hopper columns"])
+    @pytest.mark.parametrize("why", REFUSALS)
+    def test_of_both_kernels(self, name, why):
+        assert IMPLEMENTATIONS[name].refuses(REFUSALS[why].call) == why
+
+    def test_also_of_e5m2_activations(self):
+        both = dataclasses.replace(TAKEN, kernel="float8_e5m2", compute="float8_e5m2")
+        assert hopper.COLUMNS.refuses(both.call) == "both operands have to be f8_e4m3fn"
+
+    @pytest.mark.parametrize("shape", [(0, 128), (128, 0)])
+    def test_of_kernels_without_elements(self, shape):
+        assert "is no multiple of 128×128" in hopper.COLUMNS.refuses(Case(8, shape, block=(128, 128)).call)
+
+    def test_by_rows_of_one_narrow_operand(self):
+        case = dataclasses.replace(TAKEN, rows=512)
+        assert hopper.ROWS.refuses(case.call) == "a narrow kernel is widened in registers, as the left operand"
+
+    def test_by_rows_of_few_rows(self):
+        few, enough = (dataclasses.replace(TAKEN, rows=rows, compute=FP8) for rows in (64, 65))
+        assert hopper.ROWS.refuses(few.call) == "64 rows leave its tiles mostly empty"
+        assert hopper.ROWS.refuses(enough.call) is None
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            TAKEN,
+            Case(1, x="float16"),
+            Case(1, kernel="float8_e5m2"),
+            Case(8, compute=FP8),
+            Case(8, x="float32", compute=FP8),
+            Case(8, block=None),
+            Case(8, block=(1024, 1024)),
+            Case(8, block=(100_000, 128)),
+            Case(8, kernel="float32", compute=FP8),
+        ],
+        ids=str,
+    )
+    def test_columns_takes_the_rest(self, case):
+        assert hopper.COLUMNS.refuses(case.call) is None
+
+    def test_every_real_shape_is_taken(self):
+        for shape in SHAPES:
+            for rows in ROWS:
+                assert hopper.COLUMNS.refuses(Case(rows, shape).call) is None
+                assert hopper.COLUMNS.refuses(Case(rows, shape, compute=FP8).call) is None
+                assert (hopper.ROWS.refuses(Case(rows, shape, compute=FP8).call) is None) == (rows > 64)
+
+
+def test_the_e4m3_with_infinities_is_another_type():
+    assert np.dtype(ml_dtypes.float8_e4m3) != dtype(FP8)
