@@ -2,11 +2,11 @@
 
     python benchmarks/whole_model.py [--transformers PYTHON] [--rounds 7] [--out benchmarks/results]
 
-Both load the same FP8 checkpoint, with random weights, made in a temporary folder; perparam keeps it FP8, transformers
-dequantises it to bfloat16 (it has no FP8 matmul for CPUs), and from there to float32.  Each runs in a process of its
-own, transformers under the Python that `--transformers` names, with as many threads as there are cores; rounds
-alternate, so that a machine that slows down slows all of them.  A ratio is taken within a round; its median and
-quartiles are reported.
+Both load the same FP8 checkpoint, with random weights, made in a temporary folder.  perparam keeps it FP8: once as it
+does without a policy, exactly, and once with weights rounded to bfloat16 within products.  transformers, which has no
+FP8 matmul for CPUs, dequantises it to bfloat16.  Each runs in a process of its own, transformers under the Python that
+`--transformers` names, with as many threads as there are cores; rounds alternate, so that a machine that slows down
+slows all of them.  A ratio is taken within a round; its median and quartiles are reported.
 
     prefill   seconds to the first new token of a prompt of 512
     decode    seconds a token, of the next 24 after a prompt of 16
@@ -39,7 +39,8 @@ CONFIG = {
     "torch_dtype": "bfloat16",
     "vocab_size": 151936,
 }
-CONTENDERS = ("perparam", "transformers bfloat16", "transformers float32")
+CONTENDERS = ("perparam", "perparam compute=bf16", "transformers bfloat16")
+"""The last is what the others are compared with."""
 
 
 def write_checkpoint(folder: pathlib.Path) -> None:
@@ -59,13 +60,13 @@ def resident() -> int:
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def perparam_generator(folder: str):
+def perparam_generator(folder: str, policy: str | None = None):
     """A function from a prompt and a count to that many new tokens."""
     import numpy as np
 
     import perparam
 
-    model = perparam.load_model(folder)
+    model = perparam.load_model(folder, policy)
     return lambda prompt, count: np.asarray(perparam.generate(model, prompt, max_new_tokens=count, eos_token_id=()))
 
 
@@ -95,7 +96,7 @@ def work(contender: str, folder: str) -> None:
     import numpy as np
 
     name, *dtype = contender.split()
-    generate = perparam_generator(folder) if name == "perparam" else transformers_generator(folder, *dtype)
+    generate = perparam_generator(folder, *dtype) if name == "perparam" else transformers_generator(folder, *dtype)
     print(resident(), flush=True)
     rng = np.random.default_rng(0)
     long, short = rng.integers(0, CONFIG["vocab_size"], (1, PROMPT)), rng.integers(0, CONFIG["vocab_size"], (1, SHORT))
@@ -127,12 +128,12 @@ def main() -> int:
     if arguments.worker:
         work(*arguments.worker)
         return 0
-    contenders = CONTENDERS if arguments.transformers else CONTENDERS[:1]
+    contenders = CONTENDERS if arguments.transformers else CONTENDERS[:2]
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(pathlib.Path(folder))
         workers, memory = {}, {}
         for one in contenders:
-            python = sys.executable if one == "perparam" else arguments.transformers
+            python = sys.executable if one.startswith("perparam") else arguments.transformers
             command = [python, os.path.abspath(__file__), "--worker", one, folder]
             workers[one] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             memory[one] = int(workers[one].stdout.readline())
@@ -158,18 +159,18 @@ def report(contenders, memory, rounds, out: pathlib.Path) -> None:
     lines, results = [], {}
     for one in contenders:
         seconds = {what: quartiles([times[one][what] for times in rounds]) for what in ("prefill", "decode")}
-        # How many times as fast as this contender perparam is, round by round.
+        # How many times as fast as the last contender this one is, round by round.
         speedups = {
-            what: quartiles([times[one][what] / times["perparam"][what] for times in rounds])
+            what: quartiles([times[contenders[-1]][what] / times[one][what] for times in rounds])
             for what in ("prefill", "decode")
         }
-        results[one] = {"seconds": seconds, "perparam is times as fast": speedups, "resident": memory[one]}
+        results[one] = {"seconds": seconds, f"times as fast as {contenders[-1]}": speedups, "resident": memory[one]}
         lines.append(
             f"{one:22}  prefill {PROMPT / seconds['prefill'][1]:4.0f} tokens/s"
             f"  decode {1 / seconds['decode'][1]:5.1f} tokens/s"
-            f"  resident {memory[one] / 2**20:5.0f} MiB  |  perparam / this: "
+            f"  resident {memory[one] / 2**20:5.0f} MiB  |  over {contenders[-1]}: "
             + ", ".join(f"{what} {m:.2f} ({a:.2f} to {b:.2f})" for what, (a, m, b) in speedups.items())
-            + f", resident {memory['perparam'] / memory[one]:.2f}"
+            + f", resident {memory[one] / memory[contenders[-1]]:.2f}"
         )
     print("\n".join(lines))
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The Mosaic kernels on a CPU: Pallas's interpreter for GPUs, and in plain jnp what it lacks of a warpgroup."""
 
 import contextlib
+import faulthandler
 import functools
 
 import jax
@@ -19,6 +20,9 @@ except ImportError as error:
 else:
     MISSING = ""
 
+PATIENCE = 900
+"""Seconds after which nobody believes any more that a file of tests goes on: each takes one of them or two."""
+
 required = pytest.mark.skipif(bool(MISSING), reason=MISSING or "never")
 """On tests that need the interpreter."""
 
@@ -27,7 +31,8 @@ required = pytest.mark.skipif(bool(MISSING), reason=MISSING or "never")
 def interpreted():
     """A context in which the kernels for Hopper run on the CPU, wherever they are called from.
 
-    Memory that nobody has written is NaN, and a copy or barrier that is waited for in vain stops everything.
+    Memory that nobody has written is NaN.  An access out of bounds, or a barrier that is waited for in vain, leaves the
+    interpreter's threads waiting for each other: then the process ends, and says where it was.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load", "load_kernel", "product", "zeros", "store_transposed"):
@@ -37,9 +42,11 @@ def interpreted():
         for module, name in ((hopper_rows, "product"), (hopper_columns, "products"), (hopper_quantize, "quantize")):
             patch.setattr(module, name, functools.partial(getattr(module, name), interpret=InterpretGPUParams()))
         patch.setattr(face, "unless_multi_platform", lambda kernel, portable: kernel)  # which takes no side effects
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         try:
             yield
         finally:
+            faulthandler.cancel_dump_traceback_later()
             gpu_callbacks.reset_gpu_interpret_mode_state()  # of which an exception leaves something behind
             face._matmuls.clear_cache()
 

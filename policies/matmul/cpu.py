@@ -25,7 +25,7 @@ SLAB = 2**20
 """Elements of a kernel that are widened at a time: 4 MiB of float32."""
 
 MANY_ROWS = 128
-"""Rows from which on a product of bfloat16 pays for rounding the weight to it."""
+"""Rows from which on products in bfloat16 are faster than in float32, on processors that have them."""
 
 
 def slab_height(out_features: int, in_features: int) -> int:
@@ -38,11 +38,9 @@ def slab_height(out_features: int, in_features: int) -> int:
 
 
 def _slab_dtype(call: Call) -> np.dtype:
-    """The dtype in which a slab meets x."""
-    wanted = call.weight
-    if wanted is None and call.x == jnp.bfloat16 and call.rows >= MANY_ROWS:
-        wanted = np.dtype(jnp.bfloat16)
-    return np.dtype(jnp.bfloat16 if wanted == jnp.bfloat16 and multiplies_bfloat16() else np.float32)
+    """The dtype in which a slab meets x: bfloat16 for many rows of calls that round the weight to it, else float32."""
+    rounded = call.weight == jnp.bfloat16 and call.rows >= MANY_ROWS and multiplies_bfloat16()
+    return np.dtype(jnp.bfloat16 if rounded else np.float32)
 
 
 def product(call: Call, operands: Operands) -> jax.Array:
@@ -134,6 +132,8 @@ def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _zeros(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Float32 zeros (rows of x, rows of kernel), which inside `shard_map` vary over the mesh as their product does."""
     zeros = oracle.dot(x[:, :0].astype(jnp.float32), kernel[:, :0].astype(jnp.float32))
+    if x.shape[1] == 0:
+        return zeros
     # Made of x in a way that XLA does not see through: of loops that begin with a constant it schedules the beginnings
     # together, however far apart they are, and of a prefill with 28 layers holds all results at once.
     bits = jax.lax.bitcast_convert_type(x[:, :1].astype(jnp.float32), jnp.int32)

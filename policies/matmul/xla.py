@@ -72,11 +72,33 @@ def _refuses_by_block(call: Call) -> str | None:
 
 
 def _widened(call: Call, operands: Operands) -> jax.Array:
-    """(rows, out): the kernel widened, then a dot; to bfloat16 for x of that dtype, which costs a rounding."""
-    # Not to float16, whose range scales leave.
-    dtype = call.weight or np.dtype(jnp.bfloat16 if call.x == jnp.bfloat16 else np.float32)
+    """(rows, out): the kernel widened, then a dot."""
+    if call.mode == "W8A16" and call.x != jnp.float32:
+        return _widened_to_float16(call, operands)
+    dtype = call.weight or np.dtype(np.float32)
     x = oracle.wide_rows(operands).astype(dtype)
     return oracle.dot(x, oracle.wide_weight(operands, call.block, dtype)).astype(call.result)
+
+
+def _widened_to_float16(call: Call, operands: Operands) -> jax.Array:
+    """(rows, out): x and the weight in float16, each row divided by a power of two that makes it fit.
+
+    A weight rounded to bfloat16 would cost as much accuracy as a result in it; float16 has eight times the precision.
+    """
+    assert operands.scale_inv is not None
+    assert call.block is not None
+    down = jnp.max(operands.scale_inv.astype(jnp.float32), axis=1) * dtypes.largest(call.kernel)
+    down = expand(_power_of_two(down)[:, None], (call.out_features, 1), (call.block[0], 1))
+    across = _power_of_two(jnp.max(jnp.abs(operands.x.astype(jnp.float32)), axis=1, keepdims=True, initial=0))
+    weight = oracle.wide_weight(operands, call.block, np.dtype(np.float32)) / down
+    sums = oracle.dot((operands.x.astype(jnp.float32) / across).astype(jnp.float16), weight.astype(jnp.float16))
+    return (sums * across * down.T).astype(call.result)
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The power of two next to positive x, or 1 where there is none."""
+    _, exponent = jnp.frexp(x)
+    return jnp.where(jnp.isfinite(x) & (x > 0), jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -100, 100)), 1)
 
 
 def _dot(call: Call, operands: Operands) -> jax.Array:

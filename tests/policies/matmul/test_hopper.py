@@ -103,7 +103,7 @@ class TestColumns:
     def test_one_and_several_tiles_of_rows(self, rows):
         self.check(wide_rows(rows, 256, "bfloat16"), None, [128])
 
-    @pytest.mark.parametrize("rows", [64, *slow(8, 128)])
+    @pytest.mark.parametrize("rows", [256, *slow(8, 64, 128)])
     def test_w8a8(self, rows):
         self.check(*narrow_rows(rows, 256), [256])
 
