@@ -92,7 +92,7 @@ def marks(name: str, case: Case | None = None) -> list:
     are for what takes no fewer.
     """
     opaque = IMPLEMENTATIONS[name].opaque
-    few_enough = case is None or (name == "hopper rows" if case.rows == 70 else not opaque or case.rows in (2, 8))
+    few_enough = case is None or (name == "hopper rows" if case.rows == 70 else not opaque or case.rows in (2, 5, 8))
     return [interpreter.required] * opaque + [pytest.mark.slow] * (not few_enough)
 
 

@@ -66,6 +66,8 @@ def _refuses_by_block(call: Call) -> str | None:
         return f"the weight is rounded to {dtypes.dtype_name(call.weight)} before the product"
     if call.rows > FEW_ROWS:
         return f"partial sums of {call.rows} rows are larger than a wide kernel"
+    if not call.in_features:
+        return "there are no columns"
     if call.in_features % _width(call) or _width(call) < 32:
         return f"blocks of {call.block[1]} columns do not cut {call.in_features} evenly into long ones"
     return None
@@ -73,32 +75,15 @@ def _refuses_by_block(call: Call) -> str | None:
 
 def _widened(call: Call, operands: Operands) -> jax.Array:
     """(rows, out): the kernel widened, then a dot."""
-    if call.mode == "W8A16" and call.x != jnp.float32:
-        return _widened_to_float16(call, operands)
     dtype = call.weight or np.dtype(np.float32)
-    x = oracle.wide_rows(operands).astype(dtype)
-    return oracle.dot(x, oracle.wide_weight(operands, call.block, dtype)).astype(call.result)
-
-
-def _widened_to_float16(call: Call, operands: Operands) -> jax.Array:
-    """(rows, out): x and the weight in float16, each row divided by a power of two that makes it fit.
-
-    A weight rounded to bfloat16 would cost as much accuracy as a result in it; float16 has eight times the precision.
-    """
-    assert operands.scale_inv is not None
-    assert call.block is not None
-    down = jnp.max(operands.scale_inv.astype(jnp.float32), axis=1) * dtypes.largest(call.kernel)
-    down = expand(_power_of_two(down)[:, None], (call.out_features, 1), (call.block[0], 1))
-    across = _power_of_two(jnp.max(jnp.abs(operands.x.astype(jnp.float32)), axis=1, keepdims=True, initial=0))
-    weight = oracle.wide_weight(operands, call.block, np.dtype(np.float32)) / down
-    sums = oracle.dot((operands.x.astype(jnp.float32) / across).astype(jnp.float16), weight.astype(jnp.float16))
-    return (sums * across * down.T).astype(call.result)
-
-
-def _power_of_two(x: jax.Array) -> jax.Array:
-    """The power of two next to positive x, or 1 where there is none."""
-    _, exponent = jnp.frexp(x)
-    return jnp.where(jnp.isfinite(x) & (x > 0), jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -100, 100)), 1)
+    x, weight = oracle.wide_rows(operands).astype(dtype), oracle.wide_weight(operands, call.block, dtype)
+    if call.weight is not None or call.x == jnp.float32 or call.mode == "W8A8":
+        return oracle.dot(x, weight).astype(call.result)
+    # TF32 on NVIDIA GPUs, which x in 16 bits loses nothing to.  A weight in bfloat16 would cost as much accuracy as the
+    # result does, and float16 has not the range of the scales.
+    axes, high = (((1,), (1,)), ((), ())), jax.lax.Precision.HIGH
+    sums = jax.lax.dot_general(x, weight, axes, precision=high, preferred_element_type=jnp.float32)
+    return sums.astype(call.result)
 
 
 def _dot(call: Call, operands: Operands) -> jax.Array:
@@ -126,7 +111,12 @@ REDUCTION = Implementation(
 BY_BLOCK = Implementation(
     "dot by block", "a dot a block of columns, its sums scaled afterwards", _refuses_by_block, one_by_one(_by_block)
 )
-WIDENED = Implementation("widen, then dot", "the kernel widened to x's dtype", lambda call: None, one_by_one(_widened))
+WIDENED = Implementation(
+    "widen, then dot",
+    "the whole kernel widened, in float32 unless asked otherwise",
+    lambda call: None,
+    one_by_one(_widened),
+)
 DOT = Implementation(
     "dot", "XLA's own product of a plain kernel",
     lambda call: "the kernel is narrow" if dtypes.is_narrow(call.kernel) else None, one_by_one(_dot),
