@@ -12,7 +12,8 @@ from checkpoints import quick_compilation
 from helpers import dtype, reference_dequantize, reference_quantize
 from matmuls import FP8, ROUNDING, Case, assert_product, takers, widened
 
-from perparam.policies.matmul import matmul_override, scaled_matmul
+from perparam.policies.matmul import face, matmul_override, scaled_matmul
+from perparam.policies.matmul.calls import Operands
 
 # The product is linear in each operand, so central differences are exact up to float64's rounding, with any step.
 NARROW = (
@@ -109,6 +110,24 @@ def test_of_both_operands_that_are_made_narrow(name, case):
     dy, x, kernel = (array.astype(np.float64) for array in (dy, x, kernel))
     assert_gradient(dx, lambda x: x @ weight.T, x, dy, 1, np.abs(dy) @ np.abs(weight))
     assert_gradient(dkernel, lambda kernel: rounded @ kernel.T, kernel, dy, 0, np.abs(dy).T @ np.abs(rounded))
+
+
+@pytest.mark.parametrize("of", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compute", [None, FP8, "bfloat16"])
+def test_of_x_on_other_devices_than_cpus(monkeypatch, of, compute):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, default, **_: default(*operands))
+    case = Case(3, (41, 72), x=of, block=(16, 24), compute=compute)
+    x, kernel, scale_inv = map(jnp.asarray, case.operands())
+    dy = y_gradient_of(case)
+    found = face._gradient_of_x(case.call, jnp.asarray(dy), Operands(x, None, kernel, scale_inv))
+    dy, weight = dy.astype(np.float64), widened(kernel, scale_inv, case.sides)
+    # The weight is rounded to bfloat16 where gradients are, or where the product rounds it, and then so are they.
+    roundings = 0 if (of, compute) in (("float32", None), ("float32", FP8)) else 2
+    bound = (roundings * ROUNDING["bfloat16"] + (case.shape[0] + 2) * ROUNDING["float32"]) * (
+        np.abs(dy) @ np.abs(weight)
+    )
+    assert found.dtype == np.float32
+    assert (np.abs(np.asarray(found).astype(np.float64) - dy @ weight) <= bound).all()
 
 
 @pytest.mark.slow
