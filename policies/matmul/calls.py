@@ -17,7 +17,7 @@ from .activations import quantize_rows
 class Call:
     """One product of `rows` of activations with one kernel.
 
-    rows          all leading axes of x together
+    rows          all leading axes of x together; None: any number, in a program exported for symbolic shapes
     out_features  rows of the kernel
     in_features   columns of the kernel
     x             dtype in which activations meet the kernel: f32, bf16, f16, or a float8 type with a scale a row and
@@ -28,7 +28,7 @@ class Call:
     result        dtype of the result; sums are float32
     """
 
-    rows: int
+    rows: int | None
     out_features: int
     in_features: int
     x: np.dtype

@@ -39,8 +39,12 @@ def slab_height(out_features: int, in_features: int) -> int:
 
 def _slab_dtype(call: Call) -> np.dtype:
     """The dtype in which a slab meets x: bfloat16 for many rows of calls that round the weight to it, else float32."""
-    rounded = call.weight == jnp.bfloat16 and call.rows >= MANY_ROWS and multiplies_bfloat16()
+    rounded = call.weight == jnp.bfloat16 and not _few_rows(call) and multiplies_bfloat16()
     return np.dtype(jnp.bfloat16 if rounded else np.float32)
+
+
+def _few_rows(call: Call) -> bool:
+    return call.rows is not None and call.rows < MANY_ROWS
 
 
 def product(call: Call, operands: Operands) -> jax.Array:
@@ -157,7 +161,7 @@ def _refuses(call: Call) -> str | None:
         return None
     if call.kernel.itemsize > 4:
         return "there are no slabs of float64"
-    if call.kernel != call.weight and (call.weight == np.float32 or call.rows < MANY_ROWS):
+    if call.kernel != call.weight and (call.weight == np.float32 or _few_rows(call)):
         return None
     if call.kernel == call.weight == jnp.float16:
         return None  # XLA widens these to float32 itself, all at once

@@ -156,7 +156,7 @@ def candidates(target: Target) -> tuple[Implementation, ...]:
 
 
 def describe(
-    rows: int,
+    rows: int | None,
     kernel_shape: tuple[int, ...],
     x: np.dtype,
     kernel: np.dtype,

@@ -22,6 +22,7 @@ from .activations import quantize_rows, widen_rows
 from .calls import Call, Implementation, Operands
 from .dispatch import Target, choose, describe, here
 from .portable import unless_multi_platform
+from .shards import vary_alike
 
 Pair = tuple[ArrayLike, ArrayLike | None]
 
@@ -97,15 +98,20 @@ def _matmuls(
             kernel, scale_inv = dequantize(kernel, scale_inv, block), None
         elif scale_inv is None and dtypes.is_narrow(kernel.dtype):
             scale_inv = jnp.ones(grid_shape(kernel.shape, block), jnp.float32)
-        calls.append(describe(rows.shape[0], kernel.shape, x.dtype, kernel.dtype, block, compute))
+        calls.append(describe(_known(rows.shape[0]), kernel.shape, x.dtype, kernel.dtype, block, compute))
         kernels.append(kernel)
         scales.append(scale_inv)
     group = _Group(tuple(calls), target)
     if all(call.weight is not None and not dtypes.is_narrow(call.kernel) for call in calls):
         results = _plain(group, rows, tuple(kernels))
     else:
-        results = _scaled(group, rows, tuple(kernels), tuple(scales))
+        results = _scaled(group, *vary_alike((rows, tuple(kernels), tuple(scales))))
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in results)
+
+
+def _known(rows: int) -> int | None:
+    """A number of rows, None for a symbol."""
+    return rows if isinstance(rows, int) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +135,7 @@ class _Group:
         @products.def_vmap
         def batched(size, batched, x, kernels, scales):
             if not any(jax.tree.leaves(batched[1:])):
-                calls = tuple(dataclasses.replace(call, rows=size * call.rows) for call in self.calls)
+                calls = tuple(dataclasses.replace(call, rows=_known(size * x.shape[1])) for call in self.calls)
                 rows = x.reshape(size * x.shape[1], x.shape[2])
                 results = _Group(calls, self.target).run(rows, kernels, scales)
                 return [y.reshape(size, x.shape[1], y.shape[-1]) for y in results], [True] * len(results)

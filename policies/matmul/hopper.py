@@ -30,6 +30,8 @@ def _refuses_both(call: Call) -> str | None:
         return f"{call.out_features}×{call.in_features} is no multiple of {SIDE}×{SIDE}"
     if call.block is None or any(side % SIDE for side in _block(call)):
         return f"sides of the block {call.block} are no multiples of {SIDE}"
+    if call.rows is None:
+        return "the number of rows is not known"
     return None if call.rows else "there are no rows"
 
 
@@ -39,12 +41,16 @@ def _block(call: Call) -> tuple[int, int]:
     return min(call.block[0], call.out_features), min(call.block[1], call.in_features)
 
 
+def _many_rows(call: Call) -> bool:
+    return call.rows is not None and call.rows > FEW_ROWS
+
+
 def _refuses_rows(call: Call) -> str | None:
     if why := _refuses_both(call):
         return why
     if call.mode == "W8A16":
         return "a narrow kernel is widened in registers, as the left operand"
-    return None if call.rows > FEW_ROWS else f"{call.rows} rows leave its tiles mostly empty"
+    return None if _many_rows(call) else f"{call.rows} rows leave its tiles mostly empty"
 
 
 def _pad(x: jax.Array, multiple: int) -> jax.Array:
@@ -67,17 +73,17 @@ def _rows(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.
         assert one.scale_inv is not None
         x, x_scales = _pad(one.x, hopper_rows.TILE), _pad(one.x_scales, hopper_rows.TILE).T
         y = hopper_rows.product(x, x_scales, one.kernel, one.scale_inv, block=_block(call), result=call.result)
-        results.append(y[: call.rows])
+        results.append(y[: one.x.shape[0]])
     return tuple(results)
 
 
 def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
     from . import hopper_columns
 
-    if len(calls) > 1 and calls[0].rows > FEW_ROWS:
+    if len(calls) > 1 and _many_rows(calls[0]):
         # A launch costs little beside many rows, and results that share one are taken apart by copies.
         return tuple(y for pair in zip(calls, operands, strict=True) for y in _columns(pair[:1], pair[1:]))
-    first, rows = operands[0], calls[0].rows
+    first, rows = operands[0], operands[0].x.shape[0]
     tile = hopper_columns.row_tile(rows)
     x_scales = None if first.x_scales is None else _pad(first.x_scales, tile).T
     results = hopper_columns.products(

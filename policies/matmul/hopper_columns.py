@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import warpgroup
+from .shards import vary
 
 TILE = 128
 """Rows of a kernel in a tile, and columns in a step."""
@@ -145,7 +146,7 @@ def products(
         interpret=interpret,
     )
     operands = *activations, *kernels, *(scale.astype(jnp.float32) for scale in scales)
-    partial = warpgroup.vary(launch(*operands), *operands)
+    partial = vary(launch(*operands), operands)
     total = partial[0] if parts == 1 else partial.sum(axis=0).astype(result)
     cuts = [int(start) * TILE for start in starts]
     return tuple(total[:, start:end] for start, end in itertools.pairwise(cuts))

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import dtypes
 from . import warpgroup
+from .shards import vary
 
 ROWS = warpgroup.ROWS
 """Rows that a block takes."""
@@ -71,4 +72,4 @@ def quantize(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Arr
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **settings,
     )
-    return warpgroup.vary(run(x), x)
+    return vary(run(x), x)

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import warpgroup
+from .shards import vary
 
 TILE = 128
 """Rows of x, and of the kernel, in a tile; and columns of both in a step."""
@@ -111,4 +112,4 @@ def product(
         interpret=interpret,
     )
     operands = x, x_scales, kernel, scale_inv.astype(jnp.float32)
-    return warpgroup.vary(run(*operands), *operands)
+    return vary(run(*operands), operands)

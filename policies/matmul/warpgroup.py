@@ -73,20 +73,6 @@ pipeline: Any = functools.partial(
 """Two warpgroups compute what a third has copied to shared memory."""
 
 
-def vary(results: Any, *operands: jax.Array) -> Any:
-    """The results of a kernel, which inside `shard_map` vary over the axes of a mesh over which any operand does.
-
-    Pallas does not say so itself.
-    """
-    axes = frozenset[str]().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
-
-    def mark(result: jax.Array) -> jax.Array:
-        missing = axes - jax.typeof(result).manual_axis_type.varying
-        return jax.lax.pcast(result, tuple(sorted(missing)), to="varying") if missing else result
-
-    return jax.tree.map(mark, results)
-
-
 def kernel(body: Any, out_type: jax.ShapeDtypeStruct, *, interpret: Any = None, **settings: Any) -> Any:
     """A kernel of three warpgroups a block, for `pipeline`."""
     if interpret is not None:

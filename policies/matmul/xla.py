@@ -30,7 +30,9 @@ def _reduction(call: Call, operands: Operands) -> jax.Array:
 
 
 def _refuses_reduction(call: Call) -> str | None:
-    return None if call.rows == 1 else f"a fused multiplication and sum reads the kernel once a row, of {call.rows}"
+    if call.rows == 1:
+        return None
+    return f"a fused multiplication and sum reads the kernel once a row, of {call.rows or 'any number'}"
 
 
 def _by_block(call: Call, operands: Operands) -> jax.Array:
@@ -41,7 +43,7 @@ def _by_block(call: Call, operands: Operands) -> jax.Array:
     # Narrow values are exact in 16 bits, and so are their products in float32.
     dtype = call.x if dtypes.is_activation(call.x) else np.dtype(jnp.bfloat16)
     across = call.in_features // width
-    x = operands.x.astype(dtype).reshape(call.rows, across, width)
+    x = operands.x.astype(dtype).reshape(operands.x.shape[0], across, width)
     kernel = operands.kernel.astype(dtype).reshape(call.out_features, across, width)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     partial = jnp.einsum("rbw,obw->bro", x, kernel, precision=precision, preferred_element_type=jnp.float32)
@@ -64,6 +66,8 @@ def _refuses_by_block(call: Call) -> str | None:
         return "the kernel has no blocks"
     if call.weight is not None:
         return f"the weight is rounded to {dtypes.dtype_name(call.weight)} before the product"
+    if call.rows is None:
+        return "the number of rows is not known"
     if call.rows > FEW_ROWS:
         return f"partial sums of {call.rows} rows are larger than a wide kernel"
     if not call.in_features:
