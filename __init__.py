@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .loaders import audit, checkpoint_tree, infer_policy, load_model
+from .loaders import audit, checkpoint_tree, infer_policy, load_model, load_params, save_model
 from .models import Qwen3, Qwen3Config, generate
 from .policies import (
     PerparamError,
@@ -39,8 +39,10 @@ __all__ = [
     "init",
     "join_trainable",
     "load_model",
+    "load_params",
     "quantize",
     "refuse_narrow",
+    "save_model",
     "scaled_matmul",
     "split_trainable",
 ]

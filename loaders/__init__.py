@@ -3,7 +3,8 @@
 from .audit import Audit, AuditRow, audit
 from .checkpoint import Checkpoint, CheckpointWarning, checkpoint_tree, open_checkpoint
 from .infer import infer_policy
-from .load import load_model
+from .load import load_model, load_params
+from .save import convert_checkpoint, save_model
 
 __all__ = [
     "Audit",
@@ -12,7 +13,10 @@ __all__ = [
     "CheckpointWarning",
     "audit",
     "checkpoint_tree",
+    "convert_checkpoint",
     "infer_policy",
     "load_model",
+    "load_params",
     "open_checkpoint",
+    "save_model",
 ]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from ..models.config import Quantization, Qwen3Config, read_json, token_ids
+from ..models.config import Quantization, Qwen3Config
+from ..models.config_json import token_ids
+from ..models.json_file import read_json
 from ..policies.dtypes import dtype_name, is_activation, is_narrow
-from ..policies.errors import InvalidCheckpoint, MissingFile
+from ..policies.errors import InvalidCheckpoint, MissingFile, named, shown
 from ..policies.policy import Policy
 from ..policies.slots import is_scale, scale_path
 from ..policies.storage import pair_problems
 from ..policies.trees import Found
-from .names import expected, explained
+from .names import expected, explained, prefixes
 from .safetensors_file import Tensor, read_header
 
 CONFIG, GENERATION, WHOLE, INDEX = (
@@ -37,14 +40,16 @@ class CheckpointWarning(UserWarning):
 class Checkpoint:
     """A folder whose headers have been read and checked.
 
-    folder   where it is
-    config   its config; `dtype` is never None, eos ids are those of generation_config.json where there is one
-    tensors  every tensor the model has, by path
+    folder    where it is
+    config    its config; `dtype` is never None, eos ids are those of generation_config.json where there is one
+    tensors   every tensor the model has, by path
+    left_out  tensors the model has no place for, as the config explains, and why
     """
 
     folder: pathlib.Path
     config: Qwen3Config
     tensors: dict[str, Tensor]
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def found(self) -> dict[str, Found]:
@@ -79,7 +84,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     if not folder.is_dir():
         raise MissingFile(f"{folder}: there is no such folder. Give one that holds config.json and model.safetensors.")
     config = _config(folder)
-    tensors, problems = _placed(_tensors(folder), config)
+    tensors, left_out, problems = _placed(_tensors(folder), config)
     block = (config.quantization or Quantization()).block
     found = {path: Found(tensor.shape, tensor.dtype, block) for path, tensor in tensors.items()}
     problems += map(str, pair_problems(found, Policy(block=block)))
@@ -94,7 +99,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     if config.dtype is None:
         stored = tensors["embed_tokens/embedding"].dtype
         config = dataclasses.replace(config, dtype=stored if is_activation(stored) else np.dtype(np.float32))
-    return Checkpoint(folder, config, tensors)
+    return Checkpoint(folder, config, tensors, left_out)
 
 
 def checkpoint_tree(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -126,30 +131,14 @@ def _tensors(folder: pathlib.Path) -> dict[str, Tensor]:
         return read_header(folder / WHOLE)
     if not (folder / INDEX).is_file():
         raise MissingFile(f"{folder}: neither {WHOLE} nor {INDEX} is there. Is the download complete?")
-    weights = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
-        raise InvalidCheckpoint(
-            f"{folder / INDEX}: weight_map is no mapping from tensors to files. Fetch the file again."
-        )
+    weights = weight_map(folder / INDEX)
     files = sorted(set(weights.values()))
-    for file in files:
-        # Names, not paths: an index must not reach outside its folder.
-        if (
-            file != pathlib.PurePosixPath(file).name
-            or "\\" in file
-            or "\0" in file
-            or file in ("", ".", "..")
-            or len(file) > 255
-        ):
-            raise InvalidCheckpoint(
-                f"{folder / INDEX}: {file!r} is no name of a file in this folder. Do not use this checkpoint."
-            )
     if absent := [file for file in files if not (folder / file).is_file()]:
         raise MissingFile(
             f"{folder}: {len(absent)} of {len(files)} shards are missing: {', '.join(absent[:5])}. Fetch them."
         )
     shards = {file: read_header(folder / file) for file in files}
-    wrong = [f"{name} (not in {file})" for name, file in weights.items() if name not in shards[file]]
+    wrong = [f"{named(name)} (not in {file})" for name, file in weights.items() if name not in shards[file]]
     if wrong:
         raise InvalidCheckpoint(
             f"{folder / INDEX}: names tensors that their shard lacks: {', '.join(wrong[:5])}. Fetch it again."
@@ -157,11 +146,30 @@ def _tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in shards[file].items() if weights.get(name, file) == file}
 
 
-def _placed(tensors: dict[str, Tensor], config: Qwen3Config) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by path, and what is wrong with them."""
+def weight_map(index: pathlib.Path) -> dict[str, str]:
+    """The file of every tensor, as `model.safetensors.index.json` says.
+
+    Raises:
+      MissingFile, InvalidCheckpoint: also for what is no name of a safetensors file in the index's folder.
+    """
+    weights = read_json(index).get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
+        raise InvalidCheckpoint(f"{index}: weight_map is no mapping from tensors to files. Fetch the file again.")
+    for file in set(weights.values()):
+        # Names, not paths: an index must not reach outside its folder.
+        if not re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", file, re.ASCII):
+            raise InvalidCheckpoint(
+                f"{index}: {shown(file)} is no name of a safetensors file in this folder. Do not use this checkpoint."
+            )
+    return weights
+
+
+def _placed(tensors: dict[str, Tensor], config: Qwen3Config) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """The tensors by path, those that are left out and why, and what is wrong with them."""
     placed: dict[str, Tensor] = {}
+    left_out: dict[str, str] = {}
     problems = []
-    wanted = expected(config)
+    wanted = expected(config, prefixes(tensors))
     for name, (path, shape) in wanted.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -183,9 +191,12 @@ def _placed(tensors: dict[str, Tensor], config: Qwen3Config) -> tuple[dict[str, 
                 problems.append(f"wrong dtype: {scales.name} is {dtype_name(scales.dtype)}, expected f32, bf16 or f16")
     for name in tensors:
         kernel = name.removesuffix("_scale_inv")
-        if kernel not in wanted and not explained(kernel, config):
-            problems.append(f"unused: {name} {tensors[name].shape}")
-    return placed, problems
+        if kernel not in wanted:
+            if why := explained(kernel, config):
+                left_out[name] = why
+            else:
+                problems.append(f"unused: {named(name)} {tensors[name].shape}")
+    return placed, left_out, problems
 
 
 def _cross_check(folder: pathlib.Path, config: Qwen3Config, tensors: dict[str, Tensor]) -> None:
@@ -200,16 +211,15 @@ def _cross_check(folder: pathlib.Path, config: Qwen3Config, tensors: dict[str, T
             )
         return
     listed = set(config.quantization.not_converted)
+    ends = {".".join(name.rsplit(".", count)[1:]) for name in listed for count in range(1, 7) if "." in name}
 
     def exempt(path: str) -> bool:
         """As transformers reads the list: a module, all within one, or every one of a name; prefixes may differ."""
-        module = path.rpartition("/")[0].replace("/", ".")
-        return any(
-            f"model.{module}.".startswith((f"{name}.", f"model.{name}."))
-            or module.endswith(f".{name}")
-            or name.endswith(f".{module}")
-            for name in listed
-        )
+        words = path.split("/")[:-1]
+        beginnings = {".".join(words[:count]) for count in range(1, len(words) + 1)}
+        named = beginnings | {"model", *(f"model.{each}" for each in beginnings)}
+        named |= {".".join(words[count:]) for count in range(1, len(words))}
+        return not listed.isdisjoint(named) or ".".join(words) in ends
 
     projections = {path for path in tensors if path.startswith("layers/") and path.endswith("/kernel")}
     if named := [path for path in narrow if exempt(path)]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import collections
 import os
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
+from ..models.config import Qwen3Config
 from ..policies.policy import Policy
 from ..policies.slots import is_scale
+from ..policies.trees import Found
 from .checkpoint import open_checkpoint
 
 
@@ -24,28 +27,33 @@ def infer_policy(folder: str | os.PathLike[str]) -> Policy:
       As `checkpoint_tree`.
     """
     checkpoint = open_checkpoint(folder)
-    found = checkpoint.found
+    return describe(checkpoint.found, checkpoint.config)
+
+
+def describe(found: Mapping[str, Found], config: Qwen3Config) -> Policy:
+    """The policy under which parameters that are stored as `found` stay as they are; see `infer_policy`."""
     dtypes = {path: one.dtype for path, one in found.items()}
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for path in found:
         name = path.rpartition("/")[2]
         kinds[name if name in ("kernel", "embedding") or is_scale(name) else "default"].append(path)
     exceptions: dict[str, np.dtype] = {}
+    of_pattern: dict[str, set[np.dtype]] = collections.defaultdict(set)
+    for path, dtype in dtypes.items():
+        of_pattern[_pattern(path)].add(dtype)
     usual: dict[str, np.dtype] = {}
     for kind, paths in kinds.items():
         usual[kind] = collections.Counter(dtypes[path] for path in paths).most_common(1)[0][0]
         for path in paths:
             if dtypes[path] != usual[kind]:
-                exceptions[_pattern(path, dtypes)] = dtypes[path]
+                alike = len(of_pattern[_pattern(path)]) == 1
+                exceptions[_pattern(path) if alike else path] = dtypes[path]
     blocks = {one.block for one in found.values() if one.block is not None}
-    runs_in = checkpoint.config.dtype
+    runs_in = config.dtype
     compute = {"kernel": None, "default": runs_in}
     return Policy({**exceptions, **usual}, compute, runs_in, block=blocks.pop() if blocks else None)
 
 
-def _pattern(path: str, dtypes: dict[str, np.dtype]) -> str:
-    """`path`, with `*` for its layer where all layers have its dtype."""
-    pattern = re.sub(r"(?<=/)\d+(?=/)", "*", path)
-    alike = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
-    same = all(dtype == dtypes[path] for other, dtype in dtypes.items() if alike.fullmatch(other))
-    return pattern if same else path
+def _pattern(path: str) -> str:
+    """`path` with `*` for its layer."""
+    return re.sub(r"(?<=/)\d+(?=/)", "*", path)

@@ -6,6 +6,7 @@ A matrix may have scales: `….weight_scale_inv` beside `….weight`, at the sca
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 from typing import Literal
 
 from ..models.config import Qwen3Config
@@ -64,7 +65,28 @@ def axes(config: Qwen3Config) -> dict[Axis, int]:
     }
 
 
-def expected(config: Qwen3Config) -> dict[str, tuple[str, tuple[int, ...]]]:
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""The files of a tokenizer."""
+
+PREFIXES = (("model.", ""), ("", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."))
+"""What stands before the names of the body and of the head: in published files, in those of a bare Qwen3Model, and in
+those taken from models that see or hear as well."""
+
+
+def prefixes(names: Container[str]) -> tuple[str, str]:
+    """Those of PREFIXES under which the embedding stands."""
+    return next((each for each in PREFIXES if f"{each[0]}embed_tokens.weight" in names), PREFIXES[0])
+
+
+def expected(config: Qwen3Config, prefixes: tuple[str, str] = PREFIXES[0]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """`{name in the checkpoint: (path, shape)}` of every tensor, scales apart, that a model of `config` has."""
     sizes = axes(config)
     present = {"always": True, "attention_bias": config.attention_bias, "untied": not config.tie_word_embeddings}
@@ -74,10 +96,16 @@ def expected(config: Qwen3Config) -> dict[str, tuple[str, tuple[int, ...]]]:
             continue
         shape = tuple(sizes[axis] for axis in entry.shape)
         for i in range(config.num_hidden_layers if "{i}" in entry.name else 1):
-            entries[entry.name.format(i=i)] = (entry.path.format(i=i), shape)
+            name = entry.name.format(i=i)
+            name = f"{prefixes[0]}{name[6:]}" if name.startswith("model.") else f"{prefixes[1]}{name}"
+            entries[name] = (entry.path.format(i=i), shape)
     return entries
 
 
-def explained(name: str, config: Qwen3Config) -> bool:
-    """Whether the config explains a tensor that the model has no place for: the head of a tied model."""
-    return config.tie_word_embeddings and name == "lm_head.weight"
+def explained(name: str, config: Qwen3Config) -> str | None:
+    """Why a tensor is left out that the model has no place for, where the config explains it."""
+    if config.tie_word_embeddings and name.endswith(("lm_head.weight", "lm_head.weight_scale_inv")):
+        return "the head is tied to the embedding"
+    if name.endswith("rotary_emb.inv_freq"):
+        return "frequencies follow from rope_theta"
+    return None

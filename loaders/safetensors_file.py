@@ -7,7 +7,6 @@ Nothing is memory-mapped: a mapped file that is truncated meanwhile kills the pr
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -15,30 +14,67 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..models.json_file import LARGEST, parse_object
 from ..policies.dtypes import as_dtype
-from ..policies.errors import InvalidCheckpoint, MissingFile, UnknownDtype
+from ..policies.errors import InvalidCheckpoint, MissingFile, UnknownDtype, shown
 
 ALIGNMENT = 64
 """Bytes; XLA's CPU backend adopts a buffer that is aligned so, and copies any other."""
 
-_LARGEST_HEADER = 100_000_000  # bytes; the reference implementation's limit
+_MOST_AXES = 8
 _DTYPES = frozenset("F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E8M0 I64 I32 I16 I8 U64 U32 U16 U8 BOOL C64".split())
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: `bytes` bytes of `file` from `offset` on, an array of `shape` and `dtype`."""
+    """Where a tensor lies: `bytes` bytes of `file` from `offset` on, an array of `shape` and `dtype`.
+
+    file_bytes  the length of the file when its header was read
+    """
 
     name: str
     file: pathlib.Path
     shape: tuple[int, ...]
     dtype: np.dtype
     offset: int
+    file_bytes: int
 
     @property
     def bytes(self) -> int:
         """Bytes of data."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, start: int = 0, stop: int | None = None, into: np.ndarray | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of the first axis, in memory of our own that is aligned to 64 bytes, or in `into`.
+
+        into  contiguous, of the rows' shape and dtype
+
+        Raises:
+          InvalidCheckpoint: where the file has changed its length since its header was read, or cannot be read.
+        """
+        shape, row = self.shape, 0
+        if shape:
+            start, stop, _ = slice(start, stop).indices(shape[0])
+            shape, row = (max(stop - start, 0), *shape[1:]), self.bytes // max(shape[0], 1)
+        if into is None:
+            into = aligned_empty(math.prod(shape) * self.dtype.itemsize).view(self.dtype).reshape(shape)
+        assert into.shape == shape
+        assert into.dtype == self.dtype
+        buffer, done = into.reshape(-1).view(np.uint8), 0
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                if (size := os.fstat(file.fileno()).st_size) != self.file_bytes:
+                    raise _damaged(self.file, f"it had {self.file_bytes} bytes when it was opened and has {size} now")
+                file.seek(self.offset + start * row)
+                while done < buffer.nbytes:
+                    count = file.readinto(buffer.data[done:])
+                    if not count:
+                        text = f"{shown(self.name)} ends {buffer.nbytes - done} bytes early"
+                        raise _damaged(self.file, text)
+                    done += count
+        except OSError as error:
+            raise InvalidCheckpoint(f"{self.file}: {shown(self.name)} cannot be read: {error}.") from error
+        return into
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -51,6 +87,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = pathlib.Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise _damaged(path, "this is no file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header, start = _header(path, file, size)
@@ -58,39 +96,21 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise MissingFile(f"{path}: there is no such file. Is the download complete?") from error
     except OSError as error:
         raise InvalidCheckpoint(f"{path}: cannot be read: {error}.") from error
-    header.pop("__metadata__", None)
-    entries = [_entry(path, name, entry) for name, entry in header.items()]
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _damaged(path, f"__metadata__ is no mapping from text to text but {shown(metadata)}")
+    entries = [_entry(path, name, entry, size) for name, entry in header.items()]
     end, tensors = 0, {}
     for (first, last), tensor in sorted(entries, key=lambda entry: entry[0]):
         if first != end:
             what = "overlaps the tensor before it" if first < end else "leaves a hole before it"
-            raise _damaged(path, f"{tensor.name!r} lies at bytes {first} to {last}, which {what} (data up to {end})")
+            where = f"{shown(tensor.name)} lies at bytes {first} to {last}"
+            raise _damaged(path, f"{where}, which {what} (data up to {end})")
         end = last
         tensors[tensor.name] = dataclasses.replace(tensor, offset=start + first)
     if start + end != size:
         raise _damaged(path, f"the header promises {start + end} bytes, the file has {size}")
     return tensors
-
-
-def read_tensor(tensor: Tensor) -> np.ndarray:
-    """The tensor as an array that owns its memory, aligned to 64 bytes.
-
-    Raises:
-      InvalidCheckpoint: where the file has become shorter since its header was read.
-    """
-    buffer = aligned_empty(tensor.bytes)
-    try:
-        with open(tensor.file, "rb", buffering=0) as file:
-            file.seek(tensor.offset)
-            done = 0
-            while done < tensor.bytes:
-                count = file.readinto(buffer.data[done:])
-                if not count:
-                    raise _damaged(tensor.file, f"{tensor.name!r} ends after {done} of {tensor.bytes} bytes")
-                done += count
-    except OSError as error:
-        raise InvalidCheckpoint(f"{tensor.file}: {tensor.name!r} cannot be read: {error}.") from error
-    return buffer.view(tensor.dtype).reshape(tensor.shape)
 
 
 def aligned_empty(count: int) -> np.ndarray:
@@ -109,44 +129,38 @@ def _header(path: pathlib.Path, file: BinaryIO, size: int) -> tuple[dict[str, An
     if size < 8:
         raise _damaged(path, f"a safetensors file begins with eight bytes of length, this one has {size} bytes")
     length = int.from_bytes(file.read(8), "little")
-    if length > min(size - 8, _LARGEST_HEADER):
-        raise _damaged(path, f"the header claims {length} bytes, the file has {size - 8} after its first eight")
+    if length > min(size - 8, LARGEST):
+        claim = f"the header claims {length} bytes, the file has {size - 8} after its first eight"
+        raise _damaged(path, f"{claim}, and no header needs more than {LARGEST >> 20} MiB")
     try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"the header is no JSON object of tensors ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, f"the header is no JSON object but {type(header).__name__}")
-    return header, 8 + length
+        return parse_object(file.read(length)), 8 + length
+    except ValueError as error:
+        raise _damaged(path, f"the header: {error}") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is written twice")
-    return result
-
-
-def _entry(path: pathlib.Path, name: str, entry: Any) -> tuple[tuple[int, int], Tensor]:
-    """A tensor and its data offsets, each checked for itself."""
+def _entry(path: pathlib.Path, name: str, entry: Any, size: int) -> tuple[tuple[int, int], Tensor]:
+    """A tensor of a file of `size` bytes and its data offsets, each checked for itself."""
+    if not name.isprintable():
+        raise _damaged(path, f"{shown(name)} is no name of a tensor")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(path, f"{name!r} has no dtype, shape and data_offsets")
+        raise _damaged(path, f"{shown(name)} has no dtype, shape and data_offsets")
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(path, f"{name!r} has shape {shape!r} and data_offsets {offsets!r}")
+        raise _damaged(path, f"{shown(name)} has shape {shown(shape)} and data_offsets {shown(offsets)}")
+    if len(shape) > _MOST_AXES:
+        raise _damaged(path, f"{shown(name)} has {len(shape)} axes, and no tensor here needs more than {_MOST_AXES}")
     if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
-        raise InvalidCheckpoint(f"{path}: {name!r} has the dtype {dtype_name!r}, which perparam cannot read.")
+        raise InvalidCheckpoint(f"{path}: {shown(name)} has the dtype {shown(dtype_name)}, which perparam cannot read.")
     try:
         # Named as in the header; as_dtype refuses F64 while JAX has no 64-bit floats.
         dtype = as_dtype(dtype_name)
     except UnknownDtype as error:
-        raise InvalidCheckpoint(f"{path}: {name!r}: {error}") from error
-    tensor, (first, last) = Tensor(name, path, tuple(shape), dtype, 0), offsets
+        raise InvalidCheckpoint(f"{path}: {shown(name)}: {error}") from error
+    tensor, (first, last) = Tensor(name, path, tuple(shape), dtype, 0, size), offsets
     if tensor.bytes != last - first:
         raise _damaged(
             path,
-            f"{name!r}, {dtype_name} {tensor.shape}, is {tensor.bytes} bytes, its offsets say {last - first}",
+            f"{shown(name)}, {dtype_name} {tensor.shape}, is {tensor.bytes} bytes, its offsets say {last - first}",
         )
     return (first, last), tensor
 

@@ -134,6 +134,7 @@ class Qwen3(nnx.Module):
         activations = scope.activations or config.dtype or np.dtype(np.float32)
         scope = dataclasses.replace(scope, activations=activations)
         self.config, self.linear, self.activations = config, linear, activations
+        self.policy = scope.policy
         self.output = scope.policy.output or activations
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, policy=scope.at("embed_tokens"), rngs=rngs)
         self.layers = nnx.List(

@@ -6,9 +6,33 @@ from `PerparamError` and from the builtin that fits, so that `except ValueError`
 
 from __future__ import annotations
 
+_LONGEST = 8000  # characters
+
 
 class PerparamError(Exception):
-    """Base of every error that perparam raises on purpose."""
+    """Base of every error that perparam raises on purpose.
+
+    Whatever a message quotes, `str(error)` has no control character but the end of a line, and is no book.
+    """
+
+    def __str__(self) -> str:
+        text = Exception.__str__(self)
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]}… ({len(text)} characters) …{text[-_LONGEST // 4 :]}"
+        if text.isascii() and text.replace("\n", "").isprintable():
+            return text
+        return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """`value` as an error quotes it: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:150]}… ({len(text)} characters)"
+
+
+def named(name: str) -> str:
+    """A name as an error quotes it: without quotes where it is an ordinary one."""
+    return name if name.isprintable() and 0 < len(name) <= 200 else shown(name)
 
 
 class UnknownDtype(PerparamError, ValueError):
@@ -62,4 +86,18 @@ class UnknownTarget(PerparamError, ValueError):
 class UnknownImplementation(PerparamError, KeyError):
     """An implementation of the matmul that nobody knows."""
 
-    __str__ = Exception.__str__  # KeyError's quotes it
+
+class InvalidSharding(PerparamError, ValueError):
+    """A sharding that a parameter cannot have."""
+
+
+class UnsupportedExport(PerparamError, ValueError):
+    """Parameters that a file format has no way to say."""
+
+
+class SaveFailed(PerparamError, OSError):
+    """Files that could not be written; nothing of them is left."""
+
+
+class InvalidSize(PerparamError, ValueError):
+    """What is no number of bytes."""

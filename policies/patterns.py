@@ -11,10 +11,11 @@ import dataclasses
 import functools
 import re
 
-from .errors import InvalidPolicy
+from .errors import InvalidPolicy, shown
 
 _SPECIAL = re.compile(r"[?\[\]!()^$|\\,]")
 _BRACES = re.compile(r"\{([^{}/]*)\}")
+_LONGEST = 500  # characters
 _LIMIT = 64  # alternatives a pattern may have: a line of braces must not become a million patterns
 
 
@@ -30,13 +31,15 @@ class Pattern:
     bare: bool
 
     @staticmethod
-    @functools.cache
+    @functools.lru_cache(4096)
     def of(text: str) -> Pattern:
         """The pattern that `text` writes.
 
         Raises:
           InvalidPolicy: for an empty component and for any glob character other than `*`, `**` and `{a,b}`.
         """
+        if len(text) > _LONGEST:
+            raise InvalidPolicy(f"a pattern of {len(text)} characters, {shown(text)}. Write several rules, or use '*'.")
         bare = not any(character in text for character in "/*{}")
         alternatives = _expand(text)
         for alternative in alternatives:
@@ -55,19 +58,33 @@ class Pattern:
                     raise InvalidPolicy(
                         f"{text!r}: '**' is a component of its own. Write 'a/**/b', or 'a*' for a part."
                     )
-        return Pattern(tuple(tuple(alternative.split("/")) for alternative in alternatives), bare)
+        return Pattern(tuple(map(_components, alternatives)), bare)
+
+    @functools.cached_property
+    def exact(self) -> frozenset[str] | None:
+        """The paths that are meant, where the pattern names each in full."""
+        paths = frozenset("/".join(alternative) for alternative in self.alternatives)
+        return None if self.bare or any("*" in path for path in paths) else paths
 
     def matches(self, path: str) -> bool:
         """Whether the parameter at `path` is meant."""
         components = path.split("/")
         if self.bare:
             return components[-1] == self.alternatives[0][0]
+        if self.exact is not None:
+            return path in self.exact
         return any(_matches(alternative, components) for alternative in self.alternatives)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The last component of each alternative: what the pattern says of a parameter's name."""
         return tuple(alternative[-1] for alternative in self.alternatives)
+
+
+def _components(alternative: str) -> tuple[str, ...]:
+    """The components of a pattern; `**` beside `**` says no more than one does."""
+    parts = alternative.split("/")
+    return tuple(part for i, part in enumerate(parts) if not part == "**" == parts[i - 1] or i == 0)
 
 
 def _expand(text: str) -> list[str]:
@@ -106,7 +123,9 @@ def _component_matches(pattern: str, component: str) -> bool:
 
 
 def _matches(pattern: tuple[str, ...], components: list[str]) -> bool:
-    """Walks the path once and keeps the set of pattern positions reached, so `**/**/**` costs no more than `**`."""
+    """Walks the path once and keeps the set of pattern positions reached, so that many `**` cost no more than one."""
+    if pattern[-1] != "**" and not _component_matches(pattern[-1], components[-1]):
+        return False
 
     def skip(positions: set[int]) -> set[int]:
         reached = set(positions)

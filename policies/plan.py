@@ -93,6 +93,11 @@ class Plan:
                 totals[row.storage] += row.bytes
         return dict(totals.most_common())
 
+    @property
+    def largest(self) -> Row | None:
+        """The parameter that takes the most bytes as stored; None for a plan without any."""
+        return max(self.rows, key=lambda row: row.bytes, default=None)
+
     def to_json(self) -> str:
         """Rows and totals as JSON, one row a line and nothing that varies between runs: made to be diffed."""
         rows = ",\n".join(f"  {json.dumps(row.to_dict())}" for row in self.rows)
@@ -149,7 +154,7 @@ class Plan:
         return *cells, *([row.matmul or ""] if self._has_target else []), " | ".join(rules)
 
     def summary(self) -> str:
-        """The totals in two or three lines."""
+        """The totals in three or four lines."""
         totals = ", ".join(
             f"{dtypes.dtype_name(dtype)} {human_bytes(count)}" for dtype, count in self.bytes_by_dtype.items()
         )
@@ -163,6 +168,7 @@ class Plan:
                 + ", ".join(f"{count} {change}" for change, count in sorted(changed.items())),
                 f"stored in {human_bytes(self.total_bytes)} ({totals}), "
                 f"found in {human_bytes(self.total_bytes_before)}",
+                *([f"largest: {self.largest.path}, {human_bytes(self.largest.bytes)}"] if self.largest else []),
                 *filter(None, [", ".join(names)]),
             ]
         )

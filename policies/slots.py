@@ -18,6 +18,7 @@ from .patterns import Pattern
 SlotLike = DTypeLike | Mapping[str, Any] | None
 Block = tuple[int, int]
 
+_MOST_PATTERNS = 256  # a hostile policy should not cost seconds
 DEFAULT_BLOCK: Block = (128, 128)
 """The block of what perparam quantises where the policy names none: that of the published checkpoints."""
 
@@ -121,6 +122,8 @@ def make_slot(
                 continue
             found = _rule_dtype(name, key, Pattern.of(pattern), dtype)
             rules.append(Rule(pattern, found, optional, sources.get(key)))
+    if sum(Pattern.of(rule.pattern).exact is None for rule in rules) > _MOST_PATTERNS:
+        raise InvalidPolicy(f"{name}: more than {_MOST_PATTERNS} rules with '*' or bare names. Name paths in full.")
     return Slot(tuple(rules), default, default_source)
 
 

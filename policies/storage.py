@@ -47,6 +47,18 @@ class Step:
         """
         if scale_inv is not None:
             check_scales(scale_path(path), scale_inv)
+        kernel, scale_inv = self.convert(kernel, scale_inv)
+        if self.makes_scales:
+            check_made(path, scale_inv)
+        return kernel, scale_inv
+
+    @property
+    def makes_scales(self) -> bool:
+        """Whether scales come out that were not there before."""
+        return self.change in ("quantised", "requantised")
+
+    def convert(self, kernel: Any, scale_inv: Any = None) -> tuple[Any, Any]:
+        """`run` without a look at any value: for whole blocks of rows of a parameter it is what it is for all of it."""
         if self.change == "kept":
             if self.scale is None or self.scale == self.found_scale:
                 return kernel, scale_inv
@@ -55,9 +67,7 @@ class Step:
             kernel = dequantize(kernel, scale_inv, self.found_block)
         if self.scale is None or self.block is None:
             return dtypes.saturating_cast(kernel, self.storage), None
-        kernel, scale_inv = quantize(kernel, self.storage, self.block, scale_dtype=self.scale)
-        check_scales(path, scale_inv, "the weights of a block hold NaN or infinity, so they have no scale")
-        return kernel, scale_inv
+        return quantize(kernel, self.storage, self.block, scale_dtype=self.scale)
 
 
 def check_scales(path: str, scale_inv: Any, problem: str = "scales are positive finite numbers") -> None:
@@ -72,6 +82,11 @@ def check_scales(path: str, scale_inv: Any, problem: str = "scales are positive 
             f"{path}: {problem}; found {values[index]} at block {index}, and {int(wrong.sum())} such of {wrong.size}. "
             "The weights are damaged: fetch or make them again."
         )
+
+
+def check_made(path: str, scale_inv: Any) -> None:
+    """Raises InvalidScale where the scales made for the parameter at `path` are none: its weights are not finite."""
+    check_scales(path, scale_inv, "the weights of a block hold NaN or infinity, so they have no scale")
 
 
 def pair_problems(found: Mapping[str, Found], policy: Policy) -> list[PerparamError]:

@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from .errors import InvalidPolicy, MissingFile
+from .errors import InvalidPolicy, MissingFile, shown
 from .policy import Policy
 from .slots import located, make_slot
 
 SLOTS = ("params", "compute", "output", "block")
 _SHORT = {"p": "params", "c": "compute", "o": "output"}
-_LARGEST = 1 << 20  # characters; a policy is a page, and a hostile file should not cost a minute
+_LARGEST = 1 << 16  # characters; a policy is a page, and a hostile file should not cost a minute
 _NEEDS_QUOTES = re.compile(r"\s*([*{&!%@`\[][^:]*?)\s*:(\s|$)")
 
 
@@ -45,8 +45,8 @@ def loads(text: str, name: str) -> Policy:
         mark = error.problem_mark or error.context_mark
         line = mark.line if mark else 0
         raise InvalidPolicy(f"{name}:{line + 1}: {_yaml_problem(text, line, error)}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InvalidPolicy(f"{name}: not readable as YAML: {str(error).splitlines()[0]}.") from error
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        raise InvalidPolicy(f"{name}: not readable as YAML: {str(error).partition(chr(10))[0]}.") from error
     if root is None:
         raise InvalidPolicy(f"{name}: empty. A policy that changes nothing is written {{}}.")
     slots: dict[str, Any] = {}
@@ -115,24 +115,26 @@ def _scalar(key: str, node: yaml.Node) -> str | None:
 def _integer(node: yaml.Node) -> int | str | None:
     if node.tag == "tag:yaml.org,2002:null":
         return None
-    return int(node.value) if re.fullmatch(r"\d{1,9}", str(node.value)) else _text(node)
+    if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"\d{1,9}", node.value, re.ASCII):
+        return int(node.value)
+    return _text(node)
 
 
 def _text(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
-        return repr(node.value)
+        return shown(node.value)
     return "a map" if isinstance(node, yaml.MappingNode) else "a list"
 
 
 def _yaml_problem(text: str, line: int, error: yaml.MarkedYAMLError) -> str:
     lines = text.splitlines()
     written = lines[line] if line < len(lines) else ""
-    if key := _NEEDS_QUOTES.match(written):
+    if key := _NEEDS_QUOTES.match(written[:200]):
         return (
             f"YAML gives {key.group(1)[0]!r} at the start of a key a meaning of its own. "
             f'Put the key in quotes: "{key.group(1)}".'
         )
-    return f"not YAML: {error.problem or error.context}. The line reads {written.strip()!r}."
+    return f"not YAML: {error.problem or error.context}. The line reads {shown(written.strip())}."
 
 
 def parse(line: str) -> Policy:

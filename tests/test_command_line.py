@@ -23,10 +23,10 @@ def folder(tmp_path_factory):
 
 
 def test_plan_prints_the_table_without_reading_weights(folder, capsys, monkeypatch):
-    def refuse(tensor):
+    def refuse(tensor, *_):
         raise AssertionError(f"{tensor.name} was read")
 
-    monkeypatch.setattr("perparam.loaders.load.read_tensor", refuse)
+    monkeypatch.setattr("perparam.loaders.safetensors_file.Tensor.read", refuse)
     assert main(["plan", folder, "--policy", POLICY]) == 0
     printed = capsys.readouterr().out
     assert printed.strip() == str(perparam.Policy.load(POLICY).explain(perparam.checkpoint_tree(folder)))

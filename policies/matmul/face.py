@@ -21,7 +21,7 @@ from . import cpu, oracle
 from .activations import quantize_rows, widen_rows
 from .calls import Call, Implementation, Operands
 from .dispatch import Target, choose, describe, here
-from .portable import unless_multi_platform
+from .portable import unless_portable
 from .shards import vary_alike
 
 Pair = tuple[ArrayLike, ArrayLike | None]
@@ -159,7 +159,7 @@ class _Group:
         if not any(one.opaque for one in chosen):
             return products
         anywhere = [choose(call, Target(target.platform))[0] for call in self.calls]
-        return unless_multi_platform(products, functools.partial(self._products, anywhere))
+        return unless_portable(products, functools.partial(self._products, anywhere))
 
     def _products(self, chosen: list[Implementation], x, kernels, scales) -> list[jax.Array]:
         """The products, each by the implementation chosen for it; neighbours that share one in a single run."""

@@ -1,4 +1,4 @@
-"""A choice that is made when a program is lowered: a kernel for one platform, or what all platforms understand."""
+"""A choice that is made when a program is lowered: a kernel for one device, or what all platforms understand."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ _choice = Primitive("perparam_kernel")
 _choice.multiple_results = True
 
 
-def unless_multi_platform(kernel: Callable[..., Any], portable: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, but `portable` where a program is lowered for several platforms at once, as `jax.export` can do.
+def unless_portable(kernel: Callable[..., Any], portable: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, but `portable` where a program is lowered for several platforms at once, as `jax.export` can do, or is
+    to be partitioned over several devices by XLA, which does not see into a kernel (inside `shard_map` it need not).
 
     Pallas refuses such lowerings, and when a function is traced nobody knows yet for what it will be lowered.
     """
@@ -39,7 +40,9 @@ def _run(*operands: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr) -> list[Any
 
 
 def _lower(context: Any, *operands: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr) -> Any:
-    chosen = portable if len(context.module_context.platforms) > 1 else kernel
+    module = context.module_context
+    partitioned = getattr(module.axis_context, "num_devices", 1) not in (1, None)
+    chosen = portable if partitioned or len(module.platforms) > 1 else kernel
     return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(context, *operands)
 
 

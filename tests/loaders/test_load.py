@@ -14,6 +14,7 @@ from flax import nnx
 
 import perparam
 from perparam import Policy
+from perparam.loaders.safetensors_file import Tensor
 from perparam.policies.errors import InvalidCheckpoint, InvalidScale, MissingFile, UnmatchedRule
 
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
@@ -80,20 +81,21 @@ def test_scales_keep_their_dtype_and_kernels_stay_float8_on_the_device(tmp_path,
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU can adopt a host's buffer")
-def test_a_cpu_adopts_what_was_read_without_a_copy(folder, monkeypatch):
-    from perparam.loaders import load
+@pytest.mark.parametrize("policy", [None, "bf16", "params=f32"])
+def test_a_cpu_adopts_what_was_read_without_a_copy(folder, monkeypatch, policy):
+    from perparam.loaders import placement
 
-    addresses = {}
-    read_tensor = load.read_tensor
+    addresses = set()
+    aligned_empty = placement.aligned_empty
 
-    def remember(tensor):
-        array = read_tensor(tensor)
-        addresses[tensor.name] = array.ctypes.data
-        return array
+    def remember(count):
+        buffer = aligned_empty(count)
+        addresses.add(buffer.ctypes.data)
+        return buffer
 
-    monkeypatch.setattr(load, "read_tensor", remember)
-    arrays = checkpoints.arrays(perparam.load_model(folder))
-    assert {checkpoint_name(path): array.unsafe_buffer_pointer() for path, array in arrays.items()} == addresses
+    monkeypatch.setattr(placement, "aligned_empty", remember)
+    arrays = checkpoints.arrays(perparam.load_model(folder, policy))
+    assert {array.unsafe_buffer_pointer() for array in arrays.values()} == addresses
 
 
 @pytest.mark.parametrize("shards", [2, 5])
@@ -278,7 +280,7 @@ def test_weights_that_no_scale_can_hold_are_refused(tmp_path):
 
 @pytest.mark.parametrize("slot", ["params", "compute"])
 def test_a_rule_that_decides_nothing_is_refused_before_anything_is_read(folder, monkeypatch, slot):
-    monkeypatch.setattr("perparam.loaders.load.read_tensor", lambda tensor: pytest.fail(f"{tensor.name} was read"))
+    monkeypatch.setattr(Tensor, "read", lambda tensor, *_: pytest.fail(f"{tensor.name} was read"))
     with pytest.raises(UnmatchedRule, match=rf"'layers/\*/mlp/down/kernal' \({slot}\) matches none of \d+ parameters"):
         perparam.load_model(folder, {slot: {"layers/*/mlp/down/kernal": "f32"}})
 
@@ -293,7 +295,7 @@ def test_a_truncated_file_is_refused(tmp_path):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(MissingFile, match="there is no such folder"):
+    with pytest.raises(MissingFile, match="neither a folder nor a name on the hub"):
         perparam.load_model(tmp_path / "absent")
     assert issubclass(MissingFile, FileNotFoundError)
 

@@ -1,6 +1,9 @@
 """Reading safetensors: what the safetensors package writes is read the same, and a file that lies is refused."""
 
+import dataclasses
 import json
+import os
+import time
 
 import checkpoints
 import numpy as np
@@ -10,7 +13,7 @@ from checkpoints import BF16, F8, GOLDEN, file_bytes, safetensors_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perparam.loaders.safetensors_file import aligned_empty, read_header, read_tensor
+from perparam.loaders.safetensors_file import aligned_empty, read_header
 from perparam.policies.errors import InvalidCheckpoint, MissingFile, PerparamError
 
 RNG = np.random.default_rng(0)
@@ -56,7 +59,7 @@ def assert_reads_as(path, arrays):
     header = read_header(path)
     assert header.keys() == arrays.keys()
     for name, array in arrays.items():
-        read = read_tensor(header[name])
+        read = header[name].read()
         assert (read.dtype, read.shape, read.tobytes()) == (array.dtype, array.shape, array.tobytes())
 
 
@@ -76,7 +79,7 @@ def test_files_by_transformers_are_read_as_the_safetensors_package_reads_them(ca
         assert header.keys() == entries.keys()
         for name, tensor in header.items():
             assert list(tensor.shape) == entries[name]["shape"]
-            assert read_tensor(tensor).tobytes() == bytes(entries[name]["data"])
+            assert tensor.read().tobytes() == bytes(entries[name]["data"])
 
 
 @given(
@@ -103,7 +106,7 @@ def test_a_header_padded_with_spaces_is_read(path):
 def test_arrays_own_memory_aligned_to_64_bytes_that_can_be_written(path):
     path.write_bytes(safetensors_bytes(ARRAYS))
     for tensor in read_header(path).values():
-        array = read_tensor(tensor)
+        array = tensor.read()
         assert array.ctypes.data % 64 == 0 or not array.size
         assert array.flags.writeable
     assert [aligned_empty(count).nbytes for count in (0, 1, 63, 64, 65)] == [0, 1, 63, 64, 65]
@@ -140,17 +143,21 @@ def test_a_header_longer_than_the_file_is_refused(path, length):
 
 def test_a_header_shorter_than_its_json_is_refused(path):
     text = json.dumps({"a": entry()})
-    assert_refused(path, file_bytes(text, bytes(8), len(text) - 1), "no JSON object of tensors")
+    assert_refused(path, file_bytes(text, bytes(8), len(text) - 1), "not readable as JSON")
 
 
 MALFORMED = {
-    "no JSON": (b"tensors", "no JSON object of tensors"),
-    "no UTF-8": (b'{"\xff": 1}', "no JSON object of tensors"),
-    "nested without end": (b'{"a": ' * 50_000, "no JSON object of tensors"),
-    "a number of 5000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "no JSON object of tensors"),
-    "empty": (b"", "no JSON object of tensors"),
-    "a list": (b"[]", "no JSON object but list"),
-    "null": (b"null", "no JSON object but NoneType"),
+    "no JSON": (b"tensors", "not readable as JSON"),
+    "no UTF-8": (b'{"\xff": 1}', "not readable as JSON"),
+    "nested without end": (b'{"a": ' * 50_000, "not readable as JSON"),
+    "a number of 5000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "not readable as JSON"),
+    "empty": (b"", "not readable as JSON"),
+    "a list": (b"[]", "expected a JSON object, found list"),
+    "more entries than any checkpoint has": (
+        b'{"a": [' + b"[]," * 600_000 + b"1]}",
+        "more than 16 MiB or 524288 entries",
+    ),
+    "null": (b"null", "expected a JSON object, found NoneType"),
 }
 
 
@@ -179,6 +186,8 @@ ENTRIES = {
     "a negative offset": (entry(offsets=[-8, 0]), r"data_offsets \[-8, 0\]"),
     "offsets that run backwards": (entry(offsets=[8, 0]), r"data_offsets \[8, 0\]"),
     "one offset": (entry(offsets=[8]), r"data_offsets \[8\]"),
+    "more axes than any tensor has": (entry(shape=[1] * 9), "has 9 axes, and no tensor here needs more than 8"),
+    "a hundred thousand axes": (entry(shape=[2**62] * 100_000), r"has shape \[.*… \(\d+ characters\)|has 100000 axes"),
     "three offsets": (entry(offsets=[0, 4, 8]), r"data_offsets \[0, 4, 8\]"),
     "fewer bytes than its shape": (entry(shape=[3]), r"F32 \(3,\), is 12 bytes, its offsets say 8"),
     "more bytes than its shape": (entry(shape=[1]), r"F32 \(1,\), is 4 bytes, its offsets say 8"),
@@ -210,6 +219,39 @@ def test_data_that_does_not_tile_the_file_is_refused(path, second, match):
     assert_refused(path, file_bytes(header, bytes(16)), match)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\x1b[2Jb", "a\nb", "\ud800"], ids=repr)
+def test_a_name_that_cannot_be_printed_is_refused_and_shown_harmless(path, name):
+    text = assert_refused(path, file_bytes(json.dumps({name: entry()}), bytes(8)), "is no name of a tensor")
+    assert text.isprintable()
+
+
+def test_a_long_name_is_cut_in_the_error(path):
+    text = assert_refused(path, file_bytes(json.dumps({"a" * 10**6: entry("F7")}), bytes(8)), "has the dtype 'F7'")
+    assert len(text) < 1000
+
+
+@pytest.mark.parametrize("metadata", [[], "pt", {"format": 1}, None, {"a": {}}], ids=repr)
+def test_metadata_that_is_no_text_is_refused(path, metadata):
+    content = json.dumps({"__metadata__": metadata, "a": entry()})
+    assert_refused(path, file_bytes(content, bytes(8)), "__metadata__ is no mapping from text to text")
+
+
+def test_a_million_names_are_refused_at_once(path):
+    names = ",".join(f'"{i}":0' for i in range(10**6))
+    start = time.perf_counter()
+    assert_refused(path, file_bytes("{" + names + "}", bytes(8)), "more than 16 MiB or 524288 entries")
+    doubled = ",".join(f'"{i}":0' for i in range(10**5))
+    assert_refused(path, file_bytes("{" + doubled + ',"7":0}', bytes(8)), "'7' is written twice")
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_not_waited_for(path):
+    os.mkfifo(path)
+    with pytest.raises(InvalidCheckpoint, match="this is no file"):
+        read_header(path)
+
+
 def test_a_hole_before_the_first_tensor_is_refused(path):
     assert_refused(path, file_bytes(json.dumps({"a": entry(offsets=(8, 16))}), bytes(16)), "leaves a hole before it")
 
@@ -223,8 +265,28 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_refused(path):
     path.write_bytes(safetensors_bytes(ARRAYS))
     tensor = read_header(path)["single"]
     path.write_bytes(path.read_bytes()[: tensor.offset + 5])
-    with pytest.raises(InvalidCheckpoint, match="'single' ends after 5 of 48 bytes"):
-        read_tensor(tensor)
+    with pytest.raises(InvalidCheckpoint, match=r"it had \d+ bytes when it was opened and has \d+ now"):
+        tensor.read()
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(path):
+    path.write_bytes(safetensors_bytes(ARRAYS))
+    tensor = read_header(path)["single"]
+    path.write_bytes(path.read_bytes()[: tensor.offset + 5])
+    with pytest.raises(InvalidCheckpoint, match="'single' ends 43 bytes early"):
+        dataclasses.replace(tensor, file_bytes=tensor.offset + 5).read()
+
+
+@pytest.mark.parametrize("rows", [(0, 2), (1, 2), (1, None), (0, 0), (2, 1)], ids=str)
+def test_rows_of_a_tensor_are_read_alone(path, rows):
+    path.write_bytes(safetensors_bytes(ARRAYS))
+    header = read_header(path)
+    for name in ("kernel", "single", "counts"):
+        found, wanted = header[name].read(*rows), ARRAYS[name][slice(*rows)]
+        assert (found.dtype, found.shape, found.tobytes()) == (wanted.dtype, wanted.shape, wanted.tobytes())
+        into = np.empty_like(wanted)
+        assert header[name].read(*rows, into) is into
+        assert into.tobytes() == wanted.tobytes()
 
 
 _values = st.recursive(

@@ -293,6 +293,7 @@ class TestTable:
         assert lines[4:] == [
             "28 parameters and 28 grids of scales: 28 made, 28 quantised",
             "stored in 1008 B (f8_e4m3fn 896 B, f32 112 B), found in 3.5 KiB",
+            "largest: layers/0/mlp/up_proj/kernel, 32 B",
             "activations bf16, output f32",
         ]
 

@@ -1,0 +1,83 @@
+"""Arrays on their devices, filled as rows come in: each device has its slice and nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from .safetensors_file import aligned_empty
+
+Box = tuple[tuple[int, int], ...]
+
+
+class Placement:
+    """An array of `shape` and `dtype` to be, laid out as `sharding` says (None: on the default device).
+
+    A sink of rows (see `stream.Sink`): memory on the host for every slice that devices of this process hold, which a
+    CPU adopts as it is.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None = None):
+        self.shape, self.dtype, self.sharding = shape, dtype, sharding
+        self._devices: dict[jax.Device | None, Box] = {None: tuple((0, size) for size in shape)}
+        if sharding is not None:
+            places = sharding.addressable_devices_indices_map(shape)
+            self._devices = {device: _box(index or (), shape) for device, index in places.items()}
+        self._slices = {box: _empty(box, dtype) for box in self._devices.values()}
+
+    def needs(self, start: int, stop: int) -> bool:
+        """Whether a device of this process holds any of rows `start` to `stop`."""
+        return any(_meets(box, start, stop) for box in self._slices)
+
+    def buffer(self, start: int, stop: int) -> np.ndarray | None:
+        """Rows `start` to `stop` of the memory, where they all lie in one slice as wide as the array."""
+        for box, array in self._slices.items():
+            if not box:
+                return array
+            (first, last), *rest = box
+            whole = all(side == (0, size) for side, size in zip(rest, self.shape[1:], strict=True))
+            if whole and first <= start and stop <= last and sum(_meets(box, start, stop) for box in self._slices) == 1:
+                return array[start - first : stop - first]
+        return None
+
+    def write(self, start: int, rows: np.ndarray) -> None:
+        """Takes the rows from `start` on."""
+        if not self.shape:
+            for array in self._slices.values():
+                array[...] = rows
+            return
+        for box, array in self._slices.items():
+            (first, last), *rest = box
+            low, high = max(start, first), min(start + len(rows), last)
+            if low < high:
+                columns = tuple(slice(*side) for side in rest)
+                array[low - first : high - first] = rows[(slice(low - start, high - start), *columns)]
+
+    def array(self) -> jax.Array:
+        """The array, once all rows are written; the memory is its own from then on."""
+        if self.sharding is None:
+            (array,) = self._slices.values()
+            placed = jax.device_put(array)
+        else:
+            parts = [jax.device_put(self._slices[box], device) for device, box in self._devices.items()]
+            placed = jax.make_array_from_single_device_arrays(self.shape, self.sharding, parts)
+        return placed.block_until_ready()  # so that memory on the host is free before more is read
+
+
+def _meets(box: Box, start: int, stop: int) -> bool:
+    """Whether a slice holds any of rows `start` to `stop`."""
+    return not box or (box[0][0] < stop and start < box[0][1])
+
+
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """Where a slice begins and ends along each axis."""
+    whole = (*index, *(slice(None),) * (len(shape) - len(index)))
+    return tuple(each.indices(size)[:2] for each, size in zip(whole, shape, strict=True))
+
+
+def _empty(box: Box, dtype: np.dtype) -> np.ndarray:
+    shape = tuple(stop - start for start, stop in box)
+    return aligned_empty(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)

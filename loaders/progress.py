@@ -1,0 +1,34 @@
+"""A progress bar with bytes and rate: on a terminal, or where it is asked for."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar on stderr that threads may add to.
+
+    show  None: where stderr is a terminal
+    """
+
+    def __init__(self, text: str, total: int, show: bool | None = None):
+        show = sys.stderr is not None and sys.stderr.isatty() if show is None else show
+        self._lock = threading.Lock()
+        self._bar = tqdm(desc=text, total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=not show)
+
+    def add(self, count: int) -> None:
+        """Moves the bar on by `count` bytes."""
+        with self._lock:
+            self._bar.update(count)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,180 @@
+"""Writing safetensors: files laid out from shapes and dtypes alone, then filled in any order, by any thread."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from ..policies.errors import InvalidSize, SaveFailed
+from .checkpoint import INDEX, WHOLE
+
+NAMES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
+}
+"""The dtypes that checkpoints are saved in, as files call them."""
+
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def size_in_bytes(size: int | str) -> int:
+    """A number of bytes from one, or from text as Hugging Face writes it: "5GB" is 5 * 10**9, "512MiB" 512 * 2**20.
+
+    >>> size_in_bytes("5GB")
+    5000000000
+
+    Raises:
+      InvalidSize: for anything else.
+    """
+    text = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B|)\s*", str(size).upper(), re.ASCII)
+    unit = _UNITS.get(text.group(2)) if text else None
+    if text is None or unit is None or not isinstance(size, (int, str)) or int(float(text.group(1)) * unit) < 1:
+        raise InvalidSize(f"expected a number of bytes or text such as '5GB' or '512MiB', found {size!r}.")
+    return size if isinstance(size, int) else int(float(text.group(1)) * unit)
+
+
+def in_shards(groups: Iterable[Sequence[Entry]], limit: int) -> dict[str, list[Entry]]:
+    """The tensors of every file, by its name: groups in their order, none torn apart, at most `limit` bytes a file.
+
+    A group that is larger has a file to itself.
+    """
+    shards: list[list[Entry]] = [[]]
+    room = limit
+    for group in groups:
+        size = sum(entry.bytes for entry in group)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1] += group
+        room -= size
+    if len(shards) == 1:
+        return {WHOLE: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": entries for i, entries in enumerate(shards, 1)}
+
+
+class Writer:
+    """The safetensors files of a folder, and their index; all space is taken when they are made.
+
+    Raises:
+      OSError: where the disk is full, or whatever else the file system says, here and in `write` and `close`.
+    """
+
+    def __init__(self, folder: pathlib.Path, shards: dict[str, list[Entry]]):
+        self._folder, self._shards = folder, shards
+        self._places: dict[str, tuple[int, int]] = {}
+        self._files: list[int] = []
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._release)
+            for name, entries in shards.items():
+                self._open(folder / name, entries)
+            stack.pop_all()
+        if list(shards) != [WHOLE]:
+            total = sum(entry.bytes for entries in shards.values() for entry in entries)
+            names = {entry.name: file for file, entries in shards.items() for entry in entries}
+            index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _open(self, path: pathlib.Path, entries: Sequence[Entry]) -> None:
+        # The widest first, as the reference implementation lays them out, so that each begins at a multiple of its
+        # dtype's size.
+        end, header, places = 0, dict[str, Any](), {}
+        for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):
+            places[entry.name] = end
+            offsets = [end, end + entry.bytes]
+            header[entry.name] = {
+                "dtype": NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": offsets,
+            }
+            end = offsets[1]
+        # transformers refuses files that do not say for whom they are.
+        text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % 64)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        self._files.append(file)
+        start = 8 + len(text)
+        _reserve(file, start + end)
+        _write_at(file, 0, len(text).to_bytes(8, "little") + text)
+        self._places |= {name: (file, start + place) for name, place in places.items()}
+
+    def write(self, name: str, start: int, values: np.ndarray) -> None:
+        """Puts `values` into the tensor called `name` from its byte `start` on."""
+        file, place = self._places[name]
+        _write_at(file, place + start, np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+    def close(self) -> None:
+        """Sees to it that all is on the disk, and that the reference implementation can open it."""
+        for file in self._files:
+            os.fsync(file)
+        self._release()
+        for name, entries in self._shards.items():
+            try:
+                with safetensors.safe_open(self._folder / name, framework="np") as found:
+                    names = set(found.keys())
+            except safetensors.SafetensorError as error:
+                raise SaveFailed(
+                    f"{self._folder / name}: safetensors cannot read what was written: {error}."
+                ) from error
+            assert names == {entry.name for entry in entries}
+
+    def _release(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        self._release()
+
+
+def _reserve(file: int, size: int) -> None:
+    """Takes `size` bytes of the disk now, so that a full one is found before any work is done."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            return os.posix_fallocate(file, 0, size)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+    os.ftruncate(file, size)
+
+
+def _write_at(file: int, place: int, data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest.nbytes:
+        count = os.pwrite(file, rest, place)
+        place, rest = place + count, rest[count:]

@@ -1,0 +1,257 @@
+"""`save_model` and `convert_checkpoint`: Hugging Face folders, written a slab of rows at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ..models.config import Quantization, Qwen3Config
+from ..models.config_json import unused_fields
+from ..models.qwen3 import Qwen3
+from ..policies.dtypes import dtype_name, is_narrow
+from ..policies.errors import InvalidCheckpoint, UnsupportedExport
+from ..policies.plan import explain
+from ..policies.policy import Policy
+from ..policies.presets import get_policy
+from ..policies.slots import is_scale, scale_path
+from ..policies.storage import plan_storage
+from ..policies.trees import Found, found, parameters
+from .atomic import new_folder
+from .checkpoint import CONFIG, GENERATION, INDEX, open_checkpoint
+from .infer import describe
+from .load import jobs_of, stored_parameters
+from .names import TOKENIZER, expected
+from .progress import Progress
+from .safetensors_writer import NAMES, Entry, Writer, in_shards, size_in_bytes
+from .stream import Job, in_turn, run
+
+POLICY = "policy.yaml"
+
+
+def save_model(
+    model: Qwen3,
+    folder: str | os.PathLike[str],
+    policy: Any = None,
+    *,
+    max_shard_size: int | str = "5GB",
+    progress: bool | None = None,
+) -> pathlib.Path:
+    """The folder in which `model` was saved: what transformers, vLLM and `load_model` read.
+
+    folder          is replaced as a whole, and only once all is written; one that holds anything but a checkpoint is
+                    refused
+    policy          anything `get_policy` takes: its storage is applied on the way.  None: as the model stores it, bit
+                    for bit
+    max_shard_size  bytes a file, or text such as "5GB"
+    progress        a bar on stderr; None: where that is a terminal
+
+    Written are safetensors, their index, config.json with the `quantization_config` of the narrow kernels, and
+    policy.yaml, which is there to be read: loading does not ask it unless told to.  The tokenizer and
+    generation_config.json come from the folder that the model was loaded from, where that is still there.
+
+    Raises:
+      UnsupportedExport: parameters that this layout cannot say: narrow ones that are not kernels in e4m3, in blocks of
+        one size.  Nothing is written then.
+      SaveFailed: the disk is full, or the file system refuses; the folder is then as it was.
+      UnmatchedRule, ShadowedRule, InvalidSize
+    """
+    policy, state = get_policy(policy), nnx.state(model)
+    explain(policy, state, model.config.dtype)  # strict in all slots
+    there, arrays = found(state), parameters(state)
+    steps, _ = plan_storage(policy, there)
+    jobs = [Job(path, step, _Rows(path, arrays[path]), _rows(scale_path(path), arrays)) for path, step in steps.items()]
+    dtype, kept = model.activations, model.policy
+    if policy != Policy():
+        dtype, kept = policy.activations or model.config.dtype or dtype, policy
+    config = dataclasses.replace(model.config, dtype=dtype)
+    return _write(folder, config, jobs, stored_parameters(there, steps), kept, size_in_bytes(max_shard_size), progress)
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    policy: Any = None,
+    *,
+    max_shard_size: int | str = "5GB",
+    progress: bool | None = None,
+) -> pathlib.Path:
+    """The folder in which the checkpoint in `source` was saved, its parameters stored as `policy` says.
+
+    It is `save_model` of what `load_model` loads, without a model: a few slabs of rows are in memory at a time.
+    Arguments and errors are theirs.
+    """
+    policy, checkpoint = get_policy(policy), open_checkpoint(source)
+    if os.path.realpath(source) == os.path.realpath(folder):
+        raise InvalidCheckpoint(f"{folder}: a checkpoint cannot be converted into its own folder. Name another one.")
+    explain(policy, checkpoint.tree, checkpoint.config.dtype)
+    steps, _ = plan_storage(policy, checkpoint.found)
+    config = dataclasses.replace(checkpoint.config, dtype=policy.activations or checkpoint.config.dtype)
+    stored = stored_parameters(checkpoint.found, steps)
+    jobs = jobs_of(checkpoint, steps)
+    return _write(folder, config, jobs, stored, policy, size_in_bytes(max_shard_size), progress)
+
+
+def shard_sizes(config: Qwen3Config, stored: Mapping[str, Found], max_shard_size: int | str) -> dict[str, int]:
+    """Bytes of data of every file that a model stored so would be saved in."""
+    shards = in_shards(_groups(config, stored), size_in_bytes(max_shard_size))
+    return {file: sum(entry.bytes for entry in entries) for file, entries in shards.items()}
+
+
+def _write(
+    folder: str | os.PathLike[str],
+    config: Qwen3Config,
+    jobs: list[Job],
+    stored: Mapping[str, Found],
+    policy: Policy,
+    limit: int,
+    progress: bool | None,
+) -> pathlib.Path:
+    names = _names(config, stored)
+    config = dataclasses.replace(config, quantization=_quantization(stored, names))
+    text = policy if policy != Policy() else describe(stored, config)
+    with new_folder(folder, _ours) as work:
+        _carry_over(config, work)
+        (work / CONFIG).write_text(json.dumps({**unused_fields(config.source), **config.to_json()}, indent=2) + "\n")
+        text.dump(work / POLICY)
+        bar = Progress(f"saving {pathlib.Path(folder).name}", sum(job.bytes for job in jobs), progress)
+        with Writer(work, in_shards(_groups(config, stored), limit)) as writer, bar:
+
+            def work_on(job: Job, report: Callable[[int], None]) -> None:
+                scales = scale_path(job.path)
+                to = _Sink(writer, names[job.path])
+                run(job, to, _Sink(writer, names[scales]) if scales in stored else None, report)
+
+            for _ in in_turn(jobs, work_on, bar):
+                pass
+    return pathlib.Path(folder)
+
+
+def _names(config: Qwen3Config, stored: Mapping[str, Found]) -> dict[str, str]:
+    """What a checkpoint calls every parameter, by path.
+
+    Raises:
+      UnsupportedExport: for parameters that a checkpoint of a Qwen3 has no name for.
+    """
+    names = {path: name for name, (path, _) in expected(config).items()}
+    names |= {scale_path(path): f"{name}_scale_inv" for path, name in names.items()}
+    if strange := [path for path in stored if path not in names]:
+        raise UnsupportedExport(
+            f"a Qwen3 checkpoint has no name for {len(strange)} parameters: {', '.join(strange[:5])}. Merge what was "
+            "added to the model into its kernels first."
+        )
+    return names
+
+
+def _groups(config: Qwen3Config, stored: Mapping[str, Found]) -> list[list[Entry]]:
+    """Every parameter as it is to be written, with the scales that belong to it."""
+    names = _names(config, stored)
+    return [
+        [
+            Entry(names[each], stored[each].shape, stored[each].dtype)
+            for each in (path, scale_path(path))
+            if each in stored
+        ]
+        for path in stored
+        if not is_scale(path)
+    ]
+
+
+def _quantization(stored: Mapping[str, Found], names: Mapping[str, str]) -> Quantization | None:
+    """What config.json has to say of the narrow kernels.
+
+    Raises:
+      UnsupportedExport: where it has no way to say it.
+    """
+    narrow = {path: one for path, one in stored.items() if is_narrow(one.dtype)}
+    for path, one in stored.items():
+        if one.dtype not in NAMES:
+            raise UnsupportedExport(
+                f"{path}: {dtype_name(one.dtype)} has no place in this layout, whose dtypes are "
+                f"{', '.join(map(dtype_name, NAMES))}. Save under a policy that stores it as one of them."
+            )
+        if path in narrow and not path.endswith("/kernel"):
+            raise UnsupportedExport(
+                f"{path}: {dtype_name(one.dtype)}, but in this layout only kernels are quantised: others would read it "
+                "without its scales. Save under a policy that stores it in bf16."
+            )
+    if not narrow:
+        return None
+    blocks = sorted({one.block for one in narrow.values() if one.block is not None})
+    if len(blocks) != 1:
+        raise UnsupportedExport(
+            f"kernels in blocks of {blocks}: config.json names one. Save under a policy with a block."
+        )
+    plain = [names[path] for path in stored if path.endswith("/kernel") and path not in narrow]
+    return Quantization(blocks[0], tuple(name.removesuffix(".weight") for name in plain))
+
+
+def _carry_over(config: Qwen3Config, folder: pathlib.Path) -> None:
+    """Copies what belongs to a model beside its parameters from where it was read."""
+    if config.source is None:
+        return
+    for name in (GENERATION, *TOKENIZER):
+        path = config.source.parent / name
+        if path.is_file():
+            shutil.copyfile(path, folder / name)
+
+
+def _ours(name: str) -> bool:
+    """Whether a file of this name is one that saving writes."""
+    return name in (CONFIG, GENERATION, INDEX, POLICY, *TOKENIZER) or bool(
+        re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sink:
+    """Rows of one tensor, written to its place in a file."""
+
+    writer: Writer
+    name: str
+
+    def needs(self, start: int, stop: int) -> bool:
+        return True
+
+    def buffer(self, start: int, stop: int) -> None:
+        return None
+
+    def write(self, start: int, rows: np.ndarray) -> None:
+        self.writer.write(self.name, start * (rows.nbytes // len(rows) if rows.ndim and len(rows) else 0), rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Rows of an array on its devices."""
+
+    path: str
+    array: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def read(self, start: int = 0, stop: int | None = None, into: np.ndarray | None = None) -> np.ndarray:
+        if not self.array.is_fully_addressable:
+            raise UnsupportedExport(f"{self.path}: lies on devices of other processes. Gather it first.")
+        if len(self.array.devices()) == 1 and next(iter(self.array.devices())).platform == "cpu":
+            return np.asarray(self.array)[start:stop]
+        # A slice of its own: the array itself, asked for its values, would keep them on the host.
+        return np.asarray(self.array[start:stop])
+
+
+def _rows(path: str, arrays: Mapping[str, jax.Array]) -> _Rows | None:
+    return _Rows(path, arrays[path]) if path in arrays else None

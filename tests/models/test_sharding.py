@@ -1,0 +1,158 @@
+"""Models over several devices: each has its slice, scales are cut where that is right, and logits are the same."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from perparam.models import tensor_parallel
+from perparam.models.sharding import scales_sharding, shardings
+from perparam.policies.errors import InvalidSharding, UnmatchedRule
+from perparam.policies.trees import Found
+
+TESTS = pathlib.Path(__file__).parent.parent
+
+BFLOAT16_ERROR = 2.0**-8
+"""Partial sums of the cut columns are rounded to bfloat16 before they are added up, or after."""
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """What the program printed, by name."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    folder = tmp_path_factory.mktemp("sharded") / "checkpoint"
+    command = [sys.executable, "-W", "error", TESTS / "models" / "sharded_models.py", folder]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return {line["name"]: line for line in map(json.loads, run.stdout.splitlines())}
+
+
+LAYOUTS = (
+    "one mesh axis of four", "one mesh axis of eight", "two axes", "dequantised", "requantised to blocks of 64",
+    "copied to all", "by pattern, both axes cut", "on the last device",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_array_is_the_whole_models_and_so_are_the_logits(lines, name):
+    line = lines[name]
+    assert "raised" not in line, line["raised"]
+    assert line["same"]
+    assert line["error"] <= BFLOAT16_ERROR
+
+
+def test_each_device_has_its_slice(lines):
+    shards = lines["one mesh axis of four"]["shards"]
+    assert shards["layers/0/mlp/up_proj/kernel"] == [192, 256]
+    assert shards["layers/0/mlp/down_proj/kernel"] == [256, 192]
+    assert shards["layers/0/self_attn/k_proj/kernel"] == [64, 256]
+    assert shards["embed_tokens/embedding"] == shards["lm_head/kernel"] == [128, 256]
+    assert shards["norm/scale"] == [256]
+    assert lines["by pattern, both axes cut"]["shards"]["layers/0/mlp/up_proj/kernel"] == [384, 64]
+    assert lines["by pattern, both axes cut"]["shards"]["layers/0/mlp/down_proj/kernel"] == [256, 768]
+    assert lines["on the last device"]["devices"] == 1
+
+
+def test_scales_are_cut_with_whole_blocks_and_copied_where_a_cut_falls_within_one(lines):
+    assert lines["one mesh axis of four"]["shards"]["layers/0/mlp/up_proj/scale_inv"] == [6, 2]
+    # 768 rows in blocks of 64 are 12, three for each of four devices.
+    assert lines["requantised to blocks of 64"]["shards"]["layers/0/mlp/up_proj/scale_inv"] == [3, 4]
+    assert lines["requantised to blocks of 64"]["shards"]["layers/0/mlp/down_proj/scale_inv"] == [4, 3]
+    # By rows 384, which is three blocks; by columns 64, which is half of one.
+    assert lines["by pattern, both axes cut"]["shards"]["layers/0/mlp/up_proj/scale_inv"] == [3, 2]
+
+
+def test_heads_that_do_not_divide_are_copied(lines):
+    shards = lines["one mesh axis of eight"]["shards"]
+    assert shards["layers/0/self_attn/q_proj/kernel"] == [768, 256]
+    assert shards["layers/0/self_attn/v_proj/kernel"] == [256, 256]
+    assert shards["layers/0/mlp/gate_proj/kernel"] == [96, 256]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_xla_is_given_no_kernel_to_partition(lines, name):
+    """It cannot, and jax refuses; on one device the kernels are there."""
+    assert (lines[name]["kernels"] > 0) == (name == "on the last device" and lines[name]["devices"] == 1)
+
+
+def one_device_mesh(*names):
+    return jax.make_mesh((1,) * len(names), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+class TestRefusal:
+    config: ClassVar = None
+    stored: ClassVar = {
+        "a/kernel": Found((6, 8), np.dtype(np.float32)),
+        "norm/scale": Found((8,), np.dtype(np.float32)),
+    }
+
+    @pytest.mark.parametrize("layout", ["tensor", 4, {}, {"a/kernel": P("t")}, [None]], ids=repr)
+    def test_what_is_no_layout(self, layout):
+        with pytest.raises(InvalidSharding, match=r"sharding is a jax\.sharding\.Mesh, a Sharding, or a mapping"):
+            shardings(layout, self.config, self.stored)
+
+    def test_a_pattern_that_matches_nothing(self):
+        layout = {"**/kernal": NamedSharding(one_device_mesh("t"), P())}
+        with pytest.raises(UnmatchedRule, match=r"'\*\*/kernal' \(sharding\) matches none of 2 parameters"):
+            shardings(layout, self.config, self.stored)
+        assert shardings({"**/kernal?": layout["**/kernal"]}, self.config, self.stored).keys() == self.stored.keys()
+
+    def test_an_axis_that_the_parameter_has_not(self):
+        layout = {"norm/scale": NamedSharding(one_device_mesh("t"), P(None, "t"))}
+        with pytest.raises(InvalidSharding, match=r"norm/scale: \[8\] cannot be cut as NamedSharding"):
+            shardings(layout, self.config, self.stored)
+
+    def test_single_devices_and_no_default(self):
+        layout = {"a/kernel": jax.sharding.SingleDeviceSharding(jax.devices()[0])}
+        with pytest.raises(InvalidSharding, match='name no mesh and no "default"'):
+            shardings(layout, self.config, self.stored)
+
+
+def abstract(sizes, names):
+    return jax.sharding.AbstractMesh(sizes, names)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "spec", "expected"),
+    [
+        ((768, 256), (128, 128), P("t"), P(None, None)),
+        ((768, 256), (64, 128), P("t"), P("t", None)),
+        ((1024, 256), (128, 128), P("t"), P("t", None)),
+        ((1000, 256), (128, 128), P(None, "t"), P(None, None)),
+        ((1000, 512), (128, 128), P(None, "t"), P(None, "t")),
+        ((2048, 2048), (128, 128), P("d", "t"), P("d", "t")),
+        ((2048, 2048), (128, 128), P(("d", "t")), P(("d", "t"), None)),
+        ((1536, 2048), (128, 128), P(("d", "t")), P(None, None)),
+        ((4, 256, 256), (128, 128), P("t"), P("t", None, None)),
+        ((40, 256), (128, 128), P(None), P(None)),
+    ],
+    ids=str,
+)
+def test_scales_follow_their_kernel(shape, block, spec, expected):
+    found = scales_sharding(NamedSharding(abstract((2, 4), ("d", "t")), spec), shape, block)
+    assert found.spec == expected
+
+
+def test_the_pattern_table_is_public_and_names_what_is_there(config_of_8b):
+    rules = tensor_parallel(config_of_8b, abstract((8,), ("t",)))
+    assert rules["**/q_proj/*"].spec == P("t")
+    assert rules["**/down_proj/kernel"].spec == P(None, "t")
+    assert rules["default"].spec == P()
+    assert "**/{k,v}_proj/*" not in tensor_parallel(config_of_8b, abstract((16,), ("t",)))
+
+
+@pytest.fixture
+def config_of_8b():
+    from perparam import Qwen3Config
+
+    return Qwen3Config(151936, 4096, 12288, 36, 32, 8, 128)
