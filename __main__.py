@@ -1,4 +1,4 @@
-"""The command line: `perparam plan | generate | audit | demo`."""
+"""The command line: `perparam plan | generate | audit | convert | demo`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import __version__, audit, checkpoint_tree, generate, get_policy, load_model
-from .loaders import open_checkpoint
+from .loaders import Checkpoint, convert_checkpoint, open_checkpoint
+from .loaders.save import shard_sizes
 from .policies import PerparamError
 from .policies.plan import explain, human_bytes
 
@@ -44,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens.add_argument("--max-new-tokens", type=int, default=20, metavar="N")
     costs = command("audit", _audit, "Print what a policy costs in accuracy, beside float32.")
     costs.add_argument("--tokens", metavar="1,2,3", type=_ids, help="what to compare on; default: 64 random ids")
+    convert = command("convert", _convert, "Save a checkpoint under a policy, for transformers, vLLM and perparam.")
+    convert.add_argument(
+        "folder", metavar="DST", help="the folder to write; an old checkpoint there is replaced at once"
+    )
+    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="bytes a file; default: 5GB")
+    convert.add_argument("--dry-run", action="store_true", help="print the plan and the files' sizes, write nothing")
     demo = command("demo", _demo, "Make a small FP8 Qwen3 checkpoint, show its plan, run it under two policies.")
     demo.add_argument("--folder", metavar="DIR", help="where to keep the checkpoint; default: a temporary folder")
     parsed = parser.parse_args(arguments)
@@ -79,6 +86,30 @@ def _plan(arguments: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(arguments.checkpoint)
     plan = explain(get_policy(arguments.policy), checkpoint.tree, checkpoint.config.dtype, arguments.target)
     print(plan.to_json() if arguments.json else plan, end="" if arguments.json else "\n")
+    if not arguments.json:
+        _print_left_out(checkpoint)
+
+
+def _print_left_out(checkpoint: Checkpoint) -> None:
+    for why in dict.fromkeys(checkpoint.left_out.values()):
+        names = [name for name, reason in checkpoint.left_out.items() if reason == why]
+        print(f"left out: {', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}, since {why}")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    checkpoint, policy = open_checkpoint(arguments.checkpoint), get_policy(arguments.policy)
+    plan = explain(policy, checkpoint.tree, checkpoint.config.dtype)
+    if arguments.dry_run:
+        print(plan)
+        _print_left_out(checkpoint)
+        sizes = shard_sizes(checkpoint, policy, arguments.max_shard_size)
+        files = "1 file" if len(sizes) == 1 else f"{len(sizes)} files, the largest {human_bytes(max(sizes.values()))}"
+        print(f"would write {human_bytes(sum(sizes.values()))} to {arguments.folder} in {files}")
+        return
+    start = time.perf_counter()
+    folder = convert_checkpoint(arguments.checkpoint, arguments.folder, policy, max_shard_size=arguments.max_shard_size)
+    took = time.perf_counter() - start
+    print(f"{folder}: {human_bytes(plan.total_bytes)} from {human_bytes(plan.total_bytes_before)} in {took:.1f} s")
 
 
 def _generate(arguments: argparse.Namespace) -> None:

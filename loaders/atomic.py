@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import pathlib
 import shutil
@@ -11,12 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
-from ..policies.errors import PerparamError, SaveFailed
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from ..policies.errors import PerparamError, SaveFailed, named
 
 
 @contextlib.contextmanager
@@ -26,32 +22,34 @@ def new_folder(folder: str | os.PathLike[str], ours: Callable[[str], bool]) -> I
     folder  need not exist; what it holds is lost
     ours    whether a name in it is one that may be lost: anything else there is refused
 
-    On Linux and macOS the two are exchanged, so that at any moment one of them is there; elsewhere, where `folder`
-    exists already, there is an instant between two renamings.  What a killed process leaves beside it,
-    `.NAME.saving-…`, the next one removes.
+    On Linux and macOS the two are exchanged, so that at any moment one of them is there; on a file system that cannot,
+    there is an instant between two renamings, in which the old one is called `.NAME.replaced-…`.  What a killed process
+    leaves beside it, `.NAME.saving-…`, the next one removes.
 
     Raises:
       SaveFailed: where the file system refuses, or the folder holds what is not ours; nothing is left then.
     """
+    if "\0" in os.fspath(folder):
+        raise SaveFailed(f"{os.fspath(folder)!r}: no name of a folder.")
     target = pathlib.Path(os.path.realpath(folder))
     with contextlib.ExitStack() as stack:
         try:
-            foreign = sorted(name for name in os.listdir(target) if not ours(name)) if target.exists() else []
-            if foreign:
-                raise SaveFailed(
-                    f"{target}: holds {', '.join(foreign[:5])}{' and more' if foreign[5:] else ''}, which saving would "
-                    "delete. Choose another folder, or move that away."
-                )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{target.name[:200]}.saving-"
+            _refuse_foreign(target, ours)
+            _make_parents(target.parent, stack)
+            # In bytes: a name may have 255 of them.
+            prefix = f".{os.fsdecode(os.fsencode(target.name)[:200])}.saving-"
             _remove_leftovers(target.parent, prefix)
-            work = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            # Under a name that nobody takes for a leftover until it is locked.
+            begun = pathlib.Path(tempfile.mkdtemp(prefix=".perparam-", dir=target.parent))
+            stack.callback(shutil.rmtree, begun, ignore_errors=True)
+            begun.chmod(0o777 & ~_umask())
+            stack.callback(os.close, _locked(begun))
+            work = begun.rename(target.parent / f"{prefix}{begun.name[10:]}")
             stack.callback(shutil.rmtree, work, ignore_errors=True)
-            work.chmod(0o777 & ~_umask())
-            stack.callback(os.close, _locked(work))
             yield work
             for path in [*work.iterdir(), work]:
                 _sync(path)
+            _refuse_foreign(target, ours)
             _take_the_place(work, target)
             _sync(target.parent)
         except PerparamError:
@@ -62,34 +60,62 @@ def new_folder(folder: str | os.PathLike[str], ours: Callable[[str], bool]) -> I
             ) from error
 
 
+def _refuse_foreign(target: pathlib.Path, ours: Callable[[str], bool]) -> None:
+    """Raises SaveFailed where a folder holds more than may be lost."""
+    if not target.exists():
+        return
+    with os.scandir(target) as entries:
+        foreign = sorted(each.name for each in entries if each.is_dir(follow_symlinks=False) or not ours(each.name))
+    if foreign:
+        raise SaveFailed(
+            f"{target}: holds {', '.join(map(named, foreign[:5]))}{' and more' if foreign[5:] else ''}, which saving "
+            "would delete. Choose another folder, or move that away."
+        )
+
+
+def _make_parents(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
+    """Makes `folder`; what of it stays empty is removed again with `stack`."""
+    absent = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(absent):
+        each.mkdir(exist_ok=True)
+
+        def remove(each: pathlib.Path = each) -> None:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+
+        stack.callback(remove)
+
+
 def _take_the_place(work: pathlib.Path, target: pathlib.Path) -> None:
     """Renames `work` to `target`; what was there, if more than an empty folder, is called `work` afterwards."""
     if not target.exists() or not any(target.iterdir()):
-        if os.name == "nt" and target.exists():
-            target.rmdir()
         work.rename(target)
     elif not _exchange(work, target):
-        before = pathlib.Path(f"{work}-before")
+        before = target.with_name(work.name.replace(".saving-", ".replaced-"))
         target.rename(before)
-        work.rename(target)
+        try:
+            work.rename(target)
+        except BaseException:
+            before.rename(target)
+            raise
         before.rename(work)
 
 
 def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
     """Exchanges two names in one step; False where the system has no such step."""
     swap, here = 2, -100  # RENAME_EXCHANGE and RENAME_SWAP; AT_FDCWD
-    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    library = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
     if sys.platform == "darwin":
         return library.renamex_np(*names, swap) == 0
-    if library is None or not hasattr(library, "renameat2"):
+    if not hasattr(library, "renameat2"):
         return False
     return library.renameat2(here, names[0], here, names[1], swap) == 0
 
 
 def _remove_leftovers(parent: pathlib.Path, prefix: str) -> None:
     """Removes what killed processes have left; a living one holds a lock on its folder."""
-    for path in parent.iterdir() if fcntl else ():
+    for path in parent.iterdir():
         if path.name.startswith(prefix) and path.is_dir() and not path.is_symlink():
             with contextlib.suppress(OSError):
                 lock = _locked(path)
@@ -103,8 +129,6 @@ def _locked(path: pathlib.Path) -> int:
     Raises:
       OSError: where another process holds it.
     """
-    if fcntl is None:
-        return os.open(os.devnull, os.O_RDONLY)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,8 +140,6 @@ def _locked(path: pathlib.Path) -> int:
 
 def _sync(path: pathlib.Path) -> None:
     """Sees to it that a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -112,7 +112,11 @@ def checkpoint_tree(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _config(folder: pathlib.Path) -> Qwen3Config:
-    config = Qwen3Config.from_json(folder / CONFIG)
+    return generation_ids(folder, Qwen3Config.from_json(folder / CONFIG))
+
+
+def generation_ids(folder: pathlib.Path, config: Qwen3Config) -> Qwen3Config:
+    """`config` with the ids that generation_config.json names, where there is one."""
     if not (folder / GENERATION).is_file():
         return config
     fields = read_json(folder / GENERATION)

@@ -6,6 +6,7 @@ A matrix may have scales: `….weight_scale_inv` beside `….weight`, at the sca
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Container
 from typing import Literal
 
@@ -91,11 +92,10 @@ def expected(config: Qwen3Config, prefixes: tuple[str, str] = PREFIXES[0]) -> di
     sizes = axes(config)
     present = {"always": True, "attention_bias": config.attention_bias, "untied": not config.tie_word_embeddings}
     entries = {}
-    for entry in TABLE:
-        if not present[entry.when]:
-            continue
-        shape = tuple(sizes[axis] for axis in entry.shape)
-        for i in range(config.num_hidden_layers if "{i}" in entry.name else 1):
+    for in_layers, group in itertools.groupby(TABLE, key=lambda entry: "{i}" in entry.name):
+        kept = [entry for entry in group if present[entry.when]]
+        for i, entry in itertools.product(range(config.num_hidden_layers if in_layers else 1), kept):
+            shape = tuple(sizes[axis] for axis in entry.shape)
             name = entry.name.format(i=i)
             name = f"{prefixes[0]}{name[6:]}" if name.startswith("model.") else f"{prefixes[1]}{name}"
             entries[name] = (entry.path.format(i=i), shape)

@@ -25,7 +25,7 @@ class Placement:
         self._devices: dict[jax.Device | None, Box] = {None: tuple((0, size) for size in shape)}
         if sharding is not None:
             places = sharding.addressable_devices_indices_map(shape)
-            self._devices = {device: _box(index or (), shape) for device, index in places.items()}
+            self._devices = {device: box_of(index or (), shape) for device, index in places.items()}
         self._slices = {box: _empty(box, dtype) for box in self._devices.values()}
 
     def needs(self, start: int, stop: int) -> bool:
@@ -72,7 +72,7 @@ def _meets(box: Box, start: int, stop: int) -> bool:
     return not box or (box[0][0] < stop and start < box[0][1])
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
     """Where a slice begins and ends along each axis."""
     whole = (*index, *(slice(None),) * (len(shape) - len(index)))
     return tuple(each.indices(size)[:2] for each, size in zip(whole, shape, strict=True))

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from ..policies.errors import InvalidSize, SaveFailed
+from ..policies.errors import InvalidSize, SaveFailed, shown
 from .checkpoint import INDEX, WHOLE
 
 NAMES = {
@@ -30,7 +30,17 @@ NAMES = {
 """The dtypes that checkpoints are saved in, as files call them."""
 
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +66,15 @@ def size_in_bytes(size: int | str) -> int:
     Raises:
       InvalidSize: for anything else.
     """
-    text = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B|)\s*", str(size).upper(), re.ASCII)
-    unit = _UNITS.get(text.group(2)) if text else None
-    if text is None or unit is None or not isinstance(size, (int, str)) or int(float(text.group(1)) * unit) < 1:
-        raise InvalidSize(f"expected a number of bytes or text such as '5GB' or '512MiB', found {size!r}.")
-    return size if isinstance(size, int) else int(float(text.group(1)) * unit)
+    count = 0
+    if isinstance(size, str) and (text := re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(\w*)\s*", size, re.ASCII)):
+        bits = text[2].endswith("b") and len(text[2]) == 2  # as Hugging Face reads "5Gb"
+        count = 0 if bits else int(float(text[1]) * _UNITS.get(text[2].upper(), 0))
+    elif isinstance(size, (int, np.integer)) and not isinstance(size, bool):
+        count = int(size)
+    if count < 1:
+        raise InvalidSize(f"expected a number of bytes or text such as '5GB' or '512MiB', found {shown(size)}.")
+    return count
 
 
 def in_shards(groups: Iterable[Sequence[Entry]], limit: int) -> dict[str, list[Entry]]:

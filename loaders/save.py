@@ -17,9 +17,10 @@ from flax import nnx
 
 from ..models.config import Quantization, Qwen3Config
 from ..models.config_json import unused_fields
+from ..models.json_file import read_json
 from ..models.qwen3 import Qwen3
 from ..policies.dtypes import dtype_name, is_narrow
-from ..policies.errors import InvalidCheckpoint, UnsupportedExport
+from ..policies.errors import InvalidCheckpoint, InvalidPolicy, UnsupportedExport
 from ..policies.plan import explain
 from ..policies.policy import Policy
 from ..policies.presets import get_policy
@@ -27,10 +28,11 @@ from ..policies.slots import is_scale, scale_path
 from ..policies.storage import plan_storage
 from ..policies.trees import Found, found, parameters
 from .atomic import new_folder
-from .checkpoint import CONFIG, GENERATION, INDEX, open_checkpoint
+from .checkpoint import CONFIG, GENERATION, INDEX, Checkpoint, generation_ids, open_checkpoint
 from .infer import describe
 from .load import jobs_of, stored_parameters
 from .names import TOKENIZER, expected
+from .placement import box_of
 from .progress import Progress
 from .safetensors_writer import NAMES, Entry, Writer, in_shards, size_in_bytes
 from .stream import Job, in_turn, run
@@ -101,9 +103,16 @@ def convert_checkpoint(
     return _write(folder, config, jobs, stored, policy, size_in_bytes(max_shard_size), progress)
 
 
-def shard_sizes(config: Qwen3Config, stored: Mapping[str, Found], max_shard_size: int | str) -> dict[str, int]:
-    """Bytes of data of every file that a model stored so would be saved in."""
-    shards = in_shards(_groups(config, stored), size_in_bytes(max_shard_size))
+def shard_sizes(checkpoint: Checkpoint, policy: Policy, max_shard_size: int | str) -> dict[str, int]:
+    """Bytes of data of every file that `convert_checkpoint` would write, by its name.
+
+    Raises:
+      UnsupportedExport: where it would write none.
+    """
+    steps, _ = plan_storage(policy, checkpoint.found)
+    stored = stored_parameters(checkpoint.found, steps)
+    _quantization(stored, _names(checkpoint.config, stored))
+    shards = in_shards(_groups(checkpoint.config, stored), size_in_bytes(max_shard_size))
     return {file: sum(entry.bytes for entry in entries) for file, entries in shards.items()}
 
 
@@ -118,11 +127,12 @@ def _write(
 ) -> pathlib.Path:
     names = _names(config, stored)
     config = dataclasses.replace(config, quantization=_quantization(stored, names))
-    text = policy if policy != Policy() else describe(stored, config)
+    policy = policy if _holds(policy, stored) else describe(stored, config)
     with new_folder(folder, _ours) as work:
         _carry_over(config, work)
-        (work / CONFIG).write_text(json.dumps({**unused_fields(config.source), **config.to_json()}, indent=2) + "\n")
-        text.dump(work / POLICY)
+        fields = {**unused_fields(config.source), **config.to_json()}
+        (work / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        policy.dump(work / POLICY)
         bar = Progress(f"saving {pathlib.Path(folder).name}", sum(job.bytes for job in jobs), progress)
         with Writer(work, in_shards(_groups(config, stored), limit)) as writer, bar:
 
@@ -136,19 +146,35 @@ def _write(
     return pathlib.Path(folder)
 
 
+def _holds(policy: Policy, stored: Mapping[str, Found]) -> bool:
+    """Whether a policy says something, and nothing of what is gone once things are stored: scales that it dissolves."""
+    try:
+        explain(policy, dict(stored))
+    except InvalidPolicy:
+        return False
+    return policy != Policy()
+
+
 def _names(config: Qwen3Config, stored: Mapping[str, Found]) -> dict[str, str]:
     """What a checkpoint calls every parameter, by path.
 
     Raises:
       UnsupportedExport: for parameters that a checkpoint of a Qwen3 has no name for.
     """
-    names = {path: name for name, (path, _) in expected(config).items()}
+    wanted = {path: (name, shape) for name, (path, shape) in expected(config).items()}
+    names = {path: name for path, (name, _) in wanted.items()}
     names |= {scale_path(path): f"{name}_scale_inv" for path, name in names.items()}
     if strange := [path for path in stored if path not in names]:
         raise UnsupportedExport(
             f"a Qwen3 checkpoint has no name for {len(strange)} parameters: {', '.join(strange[:5])}. Merge what was "
             "added to the model into its kernels first."
         )
+    for path, (_, shape) in wanted.items():
+        if path not in stored or stored[path].shape != shape:
+            found = stored[path].shape if path in stored else "none"
+            raise UnsupportedExport(
+                f"{path}: found {found}, where the model's config says {shape}. Correct the config."
+            )
     return names
 
 
@@ -161,8 +187,8 @@ def _groups(config: Qwen3Config, stored: Mapping[str, Found]) -> list[list[Entry
             for each in (path, scale_path(path))
             if each in stored
         ]
-        for path in stored
-        if not is_scale(path)
+        for path in names
+        if path in stored and not is_scale(path)
     ]
 
 
@@ -191,7 +217,7 @@ def _quantization(stored: Mapping[str, Found], names: Mapping[str, str]) -> Quan
         raise UnsupportedExport(
             f"kernels in blocks of {blocks}: config.json names one. Save under a policy with a block."
         )
-    plain = [names[path] for path in stored if path.endswith("/kernel") and path not in narrow]
+    plain = [name for path, name in names.items() if path.endswith("/kernel") and path in stored and path not in narrow]
     return Quantization(blocks[0], tuple(name.removesuffix(".weight") for name in plain))
 
 
@@ -203,6 +229,11 @@ def _carry_over(config: Qwen3Config, folder: pathlib.Path) -> None:
         path = config.source.parent / name
         if path.is_file():
             shutil.copyfile(path, folder / name)
+    if (folder / GENERATION).is_file() and generation_ids(folder, config) != config:
+        # The model's own were changed after it was loaded; the other settings are still the file's.
+        fields = {**read_json(folder / GENERATION), "eos_token_id": list(config.eos_token_id)}
+        text = json.dumps({**fields, "pad_token_id": config.pad_token_id}, indent=2)
+        (folder / GENERATION).write_text(text + "\n", encoding="utf-8")
 
 
 def _ours(name: str) -> bool:
@@ -231,7 +262,7 @@ class _Sink:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Rows of an array on its devices."""
+    """Rows of an array, on its devices or on the host."""
 
     path: str
     array: jax.Array
@@ -245,12 +276,32 @@ class _Rows:
         return self.array.dtype
 
     def read(self, start: int = 0, stop: int | None = None, into: np.ndarray | None = None) -> np.ndarray:
+        if not isinstance(self.array, jax.Array):
+            return np.asarray(self.array)[start:stop]
         if not self.array.is_fully_addressable:
             raise UnsupportedExport(f"{self.path}: lies on devices of other processes. Gather it first.")
-        if len(self.array.devices()) == 1 and next(iter(self.array.devices())).platform == "cpu":
-            return np.asarray(self.array)[start:stop]
-        # A slice of its own: the array itself, asked for its values, would keep them on the host.
-        return np.asarray(self.array[start:stop])
+        shards = {box_of(shard.index, self.shape): shard.data for shard in self.array.addressable_shards}
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        if len(shards) == 1:
+            return _on_host(*shards.values(), start, stop)
+        rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        for ((first, last), *rest), data in shards.items():
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                columns = tuple(slice(*side) for side in rest)
+                rows[(slice(low - start, high - start), *columns)] = _on_host(data, low - first, high - first)
+        return rows
+
+
+def _on_host(array: jax.Array, start: int, stop: int) -> np.ndarray:
+    """Rows of an array on one device.
+
+    Elsewhere than on a CPU they are cut there, by one program for all slabs: the array itself, asked for its values,
+    would keep a copy of all of them on the host.
+    """
+    if all(device.platform == "cpu" for device in array.devices()):
+        return np.asarray(array)[start:stop]
+    return np.asarray(jax.lax.dynamic_slice_in_dim(array, start, stop - start))
 
 
 def _rows(path: str, arrays: Mapping[str, jax.Array]) -> _Rows | None:

@@ -47,7 +47,7 @@ def config_from_json(source: str | os.PathLike[str] | Mapping[str, Any]) -> Qwen
     if isinstance(source, Mapping):
         return _Reader("config.json", source).config()
     config = _Reader(os.fspath(source), read_json(source)).config()
-    return dataclasses.replace(config, source=pathlib.Path(source))
+    return dataclasses.replace(config, source=pathlib.Path(source).absolute())
 
 
 def config_to_json(config: Qwen3Config) -> dict[str, Any]:
@@ -240,11 +240,12 @@ class _Reader:
             )
         if unknown := sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}):
             raise self.unsupported(f"layer_types: {shown(unknown[0])} is not implemented.")
-        if window is None and "sliding_attention" in kinds:
+        sliding = "sliding_attention" in kinds
+        if window is None and sliding:
             raise InvalidCheckpoint(
                 f"{self.name}: layer_types has sliding layers, but there is no sliding_window in use."
             )
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds) if window else ()
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds) if sliding else ()
 
     def rope(self) -> tuple[float, Yarn | None]:
         scaling = self.get("rope_scaling", dict) or {}

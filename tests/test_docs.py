@@ -52,6 +52,16 @@ def test_the_page_on_the_matmul_runs(capsys):
     assert names["z"].dtype == jax.numpy.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_on_loading_runs(capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        names = run_blocks(ROOT / "docs" / "loading.md")
+    spec, files = capsys.readouterr().out.splitlines()
+    assert spec == "P('tensor',)"
+    assert files == "['config.json', 'model.safetensors', 'policy.yaml']"
+    assert perparam.load_model(names["small"], names["small"] / "policy.yaml").config.quantization is not None
+
+
 @pytest.mark.slow
 def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     from perparam.examples.make_checkpoint import make_checkpoint

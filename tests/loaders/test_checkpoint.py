@@ -1,6 +1,7 @@
 """A checkpoint's folder: its files, its name table, its pairs, and whether config.json and the tensors agree."""
 
 import json
+import os
 import re
 import shutil
 
@@ -361,3 +362,58 @@ def test_a_narrow_torch_dtype_means_the_dtype_of_the_embedding(folder, stored, r
 def test_a_config_without_dtype_means_that_of_the_embedding(folder):
     config = fields(torch_dtype=None)
     assert open_checkpoint(write(folder, config, tensors(config))).config.dtype == BF16
+
+
+# Foreign files.
+
+
+@pytest.mark.parametrize(
+    ("body", "head"), [("", ""), ("model.language_model.", ""), ("language_model.model.", "language_model.")], ids=repr
+)
+def test_the_prefixes_of_other_classes_are_recognised(folder, body, head):
+    def renamed(name):
+        return body + name.removeprefix("model.") if name.startswith("model.") else head + name
+
+    stored = {renamed(name): array for name, array in tensors(fields()).items()}
+    write(folder, fields(), stored)
+    found = perparam.load_params(folder)
+    for path, array in found.items():
+        assert np.asarray(array).tobytes() == stored[renamed(checkpoints.checkpoint_name(path))].tobytes()
+
+
+def test_two_prefixes_at_once_are_not_mixed(folder):
+    stored = tensors(fields())
+    stored["layers.0.mlp.up_proj.weight"] = stored["model.layers.0.mlp.up_proj.weight"]
+    write(folder, fields(), stored)
+    assert "unused: layers.0.mlp.up_proj.weight (76, 56)" in refusal(folder)
+
+
+def test_what_the_config_explains_is_left_out_and_told(folder, capsys):
+    from perparam.__main__ import main
+    from perparam.loaders import open_checkpoint
+
+    config = fields(tie_word_embeddings=True)
+    stored = tensors(config)
+    stored["lm_head.weight"] = np.zeros((61, 56), np.float32)
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(9, np.float32)
+    write(folder, config, stored)
+    assert open_checkpoint(folder).left_out == {
+        "lm_head.weight": "the head is tied to the embedding",
+        "model.layers.0.self_attn.rotary_emb.inv_freq": "frequencies follow from rope_theta",
+    }
+    assert main(["plan", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: lm_head.weight, since the head is tied to the embedding" in printed
+
+
+def test_a_pipe_for_a_config_is_not_waited_for(folder):
+    write(folder, fields(), tensors(fields()))
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    assert "config.json: this is no file" in refusal(folder)
+
+
+def test_an_index_beyond_all_measure_is_refused_at_once(folder):
+    write(folder, fields(), tensors(fields()), shards=2)
+    (folder / "model.safetensors.index.json").write_bytes(b'{"weight_map": {"a": "' + b"x" * (17 << 20) + b'"}}')
+    assert "more than 16 MiB or 524288 entries of JSON" in refusal(folder)

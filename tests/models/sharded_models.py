@@ -1,8 +1,8 @@
 """A program for eight devices: a Qwen3 loaded over several meshes, one line of JSON for each. Run by test_sharding.py.
 
-A line is `{"name", "shards", "devices", "same", "error", "kernels"}`: the shape of a shard of the parameters of the first
-layer, the most devices that share one, whether all arrays are those of the whole model bit for bit, the relative error of
-the logits, and how many Hopper kernels there are in the program lowered for CUDA; or `{"name", "raised"}`.
+A line is `{"name", "shards", "devices", "same", "error", "kernels"}`: the shape of a shard of each parameter of the
+first layer, the most devices that share one, whether all arrays are those of the whole model bit for bit, the relative
+error of the logits, and how many Hopper kernels there are in the program lowered for CUDA; or `{"name", "raised"}`.
 """
 
 import json

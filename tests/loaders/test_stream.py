@@ -1,0 +1,208 @@
+"""Parameters that come a slab at a time are the parameters that come whole; and what can happen on the way."""
+
+import io
+import threading
+import time
+
+import checkpoints
+import jax
+import numpy as np
+import pytest
+from checkpoints import BF16, BLOCK, F8, fields, tensors, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import perparam
+from perparam import Policy
+from perparam.loaders import stream
+from perparam.loaders.placement import Placement
+from perparam.loaders.progress import Progress
+from perparam.policies.errors import InvalidCheckpoint, InvalidScale
+from perparam.policies.storage import plan_storage, run_steps
+from perparam.policies.trees import Found
+
+POLICIES = {
+    "kept": None,
+    "scales cast": {"params": {"scale_inv": "f32"}},
+    "dequantised": "bf16",
+    "dequantised to float32": "f32",
+    "requantised to other blocks": {"params": {"kernel": "f8_e4m3fn"}, "block": (24, 10)},
+    "requantised to another dtype": {"params": {"kernel": "f8_e5m2", "scale_inv": "f16"}},
+    "int8": {"params": {"kernel": "int8"}, "block": (7, 128)},
+    "quantised": {"params": {"embedding": "f8_e4m3fn", "default": "f32"}, "block": (5, 9)},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("small") / "checkpoint", fields(), tensors(fields()), shards=2)
+
+
+@pytest.fixture
+def small_slabs(monkeypatch):
+    monkeypatch.setattr(stream, "CONVERTED", 512)
+    monkeypatch.setattr(stream, "COPIED", 512)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_slabs_give_what_the_whole_tree_gives(folder, small_slabs, name):
+    policy = perparam.get_policy(POLICIES[name])
+    found = perparam.load_params(folder, policy)
+    whole = checkpoints.arrays(perparam.load_model(folder))
+    there = {path: Found(one.shape, one.dtype, BLOCK if one.dtype == F8 else None) for path, one in whole.items()}
+    wanted = run_steps(plan_storage(policy, there)[0], whole)
+    assert found.keys() == wanted.keys()
+    for path, array in wanted.items():
+        assert found[path].dtype == array.dtype, path
+        assert np.asarray(found[path]).tobytes() == np.asarray(array).tobytes(), path
+
+
+def test_parameters_without_a_model_are_the_models(folder):
+    params, arrays = perparam.load_params(folder, "fp8_weight_only"), perparam.load_model(folder, "fp8_weight_only")
+    arrays = checkpoints.arrays(arrays)
+    assert params.keys() == arrays.keys()
+    assert all(np.asarray(params[path]).tobytes() == np.asarray(arrays[path]).tobytes() for path in arrays)
+    assert all(isinstance(array, jax.Array) for array in params.values())
+
+
+class _Rows:
+    """A source in memory that notes what is asked of it."""
+
+    def __init__(self, array):
+        self.array, self.asked = array, []
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def read(self, start=0, stop=None, into=None):
+        self.asked.append((start, stop))
+        rows = self.array[start:stop].copy()
+        if into is None:
+            return rows
+        into[...] = rows
+        return into
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    found_block=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    block=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    slab=st.integers(1, 3000),
+    seed=st.integers(0, 9),
+)
+def test_any_shape_blocks_and_slabs(shape, found_block, block, slab, seed):
+    rng = np.random.default_rng(seed)
+    kernel, scales = checkpoints.narrow_pair(rng, shape, found_block)
+    found = {"a/kernel": Found(shape, F8, found_block), "a/scale_inv": Found(scales.shape, BF16)}
+    steps, _ = plan_storage(Policy({"kernel": "f8_e4m3fn"}, block=block), found)
+    wanted = run_steps(steps, {"a/kernel": kernel, "a/scale_inv": scales})
+    source, step = _Rows(kernel), steps["a/kernel"]
+    to = [Placement(wanted[path].shape, wanted[path].dtype) for path in ("a/kernel", "a/scale_inv")]
+    before, stream.CONVERTED = stream.CONVERTED, slab
+    try:
+        stream.run(stream.Job("a/kernel", step, source, _Rows(scales)), *to, lambda count: None)
+    finally:
+        stream.CONVERTED = before
+    for array, path in zip(to, ("a/kernel", "a/scale_inv"), strict=True):
+        assert np.asarray(array.array()).tobytes() == np.asarray(wanted[path]).tobytes()
+    starts, stops = zip(*source.asked, strict=True)
+    assert (*starts[1:], shape[0]) == stops  # each row once, in order
+
+
+def test_arrays_go_to_the_default_device_of_the_caller(folder):
+    device = jax.devices()[-1]
+    with jax.default_device(device):
+        params = perparam.load_params(folder)
+    assert all(array.devices() == {device} for array in params.values())
+
+
+# Bars.
+
+
+def test_a_bar_shows_bytes_and_rate_where_it_is_asked_for(folder, capsys):
+    perparam.load_model(folder, progress=True)
+    printed = capsys.readouterr().err
+    assert "loading checkpoint: 100%" in printed
+    assert "B/s]" in printed
+
+
+@pytest.mark.parametrize("progress", [None, False])
+def test_it_is_silent_elsewhere(folder, capsys, progress):
+    perparam.load_model(folder, progress=progress)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_it_shows_itself_on_a_terminal(folder, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    perparam.load_model(folder)
+    assert "loading checkpoint: 100%" in terminal.getvalue()
+    terminal.seek(0)
+    terminal.truncate()
+    perparam.load_model(folder, progress=False)
+    assert terminal.getvalue() == ""
+
+
+def test_no_stderr_at_all_is_fine(folder, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    perparam.load_params(folder)
+
+
+# What ends it.
+
+
+def test_an_interruption_ends_it_within_a_slab(folder, small_slabs, monkeypatch):
+    reads = []
+    convert = stream._converted
+
+    def slow(*arguments):
+        reads.append(threading.current_thread().name)
+        time.sleep(0.02)
+        return convert(*arguments)
+
+    def interrupt(self, count):
+        if len(reads) > 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "_converted", slow)
+    monkeypatch.setattr(Progress, "add", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        perparam.load_model(folder, "f32")
+    assert len(reads) < 12
+    assert all(name.startswith("perparam") for name in reads)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("perparam")]
+
+
+def test_an_error_in_the_middle_is_the_callers(tmp_path, small_slabs):
+    stored = tensors(fields())
+    stored["model.layers.1.mlp.up_proj.weight_scale_inv"][2, 1] = np.nan
+    folder = write(tmp_path / "checkpoint", fields(), stored)
+    with pytest.raises(InvalidScale, match=r"layers/1/mlp/up_proj/scale_inv: .* at block \(2, 1\)"):
+        perparam.load_model(folder)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("perparam")]
+
+
+def test_the_block_of_bad_weights_is_named_whatever_the_slabs(tmp_path, small_slabs):
+    config = fields(quantization_config=None)
+    stored = tensors(config)
+    stored["model.layers.1.mlp.up_proj.weight"][70, 30] = np.inf
+    folder = write(tmp_path / "checkpoint", config, stored)
+    with pytest.raises(InvalidScale, match=r"layers/1/mlp/up_proj/kernel: the weights .* at block \(4, 1\)"):
+        perparam.load_model(folder, {"params": {"**/*_proj/kernel": "f8_e4m3fn"}, "block": (16, 24)})
+
+
+def test_a_file_that_changes_its_length_meanwhile_is_refused(folder, tmp_path, monkeypatch):
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    run = stream.run
+
+    def grow(job, *rest):
+        if "layers/1" in job.path:
+            with open(job.kernel.file, "ab") as file:
+                file.write(b"\0")
+        return run(job, *rest)
+
+    monkeypatch.setattr("perparam.loaders.load.run", grow)
+    with pytest.raises(InvalidCheckpoint, match=r"it had \d+ bytes when it was opened and has \d+ now"):
+        perparam.load_model(copy)
