@@ -14,7 +14,7 @@ from ..policies.errors import InvalidCheckpoint, MissingFile, shown
 LARGEST = 16 << 20
 """Bytes; the index of a model of 100,000 tensors is 10 MB."""
 
-_MOST_ENTRIES = 1 << 19  # objects, lists and keys: what time and memory go into
+_MOST_ENTRIES = 1 << 18  # objects, lists and keys: what time and memory go into
 
 
 def read_json(path: str | os.PathLike[str]) -> Mapping[str, Any]:

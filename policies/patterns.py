@@ -16,6 +16,7 @@ from .errors import InvalidPolicy, shown
 _SPECIAL = re.compile(r"[?\[\]!()^$|\\,]")
 _BRACES = re.compile(r"\{([^{}/]*)\}")
 _LONGEST = 500  # characters
+_MOST_STARS = 16  # in a component
 _LIMIT = 64  # alternatives a pattern may have: a line of braces must not become a million patterns
 
 
@@ -54,6 +55,8 @@ class Pattern:
                         f"{text!r} has an empty component. Paths look like layers/0/mlp/up_proj/kernel, "
                         "without a leading, trailing or double '/'."
                     )
+                if component.count("*") > _MOST_STARS:
+                    raise InvalidPolicy(f"{text!r}: {component!r} has more than {_MOST_STARS} '*'.")
                 if "**" in component and component != "**":
                     raise InvalidPolicy(
                         f"{text!r}: '**' is a component of its own. Write 'a/**/b', or 'a*' for a part."
@@ -124,6 +127,8 @@ def _component_matches(pattern: str, component: str) -> bool:
 
 def _matches(pattern: tuple[str, ...], components: list[str]) -> bool:
     """Walks the path once and keeps the set of pattern positions reached, so that many `**` cost no more than one."""
+    if len(pattern) - pattern.count("**") > len(components):
+        return False
     if pattern[-1] != "**" and not _component_matches(pattern[-1], components[-1]):
         return False
 

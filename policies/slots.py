@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -64,10 +65,14 @@ class Rule:
         """The pattern as it is written in the map."""
         return self.pattern + "?" * self.optional
 
+    @functools.cached_property
+    def compiled(self) -> Pattern:
+        """The pattern, ready to match."""
+        return Pattern.of(self.pattern)
+
     def reaches(self, path: str) -> bool:
         """Whether the rule's pattern matches `path`; scales are reached only by a pattern that names them."""
-        pattern = Pattern.of(self.pattern)
-        return (not is_scale(path) or names_scales(pattern)) and pattern.matches(path)
+        return (not is_scale(path) or names_scales(self.compiled)) and self.compiled.matches(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +127,8 @@ def make_slot(
                 continue
             found = _rule_dtype(name, key, Pattern.of(pattern), dtype)
             rules.append(Rule(pattern, found, optional, sources.get(key)))
-    if sum(Pattern.of(rule.pattern).exact is None for rule in rules) > _MOST_PATTERNS:
-        raise InvalidPolicy(f"{name}: more than {_MOST_PATTERNS} rules with '*' or bare names. Name paths in full.")
+    if sum(len(rule.compiled.alternatives) for rule in rules if rule.compiled.exact is None) > _MOST_PATTERNS:
+        raise InvalidPolicy(f"{name}: more than {_MOST_PATTERNS} patterns, alternatives counted. Name paths in full.")
     return Slot(tuple(rules), default, default_source)
 
 

@@ -416,4 +416,4 @@ def test_a_pipe_for_a_config_is_not_waited_for(folder):
 def test_an_index_beyond_all_measure_is_refused_at_once(folder):
     write(folder, fields(), tensors(fields()), shards=2)
     (folder / "model.safetensors.index.json").write_bytes(b'{"weight_map": {"a": "' + b"x" * (17 << 20) + b'"}}')
-    assert "more than 16 MiB or 524288 entries of JSON" in refusal(folder)
+    assert "more than 16 MiB or 262144 entries of JSON" in refusal(folder)

@@ -355,3 +355,39 @@ def test_a_hostile_policy_is_refused_quickly(name):
     with pytest.raises(InvalidPolicy):
         Policy.loads(HOSTILE[name])
     assert time.monotonic() - start < SECONDS
+
+
+# What would cost much.
+
+COSTLY = {
+    "billion laughs": "block: [&a0 [x,x,x,x,x,x,x,x,x,x], "
+    + ", ".join(f"&a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9))
+    + "]",
+    "a deep list": "block: [" + "[" * 300 + "]" * 300 + ", 4]",
+    "a version that is no number": "%YAML 1." + "9" * 5000 + "\n---\n{}",
+    "no such character": 'a: "\\U00110000"',
+    "a character beyond all": 'a: "\\UFFFFFFFF"',
+    "an open map and spaces": "{" + " " * 50_000,
+    "a long list": "[" + "x," * 30_000 + "]",
+    "a million characters": "x" * 1_000_000,
+    "more patterns than a policy needs": "params:\n" + "".join(f'  "**/*{i}*/*": f32\n' for i in range(300)),
+    "python": "params: !!python/object/apply:os.system ['echo hello']",
+}
+
+
+@pytest.mark.parametrize("text", COSTLY)
+def test_what_would_cost_much_is_refused_at_once(text):
+    start = time.perf_counter()
+    with pytest.raises((InvalidPolicy, UnknownDtype)) as caught:
+        Policy.loads(COSTLY[text])
+    assert time.perf_counter() - start < 1
+    assert len(str(caught.value)) < 2000
+
+
+def test_rules_that_name_paths_in_full_may_be_many():
+    paths = [f"layers/{i}/mlp/up_proj/kernel" for i in range(1000)]
+    policy = Policy.loads("params:\n" + "".join(f"  {path}: bf16\n" for path in paths))
+    tree = {path: np.zeros((2, 2), np.float32) for path in paths}
+    start = time.perf_counter()
+    assert policy.explain(tree).total_bytes == 8000
+    assert time.perf_counter() - start < 1
