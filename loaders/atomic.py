@@ -38,19 +38,18 @@ def new_folder(folder: str | os.PathLike[str], ours: Callable[[str], bool]) -> I
             _make_parents(target.parent, stack)
             # In bytes: a name may have 255 of them.
             prefix = f".{os.fsdecode(os.fsencode(target.name)[:200])}.saving-"
-            _remove_leftovers(target.parent, prefix)
-            # Under a name that nobody takes for a leftover until it is locked.
-            begun = pathlib.Path(tempfile.mkdtemp(prefix=".perparam-", dir=target.parent))
-            stack.callback(shutil.rmtree, begun, ignore_errors=True)
-            begun.chmod(0o777 & ~_umask())
-            stack.callback(os.close, _locked(begun))
-            work = begun.rename(target.parent / f"{prefix}{begun.name[10:]}")
-            stack.callback(shutil.rmtree, work, ignore_errors=True)
+            with _lock_on(target.parent):  # so that nobody takes the new folder for a leftover before it is locked
+                _remove_leftovers(target, prefix)
+                work = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+                stack.callback(shutil.rmtree, work, ignore_errors=True)
+                stack.enter_context(_lock_on(work))
+            work.chmod(0o777 & ~_umask())
             yield work
             for path in [*work.iterdir(), work]:
                 _sync(path)
-            _refuse_foreign(target, ours)
-            _take_the_place(work, target)
+            with _lock_on(target.parent):
+                _refuse_foreign(target, ours)
+                _take_the_place(work, target)
             _sync(target.parent)
         except PerparamError:
             raise
@@ -113,29 +112,30 @@ def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
     return library.renameat2(here, names[0], here, names[1], swap) == 0
 
 
-def _remove_leftovers(parent: pathlib.Path, prefix: str) -> None:
-    """Removes what killed processes have left; a living one holds a lock on its folder."""
-    for path in parent.iterdir():
-        if path.name.startswith(prefix) and path.is_dir() and not path.is_symlink():
-            with contextlib.suppress(OSError):
-                lock = _locked(path)
+def _remove_leftovers(target: pathlib.Path, prefix: str) -> None:
+    """Removes what killed processes have left beside `target`; a living one holds a lock on its folder."""
+    replaced = prefix.replace(".saving-", ".replaced-")
+    for path in target.parent.iterdir():
+        # One that was moved away is all there is of it, unless the new one has come.
+        over = path.name.startswith(prefix) or (path.name.startswith(replaced) and target.exists())
+        if over and path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(BlockingIOError), _lock_on(path, wait=False):
                 shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
 
 
-def _locked(path: pathlib.Path) -> int:
-    """A descriptor that holds the lock on a folder.
+@contextlib.contextmanager
+def _lock_on(folder: pathlib.Path, wait: bool = True) -> Iterator[None]:
+    """A context in which no other process has the lock on a folder.
 
     Raises:
-      OSError: where another process holds it.
+      BlockingIOError: where another one has it, and this one is not to wait.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
         os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _sync(path: pathlib.Path) -> None:

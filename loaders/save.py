@@ -218,7 +218,9 @@ def _quantization(stored: Mapping[str, Found], names: Mapping[str, str]) -> Quan
             f"kernels in blocks of {blocks}: config.json names one. Save under a policy with a block."
         )
     plain = [name for path, name in names.items() if path.endswith("/kernel") and path in stored and path not in narrow]
-    return Quantization(blocks[0], tuple(name.removesuffix(".weight") for name in plain))
+    # A tied head is none of its own, but transformers makes it one that is quantised unless it is listed.
+    tied = () if "lm_head/kernel" in names else ("lm_head",)
+    return Quantization(blocks[0], (*tied, *(name.removesuffix(".weight") for name in plain)))
 
 
 def _carry_over(config: Qwen3Config, folder: pathlib.Path) -> None:

@@ -129,8 +129,9 @@ def _matches(pattern: tuple[str, ...], components: list[str]) -> bool:
     """Walks the path once and keeps the set of pattern positions reached, so that many `**` cost no more than one."""
     if len(pattern) - pattern.count("**") > len(components):
         return False
-    if pattern[-1] != "**" and not _component_matches(pattern[-1], components[-1]):
-        return False
+    for part, component in ((pattern[0], components[0]), (pattern[-1], components[-1])):
+        if part != "**" and not _component_matches(part, component):
+            return False
 
     def skip(positions: set[int]) -> set[int]:
         reached = set(positions)

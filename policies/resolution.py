@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import difflib
 from collections.abc import Iterable
@@ -41,16 +40,10 @@ def resolve(name: str, slot: Slot, paths: Iterable[str]) -> dict[str, Answer]:
       ShadowedRule: earlier rules take every path that a rule reaches.
     """
     paths = list(paths)
-    exact: dict[str, list[int]] = collections.defaultdict(list)
-    for i, rule in enumerate(slot.rules):
-        for path in rule.compiled.exact or ():
-            exact[path].append(i)
-    general = [i for i, rule in enumerate(slot.rules) if rule.compiled.exact is None]
     takers: dict[Rule, set[str]] = {rule: set() for rule in slot.rules}  # the rules that are first on what it reaches
     deciding, answers = set(), {}
     for path in paths:
-        places = [*exact.get(path, ()), *(i for i in general if slot.rules[i].reaches(path))]
-        reaching = [slot.rules[i] for i in sorted(places)]
+        reaching = slot.reaching(path)
         for rule in reaching:
             takers[rule].add(reaching[0].key)
         if reaching:

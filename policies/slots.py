@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -30,6 +31,7 @@ def is_scale(path: str) -> bool:
     return name == "scale_inv" or name.endswith("_scale_inv")
 
 
+@functools.lru_cache(4096)
 def names_scales(pattern: Pattern) -> bool:
     """Whether a pattern speaks of scales: `scale_inv`, `**/*scale_inv`, `embed_tokens/embedding_scale_inv`."""
     return any(name.endswith("scale_inv") for name in pattern.names)
@@ -86,9 +88,27 @@ class Slot:
     default: np.dtype | None = None
     default_source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
+    @functools.cached_property
+    def _places(self) -> tuple[dict[str, list[int]], list[int]]:
+        """Places in `rules`: of those that name a path in full, by path, and of all others."""
+        exact: dict[str, list[int]] = collections.defaultdict(list)
+        others = []
+        for i, rule in enumerate(self.rules):
+            if rule.compiled.exact is None:
+                others.append(i)
+            for path in rule.compiled.exact or ():
+                exact[path].append(i)
+        return dict(exact), others
+
+    def reaching(self, path: str) -> list[Rule]:
+        """The rules that reach `path`, in their order."""
+        exact, others = self._places
+        places = [*exact.get(path, ()), *(i for i in others if self.rules[i].reaches(path))]
+        return [self.rules[i] for i in sorted(places)]
+
     def rule(self, path: str) -> Rule | None:
         """The first rule that reaches `path`."""
-        return next((rule for rule in self.rules if rule.reaches(path)), None)
+        return next(iter(self.reaching(path)), None)
 
     def dtype(self, path: str) -> np.dtype | None:
         """What the slot says of the parameter at `path`; None leaves it alone."""
