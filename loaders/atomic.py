@@ -119,21 +119,29 @@ def _remove_leftovers(target: pathlib.Path, prefix: str) -> None:
         # One that was moved away is all there is of it, unless the new one has come.
         over = path.name.startswith(prefix) or (path.name.startswith(replaced) and target.exists())
         if over and path.is_dir() and not path.is_symlink():
-            with contextlib.suppress(BlockingIOError), _lock_on(path, wait=False):
-                shutil.rmtree(path, ignore_errors=True)
+            # Gone meanwhile, another user's, or in use.
+            with contextlib.suppress(OSError), _lock_on(path, wait=False) as locked:
+                if locked:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _lock_on(folder: pathlib.Path, wait: bool = True) -> Iterator[None]:
-    """A context in which no other process has the lock on a folder.
+def _lock_on(folder: pathlib.Path, wait: bool = True) -> Iterator[bool]:
+    """A context in which no other process has the lock on a folder; False where its file system has no locks.
 
     Raises:
       BlockingIOError: where another one has it, and this one is not to wait.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+        locked = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:  # NFS, or Lustre as it is often mounted
+            locked = False
+        yield locked
     finally:
         os.close(descriptor)
 

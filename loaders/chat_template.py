@@ -22,8 +22,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from ..policies.errors import InvalidCheckpoint, PerparamError, shown
-from .tokenizer import InvalidText
+from ..policies.errors import InvalidCheckpoint, InvalidText, PerparamError, shown
 
 _LONGEST_PROMPT = 1 << 26  # characters: 16 million tokens or more, hundreds of times what a model attends to
 _DEEPEST = 100  # levels of lists and mappings in a message; a JSON schema has ten
@@ -102,7 +101,7 @@ class ChatTemplate:
                 parts.append(part)
                 length += len(part)
                 if length > _LONGEST_PROMPT:
-                    raise OverflowError(f"it writes more than {_LONGEST_PROMPT >> 20} Mi characters")
+                    raise OverflowError(f"it writes more than {_LONGEST_PROMPT} characters")
         except Exception as error:  # whatever an expression of nobody knows who raises
             lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if _is_template(frame)]
             where = f"{self.name}: chat template, line {lines[-1]}" if lines else f"{self.name}: chat template"

@@ -18,13 +18,14 @@ _NAME = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?", re.ASCII)
 
 
 def local_folder(
-    path: str | os.PathLike[str], revision: str | None = None, *, progress: bool | None = None
+    path: str | os.PathLike[str], revision: str | None = None, *, progress: bool | None = None, weights: bool = True
 ) -> pathlib.Path:
     """`path` where it is a folder; else the folder in huggingface_hub's cache that holds the model of that name.
 
     path      a folder; or a name on the hub, "owner/name", whose config, tokenizer and safetensors the cache will have
     revision  a branch, tag or commit of a name on the hub; None is its main branch
     progress  whether huggingface_hub shows its progress bars; None means where stderr is a terminal
+    weights   False: a name's config and tokenizer are enough
 
     Raises:
       MissingFile: where it is neither, and where the hub does not give what the cache lacks: there is no such model or
@@ -52,10 +53,10 @@ def local_folder(
         if not (shown or utils.are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None):
             utils.disable_progress_bars()
             afterwards.callback(utils.enable_progress_bars)
-        return _snapshot(given, revision)
+        return _snapshot(given, revision, weights)
 
 
-def _snapshot(repo: str, revision: str | None) -> pathlib.Path:
+def _snapshot(repo: str, revision: str | None, weights: bool) -> pathlib.Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     # snapshot_download falls back on what the cache has, be it a part, without a word: whether the hub answers is asked
@@ -73,7 +74,8 @@ def _snapshot(repo: str, revision: str | None) -> pathlib.Path:
         found = snapshot_download(repo, revision=revision, allow_patterns=_SMALL, local_files_only=offline)
         folder = pathlib.Path(found)
         whole = (folder / WHOLE).is_file() or not (folder / INDEX).is_file()
-        files = [CONFIG, *([WHOLE] if whole else sorted(set(weight_map(folder / INDEX).values())))]
+        shards = [WHOLE] if whole else sorted(set(weight_map(folder / INDEX).values()))
+        files = [CONFIG, *shards] if weights else [TOKENIZER[0]]
         if not offline:
             if absent := [file for file in files if file not in listed]:
                 raise MissingFile(

@@ -285,7 +285,8 @@ class _Rows:
         shards = {box_of(shard.index, self.shape): shard.data for shard in self.array.addressable_shards}
         start, stop, _ = slice(start, stop).indices(self.shape[0])
         if len(shards) == 1:
-            return _on_host(*shards.values(), start, stop)
+            (data,) = shards.values()
+            return _on_host(data, start, stop)
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
         for ((first, last), *rest), data in shards.items():
             low, high = max(start, first), min(stop, last)

@@ -1,7 +1,7 @@
 """Text in, text out: a checkpoint's `tokenizer.json` over Hugging Face tokenizers, and its chat template.
 
-With jinja2 that is 15 MB installed and runs no code of a checkpoint's; transformers needs the same two for the same
-work, and 126 MB besides.
+With jinja2 that is 12 MB installed, and nothing of a checkpoint is run as Python. transformers does it with the same
+two packages, adds 58 MB with what it requires (5.23, bytecode not counted), and can import code from checkpoints.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..policies.errors import InvalidCheckpoint, InvalidTokens, PerparamError, named, shown
+from ..policies.errors import InvalidCheckpoint, InvalidText, InvalidTokens, named, shown
 from .hub import local_folder
 from .tokenizer_files import Files, read_files
 
@@ -24,10 +24,6 @@ if TYPE_CHECKING:  # imported where it is used: jinja2 takes a twentieth of a se
 _THINK, _THOUGHT = "<think>", "</think>"
 
 
-class InvalidText(PerparamError, ValueError):
-    """Text or messages that a tokenizer or its chat template cannot take."""
-
-
 def load_tokenizer(path: str | os.PathLike[str], revision: str | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
@@ -36,9 +32,10 @@ def load_tokenizer(path: str | os.PathLike[str], revision: str | None = None) ->
 
     Raises:
       MissingFile: where there is no such folder or name, or no tokenizer.json there.
-      InvalidCheckpoint: for files that cannot be read, disagree, or are not of a byte-level tokenizer.
+      InvalidCheckpoint: for files that cannot be read, or disagree.
+      UnsupportedConfig: for a tokenizer that is not a byte-level one.
     """
-    return Tokenizer(read_files(local_folder(path, revision)))
+    return Tokenizer(read_files(local_folder(path, revision, weights=False)))
 
 
 class Tokenizer:

@@ -35,6 +35,7 @@ LARGEST_TEMPLATE = 1 << 20
 """Bytes; published ones have up to 30,000."""
 
 _ROLES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +187,11 @@ def _declared(
         }
     try:
         found = [
-            (int(number), AddedToken(**{name: value for name, value in entry.items() if name != "__type"}))
+            (int(number), AddedToken(entry["content"], **{flag: entry[flag] for flag in _FLAGS if flag in entry}))
             for number, entry in given.items()
         ]
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
-        raise InvalidCheckpoint(f"{path}: added tokens: not readable: {error}. Fetch the file again.") from error
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InvalidCheckpoint(f"{path}: added tokens: not readable: {error!r}. Fetch the file again.") from error
     return path, sorted(found, key=lambda one: one[0])
 
 

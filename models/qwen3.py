@@ -220,5 +220,21 @@ def assemble(
 ) -> Qwen3:
     """The model whose parameters, by path, are `parameters`, stored as `specs` says and computed as `policy` says."""
     scope = Scope(policy, policy.activations, stored=specs)
-    shapes = nnx.eval_shape(lambda: Qwen3(config, policy=scope, linear=linear, rngs=nnx.Rngs(0)))
-    return fill(shapes, parameters)
+    key = jax.random.key(0)
+
+    def shape() -> Qwen3:
+        # nnx.Rngs counts its keys in traced variables, which costs time by the square of the number of layers.
+        rngs: Any = _OneKey(key) if linear is Linear else nnx.Rngs(0)
+        return Qwen3(config, policy=scope, linear=linear, rngs=rngs)
+
+    return fill(nnx.eval_shape(shape), parameters)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OneKey:
+    """In place of `nnx.Rngs` where nothing is drawn."""
+
+    key: jax.Array
+
+    def params(self) -> jax.Array:
+        return self.key

@@ -101,3 +101,11 @@ class SaveFailed(PerparamError, OSError):
 
 class InvalidSize(PerparamError, ValueError):
     """What is no number of bytes."""
+
+
+class InvalidSampling(PerparamError, ValueError):
+    """A way of drawing tokens that is none: a value outside its range."""
+
+
+class InvalidText(PerparamError, ValueError):
+    """Text or messages of a chat that cannot be made into tokens."""

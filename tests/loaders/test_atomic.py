@@ -227,6 +227,36 @@ def test_the_folder_of_another_thread_is_not_removed(tmp_path):
     assert not leftovers(target)
 
 
+@pytest.mark.parametrize("error", [errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, error):
+    """NFS locks only what is open for writing, which no folder is; others lock nothing."""
+
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".target.saving-perhaps-living").mkdir()
+    fill(tmp_path / "target", "first")
+    fill(tmp_path / "target", "second")
+    assert set(texts(tmp_path / "target").values()) == {"second"}
+    assert leftovers(tmp_path / "target") == [".target.saving-perhaps-living"]
+
+
+def test_a_leftover_that_cannot_be_opened_is_no_fault(tmp_path, monkeypatch):
+    """Another user's, or one that is removed at this moment."""
+    leftover, opened = tmp_path / ".target.saving-theirs", os.open
+    leftover.mkdir()
+
+    def refuse(path, *more, **others):
+        if pathlib.Path(path) == leftover:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *more, **others)
+
+    monkeypatch.setattr(os, "open", refuse)
+    fill(tmp_path / "target", "first")
+    assert set(texts(tmp_path / "target").values()) == {"first"}
+
+
 def test_no_descriptor_is_left_open(tmp_path):
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("no /proc")

@@ -1,0 +1,93 @@
+"""A tokenizer as Qwen3's is, byte-level with the same splitting and the same special tokens, but of some 400 tokens."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+TEMPLATE = Path(__file__).parent / "golden" / "chat" / "chat_template.jinja"
+
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Words with what stands before them, single digits, punctuation, blanks."""
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+NOT_SPECIAL = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+"""Added tokens that decoding keeps, as Qwen3 has it."""
+
+WORDS = (
+    "the and user system assistant name arguments city weather function string type description what is it there "
+    "hello world answer question think 中 你好 é"
+).split()
+
+
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens by text, and merges: all bytes, and what leads up to each word with and without a blank before it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {character: index for index, character in enumerate(alphabet)}
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    merges = []
+    for word in (blank + word for word in WORDS for blank in ("", " ")):
+        ((text, _),) = byte_level.pre_tokenize_str(word)
+        for end in range(2, len(text) + 1):
+            if text[:end] not in tokens:
+                tokens[text[:end]] = len(tokens)
+                merges.append((text[: end - 1], text[end - 1]))
+    return tokens, merges
+
+
+def small_tokenizer() -> tokenizers.Tokenizer:
+    tokens, merges = vocabulary()
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=tokens, merges=merges))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in NOT_SPECIAL])
+    return tokenizer
+
+
+def write_tokenizer(folder: Path, template: str | None = None) -> tokenizers.Tokenizer:
+    """The tokenizer, whose files are written into `folder` as the ones of Qwen3 are; generation_config.json too.
+
+    template  the chat template; by default the one in `golden/chat`
+    """
+    tokenizer = small_tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
+    config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(number): {field: getattr(token, field) for field in fields}
+            for number, token in tokenizer.get_added_tokens_decoder().items()
+        },
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "bos_token": None,
+        "chat_template": TEMPLATE.read_text(encoding="utf-8") if template is None else template,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "generation_config.json", {"eos_token_id": [end, pad], "pad_token_id": pad})
+    return tokenizer
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
