@@ -12,7 +12,7 @@ from ..models.qwen3 import Qwen3, assemble
 from ..models.sharding import shardings
 from ..policies.blocks import grid_shape
 from ..policies.plan import explain
-from ..policies.policy import ParamSpec
+from ..policies.policy import ParamSpec, Policy
 from ..policies.presets import get_policy
 from ..policies.slots import scale_path
 from ..policies.storage import Step, plan_storage
@@ -55,9 +55,9 @@ def load_model(
       InvalidScale: scales that are not positive finite numbers.
     """
     policy, checkpoint = get_policy(policy), open_checkpoint(local_folder(path, revision, progress=progress))
-    steps, parameters = _load(checkpoint, policy, sharding, progress)
+    steps = _steps(checkpoint, policy)
     specs = {where: ParamSpec(step.storage, step.scale, block=step.block) for where, step in steps.items()}
-    return assemble(checkpoint.config, policy, specs, parameters)
+    return assemble(checkpoint.config, policy, specs, _load(checkpoint, steps, sharding, progress))
 
 
 def load_params(
@@ -73,15 +73,19 @@ def load_params(
     Arguments and errors are those of `load_model`; a pair has its kernel and, beside it, its `scale_inv`.
     """
     checkpoint = open_checkpoint(local_folder(path, revision, progress=progress))
-    return _load(checkpoint, get_policy(policy), sharding, progress)[1]
+    return _load(checkpoint, _steps(checkpoint, get_policy(policy)), sharding, progress)
+
+
+def _steps(checkpoint: Checkpoint, policy: Policy) -> dict[str, Step]:
+    """What storage does with every parameter."""
+    explain(policy, checkpoint.tree, checkpoint.config.dtype)  # strict in all slots
+    return plan_storage(policy, checkpoint.found)[0]
 
 
 def _load(
-    checkpoint: Checkpoint, policy: Any, layout: Any, progress: bool | None
-) -> tuple[dict[str, Step], dict[str, jax.Array]]:
-    """What storage does with every parameter, and all arrays in the order of the checkpoint's tree."""
-    explain(policy, checkpoint.tree, checkpoint.config.dtype)  # strict in all slots
-    steps, _ = plan_storage(policy, checkpoint.found)
+    checkpoint: Checkpoint, steps: Mapping[str, Step], layout: Any, progress: bool | None
+) -> dict[str, jax.Array]:
+    """All arrays in the order of the checkpoint's tree."""
     stored = stored_parameters(checkpoint.found, steps)
     where = shardings(layout, checkpoint.config, stored)
     loaded: dict[str, jax.Array] = {}
@@ -99,7 +103,7 @@ def _load(
     with Progress(f"loading {checkpoint.folder.name}", sum(job.bytes for job in jobs), progress) as bar:
         for _, placements in in_turn(jobs, work, bar):
             loaded |= {path: placement.array() for path, placement in placements.items()}
-    return steps, {path: loaded[path] for path in stored}
+    return {path: loaded[path] for path in stored}
 
 
 def jobs_of(checkpoint: Checkpoint, steps: Mapping[str, Step]) -> list[Job]:

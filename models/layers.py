@@ -6,6 +6,7 @@ operands of a matmul are contiguous along the axis that is summed, which FP8 ten
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
-from ..policies.blocks import quantize
+from ..policies.blocks import grid_shape, quantize
 from ..policies.dtypes import is_narrow, saturating_cast
 from ..policies.matmul import scaled_matmul, scaled_matmuls
 from ..policies.policy import Policy, Scope
@@ -29,22 +30,45 @@ def scope_of(policy: Policy | Scope | Any) -> Scope:
     return policy if isinstance(policy, Scope) else get_policy(policy).at()
 
 
-def stored(value: jax.Array, scope: Scope, name: str) -> tuple[nnx.Variable, Narrow | None]:
-    """The variables of a parameter of the module in `scope` that was drawn in float32: itself and its scales.
+def stored(
+    shape: tuple[int, ...], draw: Initializer, rngs: nnx.Rngs | None, scope: Scope, name: str
+) -> tuple[nnx.Variable, Narrow | None]:
+    """The variables of a parameter of the module in `scope`, drawn in float32: itself and its scales.
+
+    Without `rngs` they hold shapes and dtypes alone, to be filled.
 
     Raises:
       InvalidPolicy: a narrow dtype for a parameter of fewer than two dimensions.
     """
     spec = scope.spec(name)
-    if spec.storage is None or not is_narrow(spec.storage):
-        return nnx.Param(saturating_cast(value, spec.storage or value.dtype)), None
-    if value.ndim < 2:
+    storage, block = spec.storage or np.dtype(np.float32), spec.block or DEFAULT_BLOCK
+    narrow = is_narrow(storage)
+    if narrow and len(shape) < 2:
         path = "/".join((*scope.prefix, name))
         rule = scope.policy.params.rule(path)
-        raise too_flat(rule.source if rule else None, rule.key if rule else name, spec.storage, path, value.shape)
-    block = spec.block or DEFAULT_BLOCK
-    kernel, scale_inv = quantize(value, spec.storage, block, scale_dtype=spec.scale or jnp.float32)
+        raise too_flat(rule.source if rule else None, rule.key if rule else name, storage, path, shape)
+    if rngs is None:
+        value = jax.ShapeDtypeStruct(shape, storage)
+        if not narrow:
+            return nnx.Param(value), None
+        scales = jax.ShapeDtypeStruct(grid_shape(shape, block), spec.scale or np.float32)
+        return Narrow(value, block=block), Narrow(scales, block=block)
+    drawn = draw(rngs, shape)
+    if not narrow:
+        return nnx.Param(saturating_cast(drawn, storage)), None
+    kernel, scale_inv = quantize(drawn, storage, block, scale_dtype=spec.scale or jnp.float32)
     return Narrow(kernel, block=block), Narrow(scale_inv, block=block)
+
+
+Initializer = Callable[[nnx.Rngs, tuple[int, ...]], jax.Array]
+
+
+def _random(initializer: Callable[..., jax.Array]) -> Initializer:
+    return lambda rngs, shape: initializer(rngs.params(), shape, jnp.float32)
+
+
+def _constant(value: float) -> Initializer:
+    return lambda rngs, shape: jnp.full(shape, value, jnp.float32)
 
 
 class Linear(nnx.Module):
@@ -66,16 +90,15 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = False,
         policy: Policy | Scope | Any = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         scope = scope_of(policy)
         self.activations = scope.activations
         self.compute = scope.spec("kernel").compute
-        draw = initializers.lecun_normal(in_axis=-1, out_axis=-2)
-        kernel = draw(rngs.params(), (out_features, in_features), jnp.float32)
-        self.kernel, scale_inv = stored(kernel, scope, "kernel")
+        draw = _random(initializers.lecun_normal(in_axis=-1, out_axis=-2))
+        self.kernel, scale_inv = stored((out_features, in_features), draw, rngs, scope, "kernel")
         self.scale_inv = nnx.data(scale_inv)
-        bias = stored(jnp.zeros(out_features, jnp.float32), scope, "bias")[0] if use_bias else None
+        bias = stored((out_features,), _constant(0), rngs, scope, "bias")[0] if use_bias else None
         self.bias = nnx.data(bias)
         self.bias_compute = scope.spec("bias").compute if use_bias else None
 
@@ -124,12 +147,12 @@ class Embedding(nnx.Module):
     embedding_scale_inv  (ceil(vocabulary/bo), ceil(features/bi)), None where the table is not narrow
     """
 
-    def __init__(self, vocabulary: int, features: int, *, policy: Policy | Scope | Any = None, rngs: nnx.Rngs):
+    def __init__(self, vocabulary: int, features: int, *, policy: Policy | Scope | Any = None, rngs: nnx.Rngs | None):
         scope = scope_of(policy)
         self.activations = scope.activations
         self.compute = scope.spec("embedding").compute
-        table = initializers.normal(0.02)(rngs.params(), (vocabulary, features), jnp.float32)
-        self.embedding, scale_inv = stored(table, scope, "embedding")
+        draw = _random(initializers.normal(0.02))
+        self.embedding, scale_inv = stored((vocabulary, features), draw, rngs, scope, "embedding")
         self.embedding_scale_inv = nnx.data(scale_inv)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -171,11 +194,11 @@ class RMSNorm(nnx.Module):
     rounded to it before the product.
     """
 
-    def __init__(self, features: int, *, eps: float, policy: Policy | Scope | Any = None, rngs: nnx.Rngs):
+    def __init__(self, features: int, *, eps: float, policy: Policy | Scope | Any = None, rngs: nnx.Rngs | None):
         scope = scope_of(policy)
         self.activations, self.eps = scope.activations, eps
         self.compute = scope.spec("scale").compute
-        self.scale, _ = stored(jnp.ones(features, jnp.float32), scope, "scale")
+        self.scale, _ = stored((features,), _constant(1), rngs, scope, "scale")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., features) to the same, in the activations' dtype."""

@@ -30,7 +30,7 @@ LinearFactory = Callable[..., nnx.Module]
 class Attention(nnx.Module):
     """Grouped-query attention with normalised queries and keys."""
 
-    def __init__(self, config: Qwen3Config, layer: int, *, policy: Scope, linear: LinearFactory, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, layer: int, *, policy: Scope, linear: LinearFactory, rngs: nnx.Rngs | None):
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: Qwen3Config, *, policy: Scope, linear: LinearFactory, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, *, policy: Scope, linear: LinearFactory, rngs: nnx.Rngs | None):
         wide, narrow = config.intermediate_size, config.hidden_size
         self.gate_proj = linear(narrow, wide, use_bias=False, policy=policy.at("gate_proj"), rngs=rngs)
         self.up_proj = linear(narrow, wide, use_bias=False, policy=policy.at("up_proj"), rngs=rngs)
@@ -83,7 +83,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention, then the MLP, each on normalised input and added to the stream."""
 
-    def __init__(self, config: Qwen3Config, layer: int, *, policy: Scope, linear: LinearFactory, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, layer: int, *, policy: Scope, linear: LinearFactory, rngs: nnx.Rngs | None):
         def norm(name: str) -> RMSNorm:
             return RMSNorm(config.hidden_size, eps=config.rms_norm_eps, policy=policy.at(name), rngs=rngs)
 
@@ -117,6 +117,7 @@ class Qwen3(nnx.Module):
     policy  anything `get_policy` takes; None stores parameters in float32 and computes in the config's dtype
     linear  the class of all projections and of an untied head, for LoRA and the like: called as
             `linear(in_features, out_features, use_bias=…, policy=…, rngs=…)`
+    rngs    None: parameters are shapes, to be filled
 
     Raises:
       UnmatchedRule, ShadowedRule: a rule of the policy that decides none of the model's parameters.
@@ -128,7 +129,7 @@ class Qwen3(nnx.Module):
         *,
         policy: Policy | Scope | Any = None,
         linear: LinearFactory = Linear,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         scope = scope_of(policy)
         activations = scope.activations or config.dtype or np.dtype(np.float32)
@@ -220,21 +221,8 @@ def assemble(
 ) -> Qwen3:
     """The model whose parameters, by path, are `parameters`, stored as `specs` says and computed as `policy` says."""
     scope = Scope(policy, policy.activations, stored=specs)
-    key = jax.random.key(0)
-
-    def shape() -> Qwen3:
-        # nnx.Rngs counts its keys in traced variables, which costs time by the square of the number of layers.
-        rngs: Any = _OneKey(key) if linear is Linear else nnx.Rngs(0)
-        return Qwen3(config, policy=scope, linear=linear, rngs=rngs)
-
-    return fill(nnx.eval_shape(shape), parameters)
-
-
-@dataclasses.dataclass(frozen=True)
-class _OneKey:
-    """In place of `nnx.Rngs` where nothing is drawn."""
-
-    key: jax.Array
-
-    def params(self) -> jax.Array:
-        return self.key
+    if linear is Linear:
+        shapes = Qwen3(config, policy=scope, rngs=None)
+    else:
+        shapes = nnx.eval_shape(lambda: Qwen3(config, policy=scope, linear=linear, rngs=nnx.Rngs(0)))
+    return fill(shapes, parameters)
