@@ -297,7 +297,7 @@ def report(rounds: list[dict[str, dict[str, Any]]], sizes: dict[str, int], most:
     content = timing.machine() | {"rounds": len(rounds), "bytes of checkpoints": sizes}
     content |= {"largest parameter": most, "promised beyond the model": promise, "results": results}
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"load-{timing.slug(content['device'])}.json"
+    path = out / f"load-{sizes['fp8'] / 1e9:.0f}GB-{timing.slug(content['device'])}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path}")
 
