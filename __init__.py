@@ -2,8 +2,19 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .loaders import audit, checkpoint_tree, infer_policy, load_model, load_params, save_model
-from .models import Qwen3, Qwen3Config, generate
+from .loaders import (
+    audit,
+    checkpoint_tree,
+    compare,
+    complete,
+    infer_policy,
+    load_model,
+    load_params,
+    load_tokenizer,
+    save_model,
+    stream,
+)
+from .models import Qwen3, Qwen3Config, Sampling, generate, prefill
 from .policies import (
     PerparamError,
     Policy,
@@ -28,10 +39,13 @@ __all__ = [
     "Policy",
     "Qwen3",
     "Qwen3Config",
+    "Sampling",
     "__version__",
     "apply",
     "audit",
     "checkpoint_tree",
+    "compare",
+    "complete",
     "dequantize",
     "generate",
     "get_policy",
@@ -40,9 +54,12 @@ __all__ = [
     "join_trainable",
     "load_model",
     "load_params",
+    "load_tokenizer",
+    "prefill",
     "quantize",
     "refuse_narrow",
     "save_model",
     "scaled_matmul",
     "split_trainable",
+    "stream",
 ]

@@ -1,8 +1,9 @@
-"""The command line: `perparam plan | generate | audit | convert | demo`."""
+"""The command line: `perparam plan | chat | generate | compare | audit | convert | demo`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import os
 import pathlib
@@ -14,11 +15,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from . import __version__, audit, checkpoint_tree, generate, get_policy, load_model
-from .loaders import Checkpoint, convert_checkpoint, open_checkpoint
+from . import (
+    Qwen3,
+    Sampling,
+    __version__,
+    audit,
+    checkpoint_tree,
+    compare,
+    generate,
+    get_policy,
+    load_model,
+    load_tokenizer,
+    stream,
+)
+from .loaders import Checkpoint, convert_checkpoint, open_checkpoint, sampling_defaults
+from .loaders.compare import TEXT
 from .loaders.save import shard_sizes
 from .policies import PerparamError
 from .policies.plan import explain, human_bytes
+from .terminal import Chat, Stopwatch
 
 _POLICY = "a YAML file, a preset (f32, bf16, fp8_weight_only, fp8_dynamic), a dtype, or params=…,compute=…,output=…"
 
@@ -34,15 +49,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.set_defaults(run=run)
         if name != "demo":
             sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder with config.json and model.safetensors")
-            sub.add_argument("--policy", metavar="POLICY", help=_POLICY)
+            several = name == "compare"
+            how = "append" if several else "store"
+            sub.add_argument("--policy", metavar="POLICY", help=_POLICY, action=how, required=several)
+        if name in ("chat", "generate"):
+            for option, kind in (("temperature", float), ("top-p", float), ("min-p", float), ("top-k", int)):
+                sub.add_argument(f"--{option}", type=kind, metavar="X", help="default: generation_config.json's")
+            sub.add_argument("--repetition-penalty", type=float, metavar="X", help="likewise")
+            sub.add_argument("--seed", type=int, default=0, metavar="N")
         return sub
 
     plan = command("plan", _plan, "Print what each parameter resolves to; headers are read, weights are not.")
     plan.add_argument("--json", action="store_true", help="one row a line, made to be diffed")
     plan.add_argument("--target", metavar="TARGET", help="add what multiplies on: here, cpu, cuda, cuda:9.0 (H200), …")
-    tokens = command("generate", _generate, "Continue token ids, greedily; print the new ids.")
-    tokens.add_argument("--tokens", required=True, metavar="1,2,3", type=_ids, help="the prompt")
+    chat = command("chat", _chat, "Talk to a model: answers as they come, /reset, /policy FILE, Ctrl-C ends an answer.")
+    chat.add_argument("--system", metavar="TEXT", help="a system message")
+    chat.add_argument("--no-thinking", action="store_true", help="ask the chat template for an answer without thinking")
+    chat.add_argument("--max-new-tokens", type=int, default=2048, metavar="N")
+    tokens = command("generate", _generate, "Continue a prompt: text, or token ids.")
+    prompt = tokens.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    prompt.add_argument("--file", metavar="FILE", help="a file with the prompt; -: what comes in")
+    prompt.add_argument("--tokens", metavar="1,2,3", type=_ids, help="the prompt in ids; new ids are printed")
     tokens.add_argument("--max-new-tokens", type=int, default=20, metavar="N")
+    tokens.add_argument("--stop", action="append", default=[], metavar="TEXT", help="what ends the answer; repeatable")
+    compared = command("compare", _compare, "Print what policies cost and buy, beside the first one.")
+    compared.add_argument("--text", metavar="FILE", help="the text to read; default: a page of Darwin")
+    compared.add_argument("--tokens", metavar="1,2,3", type=_ids, help="token ids in place of a text")
+    compared.add_argument("--plot", metavar="FILE.png", help="a picture of the table as well; needs matplotlib")
     costs = command("audit", _audit, "Print what a policy costs in accuracy, beside float32.")
     costs.add_argument("--tokens", metavar="1,2,3", type=_ids, help="what to compare on; default: 64 random ids")
     convert = command("convert", _convert, "Save a checkpoint under a policy, for transformers, vLLM and perparam.")
@@ -112,10 +146,73 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"{folder}: {human_bytes(plan.total_bytes)} from {human_bytes(plan.total_bytes_before)} in {took:.1f} s")
 
 
+def _sampling(arguments: argparse.Namespace, model: Qwen3) -> Sampling:
+    """The checkpoint's own way of sampling, with what the command line changes."""
+    source = model.config.source
+    names = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")
+    changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    found = Sampling(temperature=0.0) if source is None else sampling_defaults(source.parent)
+    if found.temperature == 0 and changes and "temperature" not in changes:
+        changes["temperature"] = 1.0
+    return dataclasses.replace(found, **changes)
+
+
 def _generate(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.checkpoint, arguments.policy)
-    tokens = generate(model, [arguments.tokens], max_new_tokens=arguments.max_new_tokens)
-    print(",".join(map(str, np.asarray(tokens)[0])))
+    sampling, watch = _sampling(arguments, model), Stopwatch()
+    if arguments.tokens is not None:
+        tokens = generate(
+            model, [arguments.tokens], max_new_tokens=arguments.max_new_tokens, sampling=sampling, seed=arguments.seed
+        )
+        print(",".join(map(str, np.asarray(tokens)[0])))
+        return
+    text = arguments.prompt
+    if arguments.file is not None:
+        text = sys.stdin.read() if arguments.file == "-" else pathlib.Path(arguments.file).read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(_folder(model))
+    pieces = stream(
+        model, tokenizer, text, arguments.max_new_tokens, stop=arguments.stop, sampling=sampling, seed=arguments.seed
+    )
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            print(f"\n{watch.summary(len(end.value.tokens))}", file=sys.stderr)
+            return
+        watch.piece()
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    model = load_model(arguments.checkpoint, arguments.policy)
+    Chat(
+        model,
+        load_tokenizer(_folder(model)),
+        system=arguments.system,
+        enable_thinking=False if arguments.no_thinking else None,
+        sampling=_sampling(arguments, model),
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+    ).run()
+
+
+def _folder(model: Qwen3) -> pathlib.Path:
+    """Where a model was loaded from."""
+    assert model.config.source is not None
+    return model.config.source.parent
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    tokens = arguments.tokens
+    if tokens is None:
+        text = TEXT if arguments.text is None else pathlib.Path(arguments.text).read_text(encoding="utf-8")
+        tokens = load_tokenizer(arguments.checkpoint).encode(text)
+    found = compare(arguments.checkpoint, arguments.policy, tokens)
+    print(found)
+    if arguments.plot is not None:
+        found.plot(arguments.plot)
+        print(f"plotted: {arguments.plot}")
 
 
 def _audit(arguments: argparse.Namespace) -> None:
@@ -158,8 +255,8 @@ def _demo_in(folder: pathlib.Path) -> None:
         f"top-1 agrees on {agreement:.0%} of tokens."
     )
     print(
-        "\nKeep the files with `perparam demo --folder DIR`, then try `perparam plan DIR` "
-        "and `perparam audit DIR --policy bf16`."
+        "\nKeep the files with `perparam demo --folder DIR`, then try `perparam plan DIR`, `perparam chat DIR` "
+        "and `perparam compare DIR --policy f32 --policy bf16`."
     )
 
 

@@ -1,4 +1,4 @@
-"""Makes small FP8 Qwen3 checkpoints in Hugging Face layout, with random weights; numpy and ml_dtypes only.
+"""Makes small FP8 Qwen3 checkpoints in Hugging Face layout, with random weights: numpy, ml_dtypes and tokenizers only.
 
     python -m perparam.examples.make_checkpoint FOLDER [demo | tiny]
 
@@ -17,6 +17,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from .make_tokenizer import write_tokenizer
 
 _NAMES = {
     np.dtype(np.float32): "F32",
@@ -152,6 +154,7 @@ def make_checkpoint(folder: str | pathlib.Path, kind: str = "demo", seed: int = 
     }
     config |= {"bos_token_id": None, "eos_token_id": config["vocab_size"] - 1, "pad_token_id": config["vocab_size"] - 2}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_tokenizer(folder, end=config["eos_token_id"], pad=config["pad_token_id"])
     arrays = tensors(config, seed, ones=kind == "tiny")
     if kind == "tiny":
         write_safetensors(folder / "model.safetensors", arrays)

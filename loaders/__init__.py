@@ -2,21 +2,32 @@
 
 from .audit import Audit, AuditRow, audit
 from .checkpoint import Checkpoint, CheckpointWarning, checkpoint_tree, open_checkpoint
+from .compare import Comparison, compare
 from .infer import infer_policy
 from .load import load_model, load_params
 from .save import convert_checkpoint, save_model
+from .text import Completion, complete, sampling_defaults, stream
+from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Audit",
     "AuditRow",
     "Checkpoint",
     "CheckpointWarning",
+    "Comparison",
+    "Completion",
+    "Tokenizer",
     "audit",
     "checkpoint_tree",
+    "compare",
+    "complete",
     "convert_checkpoint",
     "infer_policy",
     "load_model",
     "load_params",
+    "load_tokenizer",
     "open_checkpoint",
+    "sampling_defaults",
     "save_model",
+    "stream",
 ]

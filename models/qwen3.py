@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ from ..policies.plan import explain
 from ..policies.policy import ParamSpec, Policy, Scope
 from ..policies.presets import get_policy
 from ..policies.trees import variables_by_path
-from . import rope
-from .attention import EMPTY, KVCache, as_cached, attend, token_positions
+from . import rope, taps
+from .attention import EMPTY, Kept, KVCache, attend, token_positions
 from .config import Qwen3Config
 from .layers import Embedding, Linear, RMSNorm, project, scope_of
 from .tokens import checked_tokens
@@ -48,9 +48,7 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps, policy=policy.at("q_norm"), rngs=rngs)
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps, policy=policy.at("k_norm"), rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, step: _Step, past: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x: jax.Array, step: _Step, past: Kept | None) -> tuple[jax.Array, Kept]:
         """x (b, t, hidden) to the same, and the keys and values to keep."""
         b, t, _ = x.shape
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
@@ -58,11 +56,12 @@ class Attention(nnx.Module):
         k = self.k_norm(k.reshape(b, t, self.kv_heads, self.head_dim))
         v = v.reshape(b, t, self.kv_heads, self.head_dim)
         q = rope.rotate(q, step.cos, step.sin)
-        k, v = as_cached(rope.rotate(k, step.cos, step.sin), v)
+        kept = Kept.of(rope.rotate(k, step.cos, step.sin), v, step.kept_in)
         if past is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(past[0], k, step.start, axis=3)
-            v = jax.lax.dynamic_update_slice_in_dim(past[1], v, step.start, axis=2)
-        return self.o_proj(attend(q, k, v, step.queries, step.slots, self.window)), (k, v)
+            kept = past.put(kept, step.start)
+        mixed, weights = attend(q, kept, step.queries, step.slots, self.window)
+        taps.offer("weights", weights)
+        return self.o_proj(mixed), kept
 
 
 class MLP(nnx.Module):
@@ -94,9 +93,10 @@ class Layer(nnx.Module):
 
     def __call__(self, x, step, past):
         """See `Attention`."""
-        mixed, kept = self.self_attn(self.input_layernorm(x), step, past)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), kept
+        with taps.within("self_attn"):
+            mixed, kept = self.self_attn(self.input_layernorm(x), step, past)
+        x = x + taps.tap("self_attn", mixed)
+        return x + taps.tap("mlp", self.mlp(self.post_attention_layernorm(x))), kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +108,7 @@ class _Step:
     queries: jax.Array
     slots: jax.Array
     start: jax.Array | int
+    kept_in: np.dtype
 
 
 class Qwen3(nnx.Module):
@@ -135,7 +136,7 @@ class Qwen3(nnx.Module):
         activations = scope.activations or config.dtype or np.dtype(np.float32)
         scope = dataclasses.replace(scope, activations=activations)
         self.config, self.linear, self.activations = config, linear, activations
-        self.policy = scope.policy
+        self.policy, self.kv_cache = scope.policy, scope.policy.kv_cache or activations
         self.output = scope.policy.output or activations
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, policy=scope.at("embed_tokens"), rngs=rngs)
         self.layers = nnx.List(
@@ -162,6 +163,31 @@ class Qwen3(nnx.Module):
         hidden, _ = self.hidden(input_ids, attention_mask)
         return self.logits(hidden)
 
+    def observe(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        *,
+        capture: str | Iterable[str] = (),
+        intervene: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The logits as a call gives them, and what was captured on the way, by path.
+
+        capture    patterns of paths: `embed_tokens`, `layers/3` (the stream after it), `layers/3/self_attn` and
+                   `layers/3/mlp` (what they add to the stream), `layers/*/self_attn/weights` (b, heads, t, t), `norm`
+        intervene  {pattern: function}: the function is given the value and returns what goes on in its place; attention
+                   weights cannot be changed
+
+        Raises:
+          UnmatchedRule: for a pattern that matches nothing.
+          InvalidTokens: as in a call.
+        """
+        seen = taps.Taps(capture, intervene)
+        with taps.tapped(seen):
+            logits = self(input_ids, attention_mask)
+        seen.check()
+        return logits, seen.captured
+
     def hidden(
         self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, cache: KVCache | None = None
     ) -> tuple[jax.Array, KVCache]:
@@ -178,31 +204,33 @@ class Qwen3(nnx.Module):
         if cache is not None:
             start = cache.length
             slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, slots, start, axis=1)
-        step = _Step(*rope.cos_sin(queries, self.config, self.activations), queries, slots, start)
-        x, kept = self.embed_tokens(ids), []
+        cos_sin = rope.cos_sin(queries, self.config, self.activations)
+        step = _Step(*cos_sin, queries, slots, start, self.kv_cache)
+        x, kept = taps.tap("embed_tokens", self.embed_tokens(ids)), []
         for i, layer in enumerate(self.layers):
-            x, keys_values = layer(x, step, None if cache is None else (cache.keys[i], cache.values[i]))
+            with taps.within("layers", i):
+                x, keys_values = layer(x, step, None if cache is None else cache.layer(i))
+            x = taps.tap(f"layers/{i}", x)
             kept.append(keys_values)
-        keys, values = zip(*kept, strict=True)
         tokens = before + mask.sum(axis=1, dtype=jnp.int32)
-        return x, KVCache(keys, values, slots, jnp.asarray(start + ids.shape[1], jnp.int32), tokens)
+        return x, KVCache.of(kept, slots, jnp.asarray(start + ids.shape[1], jnp.int32), tokens)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The last norm and the head: (..., hidden) to (..., vocabulary)."""
-        x = self.norm(hidden)
+        x = taps.tap("norm", self.norm(hidden))
         logits = self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
         return logits.astype(self.output)
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
-        """A cache for `slots` tokens of each of `batch` rows, in the activations' dtype."""
+        """A cache for `slots` tokens of each of `batch` rows, in the policy's `kv_cache` dtype."""
         heads, width = self.config.num_key_value_heads, self.config.head_dim
 
-        def zeros(*shape: int) -> tuple[jax.Array, ...]:
-            return tuple(jnp.zeros(shape, self.activations) for _ in range(self.config.num_hidden_layers))
+        def layer() -> Kept:
+            nothing = jnp.zeros((batch, slots, heads, width), self.activations)
+            return Kept.of(nothing, nothing, self.kv_cache)
 
-        keys, values = zeros(batch, heads, width, slots), zeros(batch, heads, slots, width)
-        positions = jnp.full((batch, slots), EMPTY)
-        return KVCache(keys, values, positions, jnp.int32(0), jnp.zeros(batch, jnp.int32))
+        kept = [layer() for _ in range(self.config.num_hidden_layers)]
+        return KVCache.of(kept, jnp.full((batch, slots), EMPTY), jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
     def with_policy(self, policy: Any) -> Qwen3:
         """The same parameters stored and computed under another policy; what is already as asked is shared."""

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -68,11 +69,15 @@ class Plan:
     rows         one a parameter, in the tree's order, scales after their kernel
     activations  the dtype of activations, None where the policy leaves it to the model
     output       the dtype of what the model returns, likewise
+    kv_cache     the dtype of keys and values that attention keeps; None for models without such
+    kv_bytes     bytes of them for each token, scales included
     """
 
     rows: tuple[Row, ...]
     activations: np.dtype | None = None
     output: np.dtype | None = None
+    kv_cache: np.dtype | None = None
+    kv_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -104,6 +109,8 @@ class Plan:
         rest = {
             "activations": self.activations and dtypes.dtype_name(self.activations),
             "output": self.output and dtypes.dtype_name(self.output),
+            "kv_cache": self.kv_cache and dtypes.dtype_name(self.kv_cache),
+            "kv_bytes": self.kv_bytes,
             "bytes_before": self.total_bytes_before,
             "bytes": self.total_bytes,
             "bytes_by_dtype": {dtypes.dtype_name(dtype): count for dtype, count in self.bytes_by_dtype.items()},
@@ -162,6 +169,8 @@ class Plan:
         changed = collections.Counter(row.change for row in self.rows)
         names = [f"activations {dtypes.dtype_name(self.activations)}"] if self.activations else []
         names += [f"output {dtypes.dtype_name(self.output)}"] if self.output else []
+        if self.kv_cache is not None:
+            names.append(f"kv cache {dtypes.dtype_name(self.kv_cache)}, {human_bytes(self.kv_bytes)} a token")
         return "\n".join(
             [
                 f"{len(self.rows) - scales} parameters and {scales} grids of scales: "
@@ -206,7 +215,22 @@ def explain(policy: Policy, tree: Any, activations: np.dtype | None = None, targ
             answer = computed.get(scales, Answer())
             rows.append(_scale_row(found[path], step, scales, found.get(scales), answers[scales], answer))
     # A module that knows nothing of perparam returns what it will; a model of ours its activations' dtype.
-    return Plan(tuple(rows), activations, policy.output or (activations if own is not None else None))
+    kv_cache = policy.kv_cache or activations
+    kv_bytes = 0 if kv_cache is None else _kv_bytes(found, kv_cache)
+    output = policy.output or (activations if own is not None else None)
+    return Plan(tuple(rows), activations, output, kv_cache if kv_bytes else None, kv_bytes)
+
+
+def _kv_bytes(found: Mapping[str, Found], dtype: np.dtype) -> int:
+    """Bytes that attention layers keep of a token: what their `k_proj` and `v_proj` make, and scales for each head."""
+    total = 0
+    for path, one in found.items():
+        if path.endswith(("/k_proj/kernel", "/v_proj/kernel")):
+            total += one.shape[0] * dtype.itemsize
+            norm = found.get(f"{path.rpartition('/')[0].rpartition('/')[0]}/k_norm/scale")
+            if dtypes.is_narrow(dtype) and norm is not None:
+                total += 4 * one.shape[0] // norm.shape[0]
+    return total
 
 
 def check_compute(path: str, one: Found, answer: Answer) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import dtypes
 from .errors import InvalidPolicy
-from .slots import DEFAULT_BLOCK, Block, Slot, SlotLike, as_block, make_output, make_slot, scale_path
+from .slots import DEFAULT_BLOCK, Block, Slot, SlotLike, as_block, make_kv_cache, make_output, make_slot, scale_path
 
 if TYPE_CHECKING:
     from .matmul import Target
@@ -41,6 +41,8 @@ class Policy:
     params   None, one dtype, or a map from names and path patterns to dtypes; the first rule that matches wins
     compute  likewise
     output   None or one dtype
+    kv_cache what attention keeps of past tokens: f32, bf16, f16, or f8_e4m3fn or int8 with a scale a head and token;
+             None: the activations' dtype
     block    the block in which perparam quantises, (rows, columns) as stored; None means (128, 128) where something
              is quantised, and that a narrow kernel which is found keeps its own
 
@@ -57,15 +59,23 @@ class Policy:
     params: Slot
     compute: Slot
     output: np.dtype | None
+    kv_cache: np.dtype | None
     block: Block | None
 
     def __init__(
-        self, params: SlotLike | Slot = None, compute: SlotLike | Slot = None, output: Any = None, *, block: Any = None
+        self,
+        params: SlotLike | Slot = None,
+        compute: SlotLike | Slot = None,
+        output: Any = None,
+        *,
+        kv_cache: Any = None,
+        block: Any = None,
     ):
         slots = {"params": make_slot("params", params), "compute": make_slot("compute", compute)}
         for name, value in {
             **slots,
             "output": make_output(output),
+            "kv_cache": make_kv_cache(kv_cache),
             "block": None if block is None else as_block(block),
         }.items():
             object.__setattr__(self, name, value)
@@ -73,6 +83,7 @@ class Policy:
     def __repr__(self) -> str:
         fields = {"params": self.params.plain(), "compute": self.compute.plain()}
         fields["output"] = None if self.output is None else dtypes.dtype_name(self.output)
+        fields["kv_cache"] = None if self.kv_cache is None else dtypes.dtype_name(self.kv_cache)
         fields["block"] = self.block
         return f"Policy({', '.join(f'{name}={value!r}' for name, value in fields.items() if value is not None)})"
 

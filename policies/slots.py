@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -225,6 +226,17 @@ def make_output(dtype: Any) -> np.dtype | None:
             )
         dtype = dtype.get("default")
     return _slot_dtype("output", "default", dtype)
+
+
+def make_kv_cache(dtype: Any) -> np.dtype | None:
+    """The dtype of the cache of keys and values that `dtype` writes."""
+    found = _readable("kv_cache", "default", dtype)
+    if found is None or dtypes.is_activation(found) or found in (np.dtype(ml_dtypes.float8_e4m3fn), np.int8):
+        return found
+    raise UnknownDtype(
+        f"kv_cache: {dtypes.dtype_name(found)} is no dtype for keys and values. "
+        "Write f32, bf16, f16, f8_e4m3fn or int8."
+    )
 
 
 def as_block(block: Any) -> Block:

@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
+from . import dtypes
 from .errors import InvalidPolicy, MissingFile, shown
 from .policy import Policy
 from .slots import located, make_slot
 
-SLOTS = ("params", "compute", "output", "block")
+SLOTS = ("params", "compute", "output", "kv_cache", "block")
 _SHORT = {"p": "params", "c": "compute", "o": "output"}
 _LARGEST = 1 << 16  # characters; a policy is a page, and a hostile file should not cost a minute
 _NEEDS_QUOTES = re.compile(r"\s*([*{&!%@`\[][^:]*?)\s*:(\s|$)")
@@ -143,7 +144,7 @@ def parse(line: str) -> Policy:
     for part in line.split(","):
         key, equals, dtype = (word.strip() for word in part.partition("="))
         slot = _SHORT.get(key, key)
-        if not equals or slot not in SLOTS[:3]:
+        if not equals or slot not in SLOTS[:4]:
             raise InvalidPolicy(
                 f"{line!r}: {part!r} is not slot=dtype. Write params=f32,compute=bf16,output=f32, or p=,c=,o=."
             )
@@ -157,6 +158,7 @@ def dumps(policy: Policy) -> str:
     """The YAML of `policy`; null slots are left out."""
     plain: dict[str, Any] = {"params": policy.params.plain(), "compute": policy.compute.plain()}
     plain["output"] = make_slot("output", policy.output).plain()
+    plain["kv_cache"] = policy.kv_cache and dtypes.dtype_name(policy.kv_cache)
     plain["block"] = policy.block and list(policy.block)
     return yaml.safe_dump({slot: value for slot, value in plain.items() if value is not None}, sort_keys=False)
 

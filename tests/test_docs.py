@@ -52,13 +52,24 @@ def test_the_page_on_the_matmul_runs(capsys):
     assert names["z"].dtype == jax.numpy.bfloat16
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_on_generation_runs(capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        names = run_blocks(ROOT / "docs" / "generation.md")
+    assert capsys.readouterr().out.endswith("layers/0/mlp (2, 6, 4, 4)\n")
+    assert names["drawn"].shape == (6, 8)
+    assert (names["tokens"] == names["again"]).all()
+    assert len(names["answers"]) == 2
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_on_loading_runs(capsys):
     with jax.numpy_dtype_promotion("standard"):
         names = run_blocks(ROOT / "docs" / "loading.md")
     spec, files = capsys.readouterr().out.splitlines()
     assert spec == "P('tensor',)"
-    assert files == "['config.json', 'model.safetensors', 'policy.yaml']"
+    assert files == "['config.json', 'model.safetensors', 'policy.yaml', 'tokenizer.json', 'tokenizer_config.json']"
     assert perparam.load_model(names["small"], names["small"] / "policy.yaml").config.quantization is not None
 
 

@@ -238,11 +238,11 @@ def test_metadata_that_is_no_text_is_refused(path, metadata):
 
 def test_a_million_names_are_refused_at_once(path):
     names = ",".join(f'"{i}":0' for i in range(10**6))
-    start = time.perf_counter()
+    start = time.process_time()
     assert_refused(path, file_bytes("{" + names + "}", bytes(8)), "more than 16 MiB or 262144 entries")
     doubled = ",".join(f'"{i}":0' for i in range(10**5))
     assert_refused(path, file_bytes("{" + doubled + ',"7":0}', bytes(8)), "'7' is written twice")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")

@@ -81,7 +81,7 @@ class _Rows:
         return into
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(
     shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     found_block=st.tuples(st.integers(1, 40), st.integers(1, 40)),

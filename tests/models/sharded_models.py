@@ -77,4 +77,5 @@ if __name__ == "__main__":
     assert jax.device_count() == 8, jax.devices()
     folder = checkpoints.write(pathlib.Path(sys.argv[1]), CONFIG, checkpoints.tensors(CONFIG))
     for layout in layouts():
-        report(folder, *layout)
+        if layout[0] in sys.argv[2:]:
+            report(folder, *layout)

@@ -24,31 +24,49 @@ BFLOAT16_ERROR = 2.0**-8
 """Partial sums of the cut columns are rounded to bfloat16 before they are added up, or after."""
 
 
-@pytest.fixture(scope="module")
-def lines(tmp_path_factory):
+LAYOUTS = (
+    "one mesh axis of four", "requantised to blocks of 64", "by pattern, both axes cut", "on the last device",
+)  # fmt: skip
+MORE = ("one mesh axis of eight", "two axes", "dequantised", "copied to all")
+
+
+def printed(folder, names):
     """What the program printed, by name."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    folder = tmp_path_factory.mktemp("sharded") / "checkpoint"
-    command = [sys.executable, "-W", "error", TESTS / "models" / "sharded_models.py", folder]
+    command = [sys.executable, "-W", "error", TESTS / "models" / "sharded_models.py", folder / "checkpoint", *names]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     return {line["name"]: line for line in map(json.loads, run.stdout.splitlines())}
 
 
-LAYOUTS = (
-    "one mesh axis of four", "one mesh axis of eight", "two axes", "dequantised", "requantised to blocks of 64",
-    "copied to all", "by pattern, both axes cut", "on the last device",
-)  # fmt: skip
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    return printed(tmp_path_factory.mktemp("sharded"), LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    return printed(tmp_path_factory.mktemp("sharded"), MORE)
+
+
+def assert_the_same(line):
+    assert "raised" not in line, line["raised"]
+    assert line["same"]
+    assert line["error"] <= BFLOAT16_ERROR
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_array_is_the_whole_models_and_so_are_the_logits(lines, name):
-    line = lines[name]
-    assert "raised" not in line, line["raised"]
-    assert line["same"]
-    assert line["error"] <= BFLOAT16_ERROR
+    assert_the_same(lines[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_so_it_is_for_other_layouts(more, name):
+    assert_the_same(more[name])
+    assert more[name]["kernels"] == 0
 
 
 def test_each_device_has_its_slice(lines):
@@ -72,8 +90,9 @@ def test_scales_are_cut_with_whole_blocks_and_copied_where_a_cut_falls_within_on
     assert lines["by pattern, both axes cut"]["shards"]["layers/0/mlp/up_proj/scale_inv"] == [3, 2]
 
 
-def test_heads_that_do_not_divide_are_copied(lines):
-    shards = lines["one mesh axis of eight"]["shards"]
+@pytest.mark.slow
+def test_heads_that_do_not_divide_are_copied(more):
+    shards = more["one mesh axis of eight"]["shards"]
     assert shards["layers/0/self_attn/q_proj/kernel"] == [768, 256]
     assert shards["layers/0/self_attn/v_proj/kernel"] == [256, 256]
     assert shards["layers/0/mlp/gate_proj/kernel"] == [96, 256]

@@ -86,7 +86,7 @@ ERRORS = {
     "an unknown slot": (
         "params: f32\n\ncomptue: bf16\n",
         InvalidPolicy,
-        ["p.yaml:3: unknown slot 'comptue'. A policy has params, compute, output, block. Did you mean 'compute'?"],
+        ["p.yaml:3: unknown slot 'comptue'. A policy has params, compute, output, kv_cache, block. Did you mean 'compute'?"],
     ),
     "a slot twice": (
         "params: f32\ncompute: f32\nparams: bf16\n",
@@ -377,10 +377,10 @@ COSTLY = {
 
 @pytest.mark.parametrize("text", COSTLY)
 def test_what_would_cost_much_is_refused_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises((InvalidPolicy, UnknownDtype)) as caught:
         Policy.loads(COSTLY[text])
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert len(str(caught.value)) < 2000
 
 
@@ -388,6 +388,6 @@ def test_rules_that_name_paths_in_full_may_be_many():
     paths = [f"layers/{i}/mlp/up_proj/kernel" for i in range(1000)]
     policy = Policy.loads("params:\n" + "".join(f"  {path}: bf16\n" for path in paths))
     tree = {path: np.zeros((2, 2), np.float32) for path in paths}
-    start = time.perf_counter()
+    start = time.process_time()
     assert policy.explain(tree).total_bytes == 8000
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

@@ -1,0 +1,35 @@
+"""A tokenizer for the small checkpoints: every byte is a token, and a chat is written as Qwen3 has it (ChatML)."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import tokenizers
+
+TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}
+{{- '<think>\\n\\n</think>\\n\\n' }}
+{%- endif %}
+{%- endif %}
+"""
+
+
+def write_tokenizer(folder: pathlib.Path, end: int, pad: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json; `<|im_end|>` has the id `end`, `<|endoftext|>` the id `pad`."""
+    vocabulary = {byte: i for i, byte in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {"<|im_start|>": 256, "<think>": 257, "</think>": 258, "<|endoftext|>": pad, "<|im_end|>": end}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    for token, special in (("<|im_start|>", True), ("<|im_end|>", True), ("<|endoftext|>", True), ("<think>", False)):
+        made.add_tokens([tokenizers.AddedToken(token, normalized=False, special=special)])
+    made.add_tokens([tokenizers.AddedToken("</think>", normalized=False)])
+    made.save(str(folder / "tokenizer.json"))
+    config = {"chat_template": TEMPLATE, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

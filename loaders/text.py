@@ -1,0 +1,230 @@
+"""Text in, text out: prompts encoded, answers decoded as they come, ended by ids or by text."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..models.generation import CHUNK, Generated, Prefix, decode
+from ..models.json_file import read_json
+from ..models.qwen3 import Qwen3
+from ..models.sampling import GREEDY, Sampling
+from ..policies.errors import InvalidCheckpoint, InvalidText
+from .checkpoint import GENERATION
+from .tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    text           without the token or the stop string that ended it
+    tokens         its ids, the one that ended it included
+    finish_reason  "stop": an id or a string ended it; "length": it was cut off
+    logprobs       of each token, before any processing of the logits; None: not asked for
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[float, ...] | None = None
+
+
+def sampling_defaults(folder: str | os.PathLike[str]) -> Sampling:
+    """How the makers of a checkpoint sample from it, by its generation_config.json; without one greedily.
+
+    Raises:
+      InvalidCheckpoint, InvalidSampling: for fields of the wrong type or out of range.
+    """
+    path = pathlib.Path(folder) / GENERATION
+    if not path.is_file():
+        return GREEDY
+    fields = read_json(path)
+    if fields.get("do_sample", False) is not True:
+        return GREEDY
+    kinds = {
+        "temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float, "top_k": int,
+    }  # fmt: skip
+    values: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        value = fields.get(name)
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+                raise InvalidCheckpoint(f"{path}: {name}: expected a number, found {value!r}.")
+            values[name] = value
+    return Sampling(**values)
+
+
+def complete(
+    model: Qwen3,
+    tokenizer: Tokenizer,
+    prompts: str | Sequence[str],
+    max_new_tokens: int = 256,
+    *,
+    stop: str | Sequence[str] = (),
+    sampling: Sampling = GREEDY,
+    seed: Any = 0,
+    samples: int = 1,
+    logprobs: bool = False,
+) -> list[Completion]:
+    """An answer to every prompt, `samples` to each, one after the other.
+
+    prompts  text; for a chat, what `tokenizer.chat` gives
+    stop     strings that end an answer, and are no part of its text
+
+    Raises:
+      InvalidTokens, InvalidSampling, InvalidText
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    run = _Run(model, tokenizer, prompts, max_new_tokens, stop, sampling, seed, samples, logprobs)
+    for _ in run.steps():
+        pass
+    return [row.completion() for row in run.rows]
+
+
+def stream(
+    model: Qwen3,
+    tokenizer: Tokenizer,
+    prompt: str | Prefix,
+    max_new_tokens: int = 256,
+    *,
+    stop: str | Sequence[str] = (),
+    sampling: Sampling = GREEDY,
+    seed: Any = 0,
+    chunk: int = CHUNK,
+) -> Generator[str, None, Completion]:
+    """The answer to a prompt, piece by piece; what might be the beginning of a stop string is held back.
+
+    The iterator's return value is the `Completion`.  Arguments and errors are those of `complete`.
+    """
+    prompts = prompt if isinstance(prompt, Prefix) else [prompt]
+    run = _Run(model, tokenizer, prompts, max_new_tokens, stop, sampling, seed, 1, False, chunk)
+    if len(run.rows) != 1:
+        raise InvalidText(f"stream answers one prompt, found {len(run.rows)}.")
+    return _pieces(run)
+
+
+def _pieces(run: _Run) -> Generator[str, None, Completion]:
+    (row,) = run.rows
+    for _ in run.steps():
+        if piece := row.fresh():
+            yield piece
+    return row.completion()
+
+
+class _Row:
+    """One answer as it comes."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], eos: frozenset[int]):
+        self._decoder, self._stop, self._eos = tokenizer.decode_stream(), stop, eos
+        self._text, self._given, self._longest = "", 0, max(map(len, stop), default=0)
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.reason: str | None = None
+
+    def add(self, tokens: Sequence[int], logprobs: Sequence[float]) -> bool:
+        """Takes tokens; whether the answer has ended with them."""
+        for i, token in enumerate(tokens):
+            if self.reason is not None:
+                break
+            self.tokens.append(int(token))
+            self.logprobs += map(float, logprobs[i : i + 1])
+            before = max(len(self._text) - self._longest, 0)
+            if token in self._eos:
+                self._text += self._decoder.flush()
+                self.reason = "stop"
+                continue
+            self._text += self._decoder.add([int(token)])
+            if places := [at for each in self._stop if (at := self._text.find(each, before)) >= 0]:
+                self._text, self.reason = self._text[: min(places)], "stop"
+        return self.reason is not None
+
+    def end(self) -> None:
+        """What has not ended by itself was cut off."""
+        if self.reason is None:
+            self._text += self._decoder.flush()
+            self.reason = "length"
+
+    def fresh(self) -> str:
+        """The text that has come since the last time and is certain."""
+        sure = len(self._text)
+        if self.reason is None:
+            for length in range(min(self._longest - 1, len(self._text)), 0, -1):
+                if any(each.startswith(self._text[-length:]) for each in self._stop):
+                    sure -= length
+                    break
+        piece = self._text[self._given : sure]
+        self._given = max(sure, self._given)
+        return piece
+
+    def completion(self) -> Completion:
+        """The answer, once it has ended."""
+        assert self.reason is not None
+        return Completion(self._text, tuple(self.tokens), self.reason, tuple(self.logprobs) or None)
+
+
+class _Run:
+    """Answers to several prompts, decoded together."""
+
+    def __init__(
+        self,
+        model: Qwen3,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str] | Prefix,
+        count: int,
+        stop: str | Sequence[str],
+        sampling: Sampling,
+        seed: Any,
+        samples: int,
+        logprobs: bool,
+        chunk: int | None = None,
+    ):
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(each, str) and each for each in stops):
+            raise InvalidText(f"stop: expected strings of at least one character, found {stops!r}.")
+        eos = frozenset((*model.config.eos_token_id, *tokenizer.eos_ids))
+        if isinstance(prompts, Prefix):
+            inputs: tuple[Any, Any] = (prompts, None)
+            rows = prompts.tokens.shape[0]
+        else:
+            inputs, rows = _padded([tokenizer.encode(prompt) for prompt in prompts]), len(prompts)
+        self.rows = [_Row(tokenizer, stops, eos) for _ in range(rows * samples)]
+        # Strings are looked for between chunks; where there are none, nothing has to be looked at before the end.
+        chunk = chunk or (CHUNK if stops or not isinstance(count, int) else max(count, 1))
+        self._parts = decode(
+            model, *inputs, count, sorted(eos), sampling=sampling, seed=seed, samples=samples,
+            logprobs=0 if logprobs else None, chunk=chunk,
+        )  # fmt: skip
+
+    def steps(self) -> Iterator[None]:
+        """Runs to the end; comes by after every part."""
+        try:
+            part: Generated = next(self._parts)
+            while True:
+                told = part.logprobs if part.logprobs is not None else np.zeros((len(self.rows), 0))
+                ended = [
+                    row.add(tokens[:length], logprobs[:length])
+                    for row, tokens, length, logprobs in zip(self.rows, part.tokens, part.lengths, told, strict=True)
+                ]
+                yield
+                part = self._parts.send(np.array(ended))
+        except StopIteration:
+            pass
+        for row in self.rows:
+            row.end()
+        yield
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask (prompts, longest), padded on the left."""
+    if not prompts or not all(prompts):
+        raise InvalidText("a prompt is empty: there is nothing to continue.")
+    longest = max(map(len, prompts))
+    ids = np.array([[0] * (longest - len(each)) + list(each) for each in prompts], np.int32)
+    mask = np.array([[0] * (longest - len(each)) + [1] * len(each) for each in prompts], bool)
+    return ids, mask

@@ -1,0 +1,201 @@
+"""Drawing the next token from logits: penalties, temperature, filters, and a key for every row."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..policies.errors import InvalidSampling, shown
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What a processor of logits may know.
+
+    tokens   (b, slots) int32  prompt and answer; meaningless where `real` is False
+    real     (b, slots) bool   which are tokens, and neither padding nor yet to come
+    prompt   (b, vocabulary) bool, tokens of the prompt; None where no penalty asks
+    answer   (b, vocabulary) int32, how often each token stands in the answer; None likewise
+    """
+
+    tokens: jax.Array
+    real: jax.Array
+    prompt: jax.Array | None = None
+    answer: jax.Array | None = None
+
+
+Processor = Callable[[History, jax.Array], jax.Array]
+"""Takes the history and logits (b, vocabulary) float32, and returns logits; JAX traces it, so it has no effects."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.  What is applied is applied in this order:
+
+    repetition_penalty  logits of tokens in prompt or answer are divided by it where positive, else multiplied
+                        (CTRL, arXiv:1909.05858)
+    presence_penalty    taken from the logits of tokens in the answer
+    frequency_penalty   likewise, times how often they stand there
+    logit_bias          {id: what is added to its logit}
+    processors          functions of one's own, see `Processor`
+    temperature         divides the logits; 0: the likeliest token, without what follows
+    top_k               only the k likeliest, and those as likely as the last of them; 0: all
+    top_p               only the likeliest that together have probability p (arXiv:1904.09751); 1: all
+    min_p               only those at least min_p times as likely as the likeliest (arXiv:2407.01082); 0: all
+
+    The order and the definitions are those of transformers; presence and frequency penalties are OpenAI's.
+
+    Raises:
+      InvalidSampling: for a value outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Any = ()
+    processors: tuple[Processor, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        object.__setattr__(self, "processors", tuple(self.processors))
+        ranges = {
+            "temperature": (0, math.inf),
+            "top_k": (0, 2**31),
+            "top_p": (0, 1),
+            "min_p": (0, 1),
+            "repetition_penalty": (1e-6, math.inf),
+            "presence_penalty": (-math.inf, math.inf),
+            "frequency_penalty": (-math.inf, math.inf),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, np.integer) if name == "top_k" else (int, float, np.number))
+            if not number or isinstance(value, bool) or not low <= value <= high or not math.isfinite(value):
+                raise InvalidSampling(f"{name}: expected a number from {low:g} to {high:g}, found {shown(value)}.")
+        if 0 < self.temperature < 1e-6:
+            raise InvalidSampling(f"temperature: {self.temperature:g} leaves float32. Write 0 for the likeliest token.")
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it asks which tokens prompt and answer hold."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def kind(self) -> Kind:
+        """What a program is compiled for; everything else it takes as numbers."""
+        draws = self.temperature > 0
+        return Kind(
+            draws,
+            self.top_k if draws else 0,
+            draws and self.top_p < 1,
+            draws and self.min_p > 0,
+            self.counts_tokens,
+            self.processors,
+        )
+
+    def numbers(self, vocabulary: int) -> dict[str, jax.Array]:
+        """The rest, as arrays."""
+        outside = [i for i, _ in self.logit_bias if not 0 <= i < vocabulary]
+        if outside:
+            raise InvalidSampling(f"logit_bias: {outside[0]} is outside the vocabulary of {vocabulary}.")
+        bias = np.zeros(vocabulary if self.logit_bias else 1, np.float32)
+        for i, added in self.logit_bias:
+            bias[i] = added
+        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        return {"bias": jnp.asarray(bias), **{name: jnp.float32(getattr(self, name)) for name in names}}
+
+
+def _bias(bias: Any) -> tuple[tuple[int, float], ...]:
+    """What is added to which ids."""
+    try:
+        pairs = tuple((operator.index(i), float(added)) for i, added in dict(bias).items())
+    except (TypeError, ValueError):
+        pairs = ((-1, math.nan),)
+    if not all(math.isfinite(added) for _, added in pairs):
+        raise InvalidSampling(f"logit_bias: expected {{id: number}}, found {shown(bias)}.")
+    return pairs
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """The static part of a `Sampling`: which steps there are."""
+
+    draws: bool
+    top_k: int
+    top_p: bool
+    min_p: bool
+    counts: bool
+    processors: tuple[Processor, ...]
+
+
+def process(kind: Kind, numbers: Mapping[str, jax.Array], logits: jax.Array, history: History) -> jax.Array:
+    """Logits (b, vocabulary) float32 after every step of a `Sampling`, -inf where a token is filtered out."""
+    if kind.counts:
+        assert history.prompt is not None
+        assert history.answer is not None
+        penalty = numbers["repetition_penalty"]
+        penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(history.prompt | (history.answer > 0), penalised, logits)
+        logits = logits - numbers["presence_penalty"] * (history.answer > 0).astype(jnp.float32)
+        logits = logits - numbers["frequency_penalty"] * history.answer.astype(jnp.float32)
+    logits = logits + numbers["bias"]
+    for processor in kind.processors:
+        logits = processor(history, logits)
+    if not kind.draws:
+        return logits
+    logits = logits / numbers["temperature"]
+    ranked = None
+    if 0 < kind.top_k < logits.shape[-1]:
+        ranked, _ = jax.lax.top_k(logits, kind.top_k)
+        logits = jnp.where(logits < ranked[:, -1:], -jnp.inf, logits)
+    if kind.top_p:
+        ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1) if ranked is None else ranked
+        share = jnp.exp(ranked - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+        # A token stays while those before it have not yet the probability p; the first one always does.
+        stays = (jnp.cumsum(share, axis=-1) - share < numbers["top_p"]).at[:, 0].set(True)
+        least = jnp.min(ranked, axis=-1, keepdims=True, where=stays, initial=jnp.inf)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if kind.min_p:
+        floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(numbers["min_p"])
+        logits = jnp.where(logits < floor, -jnp.inf, logits)
+    return logits
+
+
+def draw(kind: Kind, logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """A token for each row of processed logits (b, vocabulary), by the row's own key (b,): (b,) int32."""
+    if not kind.draws:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def row_keys(seed: Any, rows: int, samples: int = 1) -> jax.Array:
+    """A key for each of `samples` answers to each of `rows` prompts, (rows * samples,), answers of a prompt together.
+
+    seed  an integer: prompts and answers differ; or one integer a row: a row is answered alike in whatever batch
+
+    Raises:
+      InvalidSampling: for anything else.
+    """
+    seeds = np.asarray(seed)
+    if not np.issubdtype(seeds.dtype, np.integer) or seeds.shape not in ((), (rows,)):
+        raise InvalidSampling(f"seed: expected an integer, or {rows} of them, found {shown(seed)}.")
+    keys = jax.vmap(jax.random.key)(jnp.asarray(np.broadcast_to(seeds, rows).astype(np.uint32)))
+    if not seeds.shape:
+        keys = jax.vmap(jax.random.fold_in)(keys, jnp.arange(rows, dtype=jnp.uint32))
+    each = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(samples, dtype=jnp.uint32)))
+    return each(keys).reshape(rows * samples)

@@ -1,0 +1,183 @@
+"""`perparam chat`: a conversation on a terminal, answers as they come, thinking dimmed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from typing import Any, TextIO
+
+import jax
+
+from .loaders import Completion, Tokenizer, stream
+from .models import Qwen3, Sampling
+from .policies import PerparamError
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_THINK, _THOUGHT = "<think>", "</think>"
+HELP = "/reset begins anew, /policy FILE changes the policy (a preset or dtype too), /help says this, /quit ends."
+
+
+class Chat:
+    """A conversation.
+
+    system           what the system message says; None: there is none
+    enable_thinking  as the chat template reads it; None leaves it unset
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        enable_thinking: bool | None = None,
+        sampling: Sampling,
+        max_new_tokens: int = 2048,
+        seed: int = 0,
+        out: TextIO | None = None,
+    ):
+        self.model, self._tokenizer, self._system, self._thinking = model, tokenizer, system, enable_thinking
+        self._found, self._sampling, self._most, self._seed = model, sampling, max_new_tokens, seed
+        self._out = sys.stdout if out is None else out
+        self._colour = self._out.isatty() and "NO_COLOR" not in os.environ
+        self.messages: list[dict[str, Any]] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was said."""
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+
+    def run(self) -> None:
+        """Reads lines until there are no more; Ctrl-C ends an answer, and at the prompt a line."""
+        print(HELP, file=self._out)
+        while True:
+            try:
+                line = input("> ").strip()
+            except KeyboardInterrupt:
+                print(file=self._out)
+                continue
+            except EOFError:
+                print(file=self._out)
+                return
+            if line in ("/quit", "/exit"):
+                return
+            if line:
+                self.take(line)
+
+    def take(self, line: str) -> None:
+        """Does what a line says: a command, or something to answer."""
+        try:
+            if line == "/reset":
+                self.reset()
+                print("Forgotten.", file=self._out)
+            elif line.startswith("/policy"):
+                # Of the parameters as they were loaded: a second change is not made of the first.
+                self.model = self._found.with_policy(line.removeprefix("/policy").strip() or None)
+                print(f"{self.model.policy!r}", file=self._out)
+            elif line.startswith("/"):
+                print(HELP, file=self._out)
+            else:
+                self.answer(line)
+        except PerparamError as error:
+            print(f"perparam: {error}", file=self._out)
+
+    def answer(self, text: str) -> Completion | None:
+        """The answer to `text`, printed as it comes; None where it was interrupted."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._tokenizer.chat(asked, enable_thinking=self._thinking)
+        pieces = stream(self.model, self._tokenizer, prompt, self._most, sampling=self._sampling, seed=self._seed)
+        shown = _Shown(self._out, self._colour, prompt.rstrip().endswith(_THINK))
+        watch, said, completion = Stopwatch(), "", None
+        try:
+            while True:
+                piece = next(pieces)
+                watch.piece()
+                said += piece
+                shown.add(piece)
+        except StopIteration as end:
+            completion = end.value
+        except KeyboardInterrupt:
+            pieces.close()
+        shown.end()
+        _, answered = self._tokenizer.split_thinking(said, opened=shown.opened)
+        self.messages = [*asked, {"role": "assistant", "content": answered}]
+        self._seed += 1
+        if completion is None:
+            print("(stopped)", file=self._out)
+        else:
+            print(self._dimmed(watch.summary(len(completion.tokens))), file=self._out)
+        return completion
+
+    def _dimmed(self, text: str) -> str:
+        return f"{_DIM}{text}{_PLAIN}" if self._colour else text
+
+
+class _Shown:
+    """Text on its way to the terminal; what is thought, up to `</think>`, is dimmed."""
+
+    def __init__(self, out: TextIO, colour: bool, opened: bool):
+        self._out, self._colour, self.opened, self._held = out, colour, opened, ""
+        self._dim(opened)
+
+    def add(self, piece: str) -> None:
+        """Writes a piece; a mark that may only have begun waits for its end."""
+        text, self._held = self._held + piece, ""
+        for mark, dim in ((_THINK, True), (_THOUGHT, False)):
+            before, found, after = text.partition(mark)
+            if found:
+                self._write(before + (found if dim else ""))
+                self._dim(dim)
+                text = after if dim else found + after
+                if not dim:
+                    self._write(text)
+                    text = ""
+        for length in range(min(len(_THOUGHT) - 1, len(text)), 0, -1):
+            if any(mark.startswith(text[-length:]) for mark in (_THINK, _THOUGHT)):
+                text, self._held = text[:-length], text[-length:]
+                break
+        self._write(text)
+
+    def end(self) -> None:
+        """Writes what is held back, and ends the line."""
+        self._write(self._held)
+        self._dim(False)
+        self._write("\n")
+
+    def _dim(self, dim: bool) -> None:
+        if self._colour:
+            self._write(_DIM if dim else _PLAIN)
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+class Stopwatch:
+    """How long an answer takes, from now on."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first: float | None = None
+
+    def piece(self) -> None:
+        """Notes that something has come."""
+        if self._first is None:
+            self._first = time.perf_counter()
+
+    def summary(self, tokens: int) -> str:
+        """Tokens, their rate after the first piece, the time to it, and memory."""
+        now = time.perf_counter()
+        first = now if self._first is None else self._first
+        rate = f", {tokens / (now - self._start):.1f} tokens/s" if now > self._start else ""
+        return f"{tokens} tokens{rate}, first text after {first - self._start:.2f} s, {memory()}"
+
+
+def memory() -> str:
+    """The most that was in use so far: on the device where it says so, else resident on the host."""
+    found = jax.local_devices()[0].memory_stats() or {}
+    if peak := found.get("peak_bytes_in_use"):
+        return f"{peak / 2**30:.2f} GiB on the device"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
