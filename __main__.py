@@ -29,9 +29,10 @@ from . import (
     stream,
 )
 from .loaders import Checkpoint, convert_checkpoint, open_checkpoint, sampling_defaults
-from .loaders.compare import TEXT
+from .loaders.compare import TEXT, check_plot
 from .loaders.save import shard_sizes
 from .policies import PerparamError
+from .policies.errors import InvalidText
 from .policies.plan import explain, human_bytes
 from .terminal import Chat, Stopwatch
 
@@ -88,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = command("demo", _demo, "Make a small FP8 Qwen3 checkpoint, show its plan, run it under two policies.")
     demo.add_argument("--folder", metavar="DIR", help="where to keep the checkpoint; default: a temporary folder")
     parsed = parser.parse_args(arguments)
+    if getattr(parsed, "stop", None) and parsed.tokens is not None:
+        parser.error("--stop is text, which --tokens is without")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without × gets a question mark
     try:
@@ -152,14 +155,14 @@ def _sampling(arguments: argparse.Namespace, model: Qwen3) -> Sampling:
     names = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     found = Sampling(temperature=0.0) if source is None else sampling_defaults(source.parent)
-    if found.temperature == 0 and changes and "temperature" not in changes:
-        changes["temperature"] = 1.0
+    if found.temperature == 0 and "temperature" not in changes and {"top_p", "min_p", "top_k"} & changes.keys():
+        changes["temperature"] = 1.0  # they say among which to draw
     return dataclasses.replace(found, **changes)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.checkpoint, arguments.policy)
-    sampling, watch = _sampling(arguments, model), Stopwatch()
+    sampling = _sampling(arguments, model)
     if arguments.tokens is not None:
         tokens = generate(
             model, [arguments.tokens], max_new_tokens=arguments.max_new_tokens, sampling=sampling, seed=arguments.seed
@@ -168,8 +171,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         return
     text = arguments.prompt
     if arguments.file is not None:
-        text = sys.stdin.read() if arguments.file == "-" else pathlib.Path(arguments.file).read_text(encoding="utf-8")
-    tokenizer = load_tokenizer(_folder(model))
+        text = _read(arguments.file)
+    tokenizer, watch = load_tokenizer(_folder(model)), Stopwatch()
     pieces = stream(
         model, tokenizer, text, arguments.max_new_tokens, stop=arguments.stop, sampling=sampling, seed=arguments.seed
     )
@@ -182,6 +185,14 @@ def _generate(arguments: argparse.Namespace) -> None:
         watch.piece()
         sys.stdout.write(piece)
         sys.stdout.flush()
+
+
+def _read(file: str) -> str:
+    """The text in a file, or for `-` what comes in."""
+    try:
+        return sys.stdin.read() if file == "-" else pathlib.Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidText(f"{file}: cannot be read as UTF-8 text: {error}.") from error
 
 
 def _chat(arguments: argparse.Namespace) -> None:
@@ -204,9 +215,11 @@ def _folder(model: Qwen3) -> pathlib.Path:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
     tokens = arguments.tokens
     if tokens is None:
-        text = TEXT if arguments.text is None else pathlib.Path(arguments.text).read_text(encoding="utf-8")
+        text = TEXT if arguments.text is None else _read(arguments.text)
         tokens = load_tokenizer(arguments.checkpoint).encode(text)
     found = compare(arguments.checkpoint, arguments.policy, tokens)
     print(found)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import resource
 import sys
 import time
 from typing import Any, TextIO
@@ -12,9 +12,13 @@ import jax
 
 from .loaders import Completion, Tokenizer, stream
 from .models import Qwen3, Sampling
+from .models.generation import CHUNK
 from .policies import PerparamError
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_OBEYED = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Control characters, which a model may write and a terminal would obey."""
+
 _THINK, _THOUGHT = "<think>", "</think>"
 HELP = "/reset begins anew, /policy FILE changes the policy (a preset or dtype too), /help says this, /quit ends."
 
@@ -41,7 +45,7 @@ class Chat:
         self.model, self._tokenizer, self._system, self._thinking = model, tokenizer, system, enable_thinking
         self._found, self._sampling, self._most, self._seed = model, sampling, max_new_tokens, seed
         self._out = sys.stdout if out is None else out
-        self._colour = self._out.isatty() and "NO_COLOR" not in os.environ
+        self._colour = self._out.isatty() and not os.environ.get("NO_COLOR")
         self.messages: list[dict[str, Any]] = []
         self.reset()
 
@@ -51,12 +55,17 @@ class Chat:
 
     def run(self) -> None:
         """Reads lines until there are no more; Ctrl-C ends an answer, and at the prompt a line."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # which gives `input` editing and a history
         print(HELP, file=self._out)
         while True:
             try:
                 line = input("> ").strip()
             except KeyboardInterrupt:
                 print(file=self._out)
+                continue
+            except UnicodeDecodeError as error:
+                print(f"perparam: this is no UTF-8 text: {error}", file=self._out)
                 continue
             except EOFError:
                 print(file=self._out)
@@ -82,6 +91,8 @@ class Chat:
                 self.answer(line)
         except PerparamError as error:
             print(f"perparam: {error}", file=self._out)
+        except KeyboardInterrupt:
+            print("(stopped)", file=self._out)
 
     def answer(self, text: str) -> Completion | None:
         """The answer to `text`, printed as it comes; None where it was interrupted."""
@@ -100,7 +111,8 @@ class Chat:
             completion = end.value
         except KeyboardInterrupt:
             pieces.close()
-        shown.end()
+        finally:
+            shown.end()
         _, answered = self._tokenizer.split_thinking(said, opened=shown.opened)
         self.messages = [*asked, {"role": "assistant", "content": answered}]
         self._seed += 1
@@ -115,42 +127,56 @@ class Chat:
 
 
 class _Shown:
-    """Text on its way to the terminal; what is thought, up to `</think>`, is dimmed."""
+    """Text on its way to the terminal; what is thought is dimmed.
+
+    As `Tokenizer.split_thinking` has it: `<think>` counts where only blanks came before it, the first `</think>` ends
+    the thought, and then nothing is a mark any more.
+    """
 
     def __init__(self, out: TextIO, colour: bool, opened: bool):
         self._out, self._colour, self.opened, self._held = out, colour, opened, ""
+        self._mark: str | None = _THOUGHT if opened else _THINK
         self._dim(opened)
 
     def add(self, piece: str) -> None:
         """Writes a piece; a mark that may only have begun waits for its end."""
         text, self._held = self._held + piece, ""
-        for mark, dim in ((_THINK, True), (_THOUGHT, False)):
-            before, found, after = text.partition(mark)
+        if self._mark == _THINK:
+            blank = text[: len(text) - len(text.lstrip())]
+            if text.lstrip().startswith(_THINK):
+                self._write(blank)
+                self._dim(True)
+                self._write(_THINK)
+                self._mark, text = _THOUGHT, text.lstrip().removeprefix(_THINK)
+            elif _THINK.startswith(text.lstrip()):
+                self._held = text
+                return
+            else:
+                self._mark = None
+        if self._mark == _THOUGHT:
+            before, found, after = text.partition(_THOUGHT)
             if found:
-                self._write(before + (found if dim else ""))
-                self._dim(dim)
-                text = after if dim else found + after
-                if not dim:
-                    self._write(text)
-                    text = ""
-        for length in range(min(len(_THOUGHT) - 1, len(text)), 0, -1):
-            if any(mark.startswith(text[-length:]) for mark in (_THINK, _THOUGHT)):
-                text, self._held = text[:-length], text[-length:]
-                break
+                self._write(before + found)
+                self._dim(False)
+                self._mark, text = None, after
+            else:
+                begun = next((n for n in range(len(_THOUGHT) - 1, 0, -1) if text.endswith(_THOUGHT[:n])), 0)
+                text, self._held = text[: len(text) - begun], text[len(text) - begun :]
         self._write(text)
 
     def end(self) -> None:
         """Writes what is held back, and ends the line."""
         self._write(self._held)
-        self._dim(False)
+        if self._mark == _THOUGHT:
+            self._dim(False)
         self._write("\n")
 
     def _dim(self, dim: bool) -> None:
         if self._colour:
-            self._write(_DIM if dim else _PLAIN)
+            self._out.write(_DIM if dim else _PLAIN)
 
     def _write(self, text: str) -> None:
-        self._out.write(text)
+        self._out.write(text.translate(_OBEYED))
         self._out.flush()
 
 
@@ -167,11 +193,11 @@ class Stopwatch:
             self._first = time.perf_counter()
 
     def summary(self, tokens: int) -> str:
-        """Tokens, their rate after the first piece, the time to it, and memory."""
+        """Tokens, their rate from the first piece on (which has CHUNK of them), the time to it, and memory."""
         now = time.perf_counter()
         first = now if self._first is None else self._first
-        rate = f", {tokens / (now - self._start):.1f} tokens/s" if now > self._start else ""
-        return f"{tokens} tokens{rate}, first text after {first - self._start:.2f} s, {memory()}"
+        rate = f", then {(tokens - CHUNK) / (now - first):.1f} tokens/s" if tokens > CHUNK and now > first else ""
+        return f"{tokens} tokens, first text after {first - self._start:.2f} s{rate}, {memory()}"
 
 
 def memory() -> str:
@@ -179,5 +205,7 @@ def memory() -> str:
     found = jax.local_devices()[0].memory_stats() or {}
     if peak := found.get("peak_bytes_in_use"):
         return f"{peak / 2**30:.2f} GiB on the device"
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models.generation import CHUNK, Generated, Prefix, decode
+from ..models.generation import CHUNK, Generated, Prefix, checked_count, decode
 from ..models.json_file import read_json
 from ..models.qwen3 import Qwen3
 from ..models.sampling import GREEDY, Sampling
@@ -185,6 +185,7 @@ class _Run:
         chunk: int | None = None,
     ):
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        samples = checked_count("samples", samples, 1)
         if not all(isinstance(each, str) and each for each in stops):
             raise InvalidText(f"stop: expected strings of at least one character, found {stops!r}.")
         eos = frozenset((*model.config.eos_token_id, *tokenizer.eos_ids))
@@ -195,7 +196,9 @@ class _Run:
             inputs, rows = _padded([tokenizer.encode(prompt) for prompt in prompts]), len(prompts)
         self.rows = [_Row(tokenizer, stops, eos) for _ in range(rows * samples)]
         # Strings are looked for between chunks; where there are none, nothing has to be looked at before the end.
-        chunk = chunk or (CHUNK if stops or not isinstance(count, int) else max(count, 1))
+        count = checked_count("max_new_tokens", count, 0)
+        if chunk is None:
+            chunk = CHUNK if stops else max(count, 1)
         self._parts = decode(
             model, *inputs, count, sorted(eos), sampling=sampling, seed=seed, samples=samples,
             logprobs=0 if logprobs else None, chunk=chunk,

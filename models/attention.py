@@ -101,25 +101,37 @@ class Kept:
     def of(k: jax.Array, v: jax.Array, dtype: np.dtype) -> Kept:
         """Keys and values (b, t, kv, d) in `dtype`; narrow ones scaled for each head and token by its largest value."""
         if not is_narrow(dtype):
-            return Kept(*as_cached(k.astype(dtype), v.astype(dtype)))
+            return Kept(*as_cached(saturating_cast(k, dtype), saturating_cast(v, dtype)))
         (k, key_scales), (v, value_scales) = (_narrowed(x, dtype) for x in (k, v))
         return Kept(*as_cached(k, v), key_scales.transpose(0, 2, 1), value_scales.transpose(0, 2, 1))
 
     def put(self, new: Kept, start: jax.Array | int) -> Kept:
         """With `new` in the slots from `start` on."""
         update = jax.lax.dynamic_update_slice_in_dim
-        keys, values = update(self.keys, new.keys, start, axis=3), update(self.values, new.values, start, axis=2)
+        keys, values = _put(self.keys, new.keys, start, axis=3), _put(self.values, new.values, start, axis=2)
         if self.key_scales is None or self.value_scales is None:
             return Kept(keys, values)
+        assert new.key_scales is not None
+        assert new.value_scales is not None
         key_scales = update(self.key_scales, new.key_scales, start, axis=2)
         return Kept(keys, values, key_scales, update(self.value_scales, new.value_scales, start, axis=2))
+
+
+def _put(old: jax.Array, new: jax.Array, start: jax.Array | int, axis: int) -> jax.Array:
+    """`old` with `new` from `start` on, as bits: XLA's CPU backend widens a whole cache to update it, and back."""
+    if old.dtype.itemsize > 2 or old.dtype == jnp.int8:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)
+    bits = jnp.dtype(f"uint{8 * old.dtype.itemsize}")
+    cast = jax.lax.bitcast_convert_type
+    updated = jax.lax.dynamic_update_slice_in_dim(cast(old, bits), cast(new, bits), start, axis)
+    return cast(updated, old.dtype)
 
 
 def _narrowed(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
     """x (..., d) in a narrow dtype, and its scales (...) float32."""
     wide = x.astype(jnp.float32)
     amax = jnp.max(jnp.abs(wide), axis=-1)
-    scales = jnp.where(amax == 0, 1.0, jnp.maximum(amax / largest(dtype), np.finfo(np.float32).tiny))
+    scales = jnp.maximum(amax / largest(dtype), np.finfo(np.float32).tiny)  # of nothing but zeros it does not matter
     return saturating_cast(wide / scales[..., None], dtype), scales
 
 
@@ -151,9 +163,13 @@ def attend(
 
     def mixed(q: jax.Array, queries: jax.Array) -> jax.Array:
         shares = weights(q, queries)
-        if kept.value_scales is not None:
-            shares = shares * kept.value_scales[:, :, None, None, :]
-        return _product(shares.astype(q.dtype), kept.values).astype(q.dtype)
+        if kept.value_scales is None:
+            return _product(shares.astype(q.dtype), kept.values).astype(q.dtype)
+        # Relative to the largest scale, so that small shares of small values do not leave float16.
+        scales = kept.value_scales[:, :, None, None, :]
+        largest_scale = jnp.max(scales, axis=-1, keepdims=True)
+        sums = _product((shares * (scales / largest_scale)).astype(q.dtype), kept.values)
+        return (sums * largest_scale).astype(q.dtype)
 
     def all_weights() -> jax.Array:
         return weights(grouped, queries).astype(q.dtype).reshape(b, heads, t, s)

@@ -162,7 +162,7 @@ def generate_with_logprobs(
 
     logprobs  how many of the likeliest tokens to tell at each place beside the one that was drawn; None: none at all
     """
-    asked = _count("max_new_tokens", max_new_tokens, 0)
+    asked = checked_count("max_new_tokens", max_new_tokens, 0)
     parts = list(
         decode(
             model, input_ids, attention_mask, asked, eos_token_id,
@@ -204,10 +204,10 @@ def decode(
 
     What is sent to the iterator, (rows,) bool, ends rows from outside.  Arguments and errors are those of `generate`.
     """
-    count, samples = _count("max_new_tokens", max_new_tokens, 0), _count("samples", samples, 1)
-    chunk = _count("chunk", chunk, 1)
+    count, samples = checked_count("max_new_tokens", max_new_tokens, 0), checked_count("samples", samples, 1)
+    chunk = checked_count("chunk", chunk, 1)
     if logprobs is not None:
-        logprobs = _count("logprobs", logprobs, 0, model.config.vocab_size)
+        logprobs = checked_count("logprobs", logprobs, 0, model.config.vocab_size)
     if isinstance(input_ids, Prefix):
         rows = input_ids.tokens.shape[0]
     else:
@@ -217,7 +217,8 @@ def decode(
     return decoding.parts(input_ids, attention_mask, count, keys, samples, chunk)
 
 
-def _count(name: str, value: Any, least: int, most: int = 2**30) -> int:
+def checked_count(name: str, value: Any, least: int, most: int = 2**30) -> int:
+    """`value` as an integer; raises InvalidTokens where it is none, or out of range."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
         raise InvalidTokens(f"{name}: expected an integer of {least} or more, found {value!r}.")
     return int(value)
@@ -264,6 +265,8 @@ class _Decoding:
         self, prompt: ArrayLike | Prefix, mask: ArrayLike | None, count: int, keys: jax.Array, samples: int, chunk: int
     ) -> Generator[Generated, np.ndarray | None, None]:
         """See `decode`."""
+        if count == 0:
+            return
         prefix = prompt if isinstance(prompt, Prefix) else prefill(self.model, prompt, mask, room=count)
         count = min(count, prefix.room)
         if count == 0:
@@ -282,8 +285,8 @@ class _Decoding:
             stop = min(given + chunk, count)
             state = _decode(graphdef, kind, self.logprobs, params, state, numbers, self.eos, self.pad, stop)
             made, done, now = int(state.count), np.asarray(state.done), np.asarray(state.lengths)
-            told = [np.asarray(each[:, start + given : start + made]) for each in state.told]
-            tokens = np.asarray(state.tokens[:, start + given : start + made])
+            told = [np.asarray(each)[:, start + given : start + made] for each in state.told]
+            tokens = np.asarray(state.tokens)[:, start + given : start + made]
             ended = yield Generated(tokens, now - lengths, done, *told)
             given, lengths = made, now
             if ended is not None:

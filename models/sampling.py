@@ -44,7 +44,7 @@ class Sampling:
                         (CTRL, arXiv:1909.05858)
     presence_penalty    taken from the logits of tokens in the answer
     frequency_penalty   likewise, times how often they stand there
-    logit_bias          {id: what is added to its logit}
+    logit_bias          {id: what is added to its logit}; -inf forbids a token
     processors          functions of one's own, see `Processor`
     temperature         divides the logits; 0: the likeliest token, without what follows
     top_k               only the k likeliest, and those as likely as the last of them; 0: all
@@ -123,7 +123,7 @@ def _bias(bias: Any) -> tuple[tuple[int, float], ...]:
         pairs = tuple((operator.index(i), float(added)) for i, added in dict(bias).items())
     except (TypeError, ValueError):
         pairs = ((-1, math.nan),)
-    if not all(math.isfinite(added) for _, added in pairs):
+    if not all(math.isfinite(added) or added == -math.inf for _, added in pairs):
         raise InvalidSampling(f"logit_bias: expected {{id: number}}, found {shown(bias)}.")
     return pairs
 

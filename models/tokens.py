@@ -37,6 +37,8 @@ def checked_tokens(
                 f"input_ids[{row}, {column}] is {ids[row, column]}, outside the vocabulary of {vocabulary}. "
                 "Use the tokenizer that belongs to the checkpoint."
             )
+        # In numpy: JAX would compile a program for every new shape.
+        return jnp.asarray(np.where(mask, ids, 0).astype(np.int32)), jnp.asarray(mask)
     mask = jnp.asarray(mask)
     return jnp.where(mask, jnp.asarray(ids, jnp.int32), 0), mask
 

@@ -109,3 +109,7 @@ class InvalidSampling(PerparamError, ValueError):
 
 class InvalidText(PerparamError, ValueError):
     """Text or messages of a chat that cannot be made into tokens."""
+
+
+class MissingPackage(PerparamError, ImportError):
+    """A package that something optional needs."""

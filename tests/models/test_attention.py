@@ -1,5 +1,6 @@
-"""`attend` against explicit loops in numpy, and masks that come from positions."""
+"""`attend` against explicit loops in numpy, whole and in chunks, and masks that come from positions."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from checkpoints import relative_error
 
 from perparam.models import attention
-from perparam.models.attention import EMPTY, as_cached, token_positions
+from perparam.models.attention import EMPTY, Kept, token_positions
 
 FLOAT32_ERROR = 1e-6
 """Sums of 8 products, a softmax over 9 scores and a sum of 9 products, each term rounded to 2**-24."""
@@ -30,7 +31,13 @@ SLOTS = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8], [EMPTY, EMPTY, 0, 1, 2, 3, 4, 5, 
 
 def attend(q, k, v, *rest):
     """`attention.attend` of keys and values (b, s, kv, d), as projections give them."""
-    return attention.attend(jnp.asarray(q), *as_cached(jnp.asarray(k), jnp.asarray(v)), *rest)
+    return attention.attend(jnp.asarray(q), Kept.of(jnp.asarray(k), jnp.asarray(v), q.dtype), *rest)[0]
+
+
+def both(q, k, v, *rest):
+    """What `attend` gives, and its weights."""
+    mixed, weights = attention.attend(jnp.asarray(q), Kept.of(jnp.asarray(k), jnp.asarray(v), q.dtype), *rest)
+    return mixed, weights()
 
 
 def reference(q, k, v, queries, slots, window):
@@ -48,6 +55,16 @@ def reference(q, k, v, queries, slots, window):
         weights = np.exp(scores - scores.max())
         mixed[b, t, h] = sum(w * v[b, s, h] for w, s in zip(weights / weights.sum(), seen, strict=True))
     return mixed.reshape(B, T, HEADS * D)
+
+
+def reference_weights(q, k, queries, slots, window):
+    """(b, heads, t, s) in float64, 0 where a query sees nothing of a slot."""
+    q, k = q.astype(np.float64), np.repeat(k.astype(np.float64), q.shape[2] // k.shape[2], axis=2)
+    distance = queries[:, None, :, None] - slots[:, None, None, :]
+    seen = (distance >= 0) & (distance < (window or 2**31))
+    scores = np.where(seen, np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[3]), -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
@@ -100,6 +117,96 @@ def test_a_later_key_changes_no_earlier_query():
 def test_a_query_that_sees_nothing_is_finite():
     q, k, v = inputs()
     assert np.isfinite(attend(q, k, v, QUERIES, np.full_like(SLOTS, EMPTY), None)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("window", [None, 3])
+def test_weights_are_what_values_are_mixed_by(dtype, window):
+    q, k, v = inputs(dtype)
+    mixed, weights = both(q, k, v, QUERIES, SLOTS, window)
+    assert weights.shape == (B, HEADS, T, S)
+    assert weights.dtype == mixed.dtype == dtype
+    error = FLOAT32_ERROR if dtype == np.float32 else BF16_ERROR
+    expected = reference_weights(q, k, QUERIES, SLOTS, window)
+    assert relative_error(weights, expected) <= error
+    assert (np.asarray(weights)[expected == 0] == 0).all()
+    by_hand = np.einsum("bhts,bshd->bthd", expected, np.repeat(v.astype(np.float64), HEADS // KV, axis=2))
+    assert relative_error(mixed, by_hand.reshape(B, T, -1)) <= error
+
+
+# In chunks.
+
+LONG = 45  # queries: no multiple of a chunk
+
+
+def long_inputs(dtype=np.float32):
+    """A row left-padded, one padded in its middle, and their positions."""
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.normal(size=(2, LONG, heads, D)).astype(dtype) for heads in (HEADS, KV, KV))
+    mask = np.ones((2, LONG), bool)
+    mask[0, :7] = mask[1, 20:25] = False
+    queries, slots = map(np.asarray, token_positions(mask, np.zeros(2, np.int32)))
+    return q, k, v, queries, slots, mask
+
+
+def scores_of(queries):
+    """Bytes of the scores of so many queries of `long_inputs`."""
+    return 4 * 2 * HEADS * LONG * queries
+
+
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("window", [None, 5, 30])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_chunks_give_what_the_whole_gives(monkeypatch, dtype, window, size):
+    q, k, v, queries, slots, mask = long_inputs(dtype)
+    whole, weights = both(q, k, v, queries, slots, window)
+    monkeypatch.setattr(attention, "SCORES", scores_of(size))
+    found, found_weights = both(q, k, v, queries, slots, window)
+    assert found.shape == whole.shape
+    assert found.dtype == whole.dtype
+    # The same sums for each query, though XLA may take them in another order.
+    error = FLOAT32_ERROR if dtype == np.float32 else BF16_ERROR
+    assert relative_error(found, whole, mask) <= error
+    np.testing.assert_array_equal(found_weights, weights)
+    expected = np.einsum(
+        "bhts,bshd->bthd",
+        reference_weights(q, k, queries, slots, window),
+        np.repeat(v.astype(np.float64), HEADS // KV, axis=2),
+    )
+    assert relative_error(found, expected.reshape(2, LONG, -1), mask) <= error
+    assert np.isfinite(np.asarray(found, np.float32)).all()
+
+
+@pytest.mark.parametrize("kept_in", [jnp.float8_e4m3fn, jnp.int8])
+def test_chunks_of_a_narrow_cache_give_what_the_whole_gives(monkeypatch, kept_in):
+    q, k, v, queries, slots, mask = long_inputs()
+    kept = Kept.of(jnp.asarray(k), jnp.asarray(v), np.dtype(kept_in))
+    whole, _ = attention.attend(jnp.asarray(q), kept, queries, slots, 5)
+    monkeypatch.setattr(attention, "SCORES", scores_of(16))
+    found, _ = attention.attend(jnp.asarray(q), kept, queries, slots, 5)
+    assert relative_error(found, whole, mask) <= FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_no_more_scores_are_held_than_allowed(monkeypatch, size):
+    """The largest array of the program beside its arguments: scores of one chunk."""
+    q, k, v, queries, slots, _ = long_inputs()
+    monkeypatch.setattr(attention, "SCORES", scores_of(size))
+    text = str(jax.make_jaxpr(lambda q: attend(q, k, v, queries, slots, None))(jnp.asarray(q)))
+    assert f"f32[2,{KV},{HEADS // KV},{size},{LONG}]" in text
+    assert f"f32[2,{KV},{HEADS // KV},{LONG},{LONG}]" not in text
+
+
+@pytest.mark.parametrize(("queries", "row"), [(1, 2**40), (5, 2**40), (1, 2**26 + 1), (20, 2**23), (4096, 2**16)])
+def test_a_chunk_is_never_longer_than_what_there_is(queries, row):
+    """A single query, as in decoding, is looked at as one whatever the cache."""
+    assert 1 <= attention._chunk(queries, row) <= queries
+
+
+def test_a_chunk_is_as_long_as_its_scores_allow():
+    assert attention._chunk(100, attention.SCORES // 100) == 100
+    for row in (2**10, 3 * 2**15, 2**20):
+        assert attention.SCORES // 2 < attention._chunk(10**6, row) * row <= attention.SCORES
 
 
 def test_positions_count_real_tokens():

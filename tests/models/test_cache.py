@@ -76,6 +76,25 @@ def test_a_cache_holds_kv_heads_in_the_activations_dtype(model):
     assert model.with_policy(None).empty_cache(3, SLOTS).keys[0].dtype == checkpoints.BF16
 
 
+def test_a_cache_that_is_not_narrow_has_no_scales(model):
+    cache = model.empty_cache(3, SLOTS)
+    assert cache.key_scales == cache.value_scales == (None, None)
+    assert [kept.dtype for kept in (cache.layer(1).keys, cache.layer(1).values)] == [np.float32] * 2
+
+
+def test_without_a_cache_the_one_returned_holds_the_calls_tokens(model):
+    _, found = model.hidden(IDS, MASK)
+    _, fed = feed(model, (8,))
+    assert int(found.length) == 8
+    np.testing.assert_array_equal(found.tokens, fed.tokens)
+    np.testing.assert_array_equal(found.positions, np.asarray(fed.positions)[:, :8])
+    for i in range(2):
+        keys = np.asarray(fed.keys[i])[..., :8]
+        assert relative_error(found.keys[i], keys) <= FLOAT32_ERROR
+    with pytest.raises(InvalidTokens, match="the cache has 8 slots, 8 are filled, 1 more tokens do not fit"):
+        model.hidden(IDS[:, :1], MASK[:, :1], found)
+
+
 def test_tokens_that_do_not_fit_are_refused(model):
     cache = model.empty_cache(3, 7)
     with pytest.raises(InvalidTokens, match="the cache has 7 slots, 0 are filled, 8 more tokens do not fit"):

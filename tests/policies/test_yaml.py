@@ -86,7 +86,7 @@ ERRORS = {
     "an unknown slot": (
         "params: f32\n\ncomptue: bf16\n",
         InvalidPolicy,
-        ["p.yaml:3: unknown slot 'comptue'. A policy has params, compute, output, kv_cache, block. Did you mean 'compute'?"],
+        ["p.yaml:3: unknown slot 'comptue'. A policy has params, compute, output, kv_cache, block. Did you mean 'comp"],
     ),
     "a slot twice": (
         "params: f32\ncompute: f32\nparams: bf16\n",
