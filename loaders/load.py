@@ -22,7 +22,7 @@ from .hub import local_folder
 from .placement import Placement
 from .progress import Progress
 from .safetensors_file import Tensor
-from .stream import Job, in_turn, run
+from .slabs import Job, in_turn, run
 
 
 def load_model(

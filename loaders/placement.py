@@ -16,7 +16,7 @@ Box = tuple[tuple[int, int], ...]
 class Placement:
     """An array of `shape` and `dtype` to be, laid out as `sharding` says (None: on the default device).
 
-    A sink of rows (see `stream.Sink`): memory on the host for every slice that devices of this process hold, which a
+    A sink of rows (see `slabs.Sink`): memory on the host for every slice that devices of this process hold, which a
     CPU adopts as it is.
     """
 

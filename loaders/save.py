@@ -35,7 +35,7 @@ from .names import TOKENIZER, expected
 from .placement import box_of
 from .progress import Progress
 from .safetensors_writer import NAMES, Entry, Writer, in_shards, size_in_bytes
-from .stream import Job, in_turn, run
+from .slabs import Job, in_turn, run
 
 POLICY = "policy.yaml"
 

@@ -132,7 +132,9 @@ class TestGetPolicy:
             get_policy(tmp_path / "nowhere.yaml")
 
     def test_an_unknown_slot_is_named(self):
-        with pytest.raises(InvalidPolicy, match=r"unknown slot 'parms'. A policy has params, compute, output, block"):
+        with pytest.raises(
+            InvalidPolicy, match=r"unknown slot 'parms'. A policy has params, compute, output, kv_cache"
+        ):
             get_policy({"parms": "f32"})
 
     @pytest.mark.parametrize("thing", [3, ["f32"], object(), jnp.float32])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import perparam
 from perparam import Policy
-from perparam.loaders import stream
+from perparam.loaders import slabs
 from perparam.loaders.placement import Placement
 from perparam.loaders.progress import Progress
 from perparam.policies.errors import InvalidCheckpoint, InvalidScale
@@ -40,8 +40,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def small_slabs(monkeypatch):
-    monkeypatch.setattr(stream, "CONVERTED", 512)
-    monkeypatch.setattr(stream, "COPIED", 512)
+    monkeypatch.setattr(slabs, "CONVERTED", 512)
+    monkeypatch.setattr(slabs, "COPIED", 512)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -97,11 +97,11 @@ def test_any_shape_blocks_and_slabs(shape, found_block, block, slab, seed):
     wanted = run_steps(steps, {"a/kernel": kernel, "a/scale_inv": scales})
     source, step = _Rows(kernel), steps["a/kernel"]
     to = [Placement(wanted[path].shape, wanted[path].dtype) for path in ("a/kernel", "a/scale_inv")]
-    before, stream.CONVERTED = stream.CONVERTED, slab
+    before, slabs.CONVERTED = slabs.CONVERTED, slab
     try:
-        stream.run(stream.Job("a/kernel", step, source, _Rows(scales)), *to, lambda count: None)
+        slabs.run(slabs.Job("a/kernel", step, source, _Rows(scales)), *to, lambda count: None)
     finally:
-        stream.CONVERTED = before
+        slabs.CONVERTED = before
     for array, path in zip(to, ("a/kernel", "a/scale_inv"), strict=True):
         assert np.asarray(array.array()).tobytes() == np.asarray(wanted[path]).tobytes()
     starts, stops = zip(*source.asked, strict=True)
@@ -153,7 +153,7 @@ def test_no_stderr_at_all_is_fine(folder, monkeypatch):
 
 def test_an_interruption_ends_it_within_a_slab(folder, small_slabs, monkeypatch):
     reads = []
-    convert = stream._converted
+    convert = slabs._converted
 
     def slow(*arguments):
         reads.append(threading.current_thread().name)
@@ -164,7 +164,7 @@ def test_an_interruption_ends_it_within_a_slab(folder, small_slabs, monkeypatch)
         if len(reads) > 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stream, "_converted", slow)
+    monkeypatch.setattr(slabs, "_converted", slow)
     monkeypatch.setattr(Progress, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         perparam.load_model(folder, "f32")
@@ -195,7 +195,7 @@ def test_a_file_that_changes_its_length_meanwhile_is_refused(folder, tmp_path, m
     import shutil
 
     copy = shutil.copytree(folder, tmp_path / "copy")
-    run = stream.run
+    run = slabs.run
 
     def grow(job, *rest):
         if "layers/1" in job.path:
