@@ -188,6 +188,7 @@ def test_convert_writes_as_many_files_as_the_dry_run_said(texts, capsys, tmp_pat
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) == count > 1
 
 
+@pytest.mark.slow
 def test_audit_prints_what_a_policy_costs(folder, capsys):
     assert main(["audit", folder, "--policy", "bf16", "--tokens", "5,6,7,8"]) == 0
     printed = capsys.readouterr().out

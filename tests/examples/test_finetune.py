@@ -32,6 +32,7 @@ def curves(promotion):
     return {name: finetune.train(policy) for name, policy in (("f32", finetune.F32), ("mixed", finetune.MIXED))}
 
 
+@pytest.mark.slow
 def test_the_loss_in_bfloat16_falls_as_in_float32(curves):
     exact, mixed = np.array(curves["f32"][0]), np.array(curves["mixed"][0])
     assert exact[-1] < 0.2 < 4 < exact[0]
@@ -82,6 +83,7 @@ def test_over_a_checkpoint_fp8_kernels_stay_and_the_rest_learns(tmp_path):
     assert not [x for x in leaves if x.dtype in (jnp.float8_e4m3fn, jnp.bfloat16)]
 
 
+@pytest.mark.slow
 def test_over_a_checkpoint_the_loss_in_bfloat16_falls_as_in_float32(tmp_path):
     _, _, mixed, _ = tuned(tmp_path, "bf16")
     _, _, exact, _ = tuned(tmp_path, "f32")

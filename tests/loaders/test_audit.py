@@ -75,6 +75,7 @@ def test_there_is_one_row_a_parameter_and_none_for_scales(kept, narrow):
     assert sorted(names) == sorted(name for name in checkpoints.read(narrow) if not name.endswith("_scale_inv"))
 
 
+@pytest.mark.slow
 def test_quantising_to_e4m3_costs_what_four_bits_cost(quantised):
     errors = {path: row.error for path, row in rows(quantised).items() if path.endswith("_proj/kernel")}
     assert len(errors) == 7

@@ -75,6 +75,7 @@ def measured(folder, policy, window):
     return math.exp(np.mean(losses)), np.mean(divergences), np.mean(same)
 
 
+@pytest.mark.slow
 def test_the_first_policy_agrees_with_itself(found):
     assert found.rows[0].kl == 0
     assert found.rows[0].top1 == 1
@@ -94,6 +95,7 @@ def test_the_measures_are_what_numpy_makes_of_the_logits(name, tolerance, found,
     assert row.top1 < 1 or name != "narrow"  # so that agreement is tested
 
 
+@pytest.mark.slow
 def test_windows_matter_and_a_text_may_be_shorter_than_one(folder, found, monkeypatch):
     monkeypatch.setattr(MODULE, "_speed", lambda *_: 0.0)
     whole = compare(folder, {"f32": "f32", "narrow": NARROW}, IDS).rows[1]
@@ -147,6 +149,7 @@ def test_policies_may_have_names_of_their_own(folder, monkeypatch):
     assert made.tokens == 4
 
 
+@pytest.mark.slow
 def test_decoding_is_timed(folder):
     (row,) = compare(folder, ["f32"], IDS[:3]).rows
     assert row.tokens_per_second > 0

@@ -32,6 +32,7 @@ def test_loading_with_it_is_loading_without_a_policy_bit_for_bit(case):
     assert (inferred.activations, inferred.output) == (plain.activations, plain.output)
 
 
+@pytest.mark.slow
 def test_computing_with_it_is_computing_without_a_policy_bit_for_bit():
     folder = GOLDEN / "fp8_mixed_unquantised"
     ids = np.array([[3, 14, 15, 92, 65]])

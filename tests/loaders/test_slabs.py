@@ -81,6 +81,7 @@ class _Rows:
         return into
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(
     shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),

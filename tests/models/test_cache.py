@@ -82,6 +82,7 @@ def test_a_cache_that_is_not_narrow_has_no_scales(model):
     assert [kept.dtype for kept in (cache.layer(1).keys, cache.layer(1).values)] == [np.float32] * 2
 
 
+@pytest.mark.slow
 def test_without_a_cache_the_one_returned_holds_the_calls_tokens(model):
     _, found = model.hidden(IDS, MASK)
     _, fed = feed(model, (8,))

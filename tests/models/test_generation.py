@@ -238,6 +238,7 @@ def noise(seed, count, vocabulary=61):
     return np.asarray(jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,)))(keys))
 
 
+@pytest.mark.slow
 def test_a_row_is_answered_by_its_seed_whatever_the_batch(model):
     """Alone, without its padding, and beside what full passes and the row's own noise say; where two tokens are nearly
     as good, rounding could decide, but here they never are."""
@@ -425,6 +426,7 @@ def test_a_prefix_stays_as_it_is_where_decoding_is_given_up(model):
     assert_unchanged(prefix, before)
 
 
+@pytest.mark.slow
 def test_a_prefix_can_be_extended(model, endless):
     first = prefill(model, IDS[:, :4], MASK[:, :4], room=24)
     before = snapshot(first)

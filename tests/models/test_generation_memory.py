@@ -189,6 +189,7 @@ def test_the_cache_is_updated_in_place(narrow):
     assert aliased == 2 * CONFIG.num_hidden_layers + 3 + 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_cache", ["f8_e4m3fn", "int8"])
 def test_a_narrow_cache_and_its_scales_are_updated_in_place(kv_cache):
     text = program(Policy(NARROW.params, NARROW.compute, kv_cache=kv_cache))
@@ -209,6 +210,7 @@ def test_a_step_converts_no_whole_cache(kv_cache, name):
     assert re.findall(rf"= ({name}{shapes})\S* (convert|copy)\(", text) == []
 
 
+@pytest.mark.slow
 def test_drawing_needs_no_sort_of_the_vocabulary_unless_asked():
     model = abstract(CONFIG, NARROW)
     assert " sort(" not in compiled(model, BATCH, LENGTH, NEW, Sampling(min_p=0.1)).as_text()

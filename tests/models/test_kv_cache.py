@@ -299,6 +299,7 @@ largest, some 2**-6 of most: these bounds are twice that, since scores and mixtu
 independent, and two layers add theirs."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_logits_are_off_as_little_as_the_cache_is(models, name):
     exact = checkpoints.logits(models[None], IDS, MASK)

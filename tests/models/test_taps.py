@@ -59,6 +59,7 @@ def observed(model):
 # What is captured.
 
 
+@pytest.mark.slow
 def test_everything_that_has_a_name_is_captured(observed):
     assert sorted(observed[1]) == sorted(OTHERS + WEIGHTS)
 
