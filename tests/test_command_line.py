@@ -70,6 +70,7 @@ def test_plan_writes_json(folder, capsys):
     assert plan["bytes"] == sum(row["bytes"] for row in plan["rows"])
 
 
+@pytest.mark.slow
 def test_generate_prints_the_new_ids(folder, capsys):
     assert main(["generate", folder, "--policy", POLICY, "--tokens", "1,2,3", "--max-new-tokens", "4"]) == 0
     printed = capsys.readouterr().out

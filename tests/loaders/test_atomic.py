@@ -430,8 +430,8 @@ def kill_savers(folder, kills, seed, way):
     ("kills", "way"),
     [
         (25, "exchange"),
-        pytest.param(400, "exchange", marks=pytest.mark.slow),
-        pytest.param(400, "renamings", marks=pytest.mark.slow),
+        pytest.param(150, "exchange", marks=pytest.mark.slow),
+        pytest.param(150, "renamings", marks=pytest.mark.slow),
     ],
 )
 def test_whenever_a_process_is_killed_one_of_two_models_is_there(tmp_path, kills, way):

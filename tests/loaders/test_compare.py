@@ -125,6 +125,7 @@ def test_bytes_are_those_of_the_plan(found, folder):
     assert found.rows[0].kv_bytes == 2 * found.rows[2].kv_bytes > 0
 
 
+@pytest.mark.slow
 def test_two_models_are_held_at_a_time(folder, monkeypatch):
     load, alive, most = MODULE.load_model, [], []
 

@@ -85,7 +85,9 @@ def test_greedy_tokens_are_those_of_transformers(case):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_bfloat16_logits_are_within_rounding_of_transformers(case, policy):
     found, exact = logits(case, BF16_POLICIES[policy]), expected(case)
     mask = exact["attention_mask"]

@@ -53,6 +53,7 @@ def whole(model):
     return checkpoints.logits(model, IDS, MASK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [(8,), (5, 1, 1, 1)], ids=str)
 def test_pieces_give_the_logits_of_the_whole(model, whole, pieces):
     logits, _ = feed(model, pieces)

@@ -332,6 +332,7 @@ def test_the_activations_dtype_is_exact(folder, activations):
 # Generation.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", pytest.param("f8_e4m3fn", marks=pytest.mark.slow)])
 def test_generation_under_a_narrow_cache_is_that_of_full_passes(models, name):
     model = models[name]

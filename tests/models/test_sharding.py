@@ -57,6 +57,7 @@ def assert_the_same(line):
     assert line["error"] <= BFLOAT16_ERROR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_array_is_the_whole_models_and_so_are_the_logits(lines, name):
     assert_the_same(lines[name])
@@ -69,6 +70,7 @@ def test_so_it_is_for_other_layouts(more, name):
     assert more[name]["kernels"] == 0
 
 
+@pytest.mark.slow
 def test_each_device_has_its_slice(lines):
     shards = lines["one mesh axis of four"]["shards"]
     assert shards["layers/0/mlp/up_proj/kernel"] == [192, 256]
@@ -81,6 +83,7 @@ def test_each_device_has_its_slice(lines):
     assert lines["on the last device"]["devices"] == 1
 
 
+@pytest.mark.slow
 def test_scales_are_cut_with_whole_blocks_and_copied_where_a_cut_falls_within_one(lines):
     assert lines["one mesh axis of four"]["shards"]["layers/0/mlp/up_proj/scale_inv"] == [6, 2]
     # 768 rows in blocks of 64 are 12, three for each of four devices.
@@ -98,6 +101,7 @@ def test_heads_that_do_not_divide_are_copied(more):
     assert shards["layers/0/mlp/gate_proj/kernel"] == [96, 256]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_xla_is_given_no_kernel_to_partition(lines, name):
     """It cannot, and jax refuses; on one device the kernels are there."""
