@@ -111,8 +111,9 @@ def shard_sizes(checkpoint: Checkpoint, policy: Policy, max_shard_size: int | st
     """
     steps, _ = plan_storage(policy, checkpoint.found)
     stored = stored_parameters(checkpoint.found, steps)
-    _quantization(stored, _names(checkpoint.config, stored))
-    shards = in_shards(_groups(checkpoint.config, stored), size_in_bytes(max_shard_size))
+    names = _names(checkpoint.config, stored)
+    _quantization(stored, names)
+    shards = in_shards(_groups(names, stored), size_in_bytes(max_shard_size))
     return {file: sum(entry.bytes for entry in entries) for file, entries in shards.items()}
 
 
@@ -134,7 +135,7 @@ def _write(
         (work / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         policy.dump(work / POLICY)
         bar = Progress(f"saving {pathlib.Path(folder).name}", sum(job.bytes for job in jobs), progress)
-        with Writer(work, in_shards(_groups(config, stored), limit)) as writer, bar:
+        with Writer(work, in_shards(_groups(names, stored), limit)) as writer, bar:
 
             def work_on(job: Job, report: Callable[[int], None]) -> None:
                 scales = scale_path(job.path)
@@ -178,9 +179,8 @@ def _names(config: Qwen3Config, stored: Mapping[str, Found]) -> dict[str, str]:
     return names
 
 
-def _groups(config: Qwen3Config, stored: Mapping[str, Found]) -> list[list[Entry]]:
-    """Every parameter as it is to be written, with the scales that belong to it."""
-    names = _names(config, stored)
+def _groups(names: Mapping[str, str], stored: Mapping[str, Found]) -> list[list[Entry]]:
+    """Every parameter as it is to be written, with the scales that belong to it, in the order of `names`."""
     return [
         [
             Entry(names[each], stored[each].shape, stored[each].dtype)
