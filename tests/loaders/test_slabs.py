@@ -146,7 +146,7 @@ def test_it_shows_itself_on_a_terminal(folder, monkeypatch):
 
 def test_no_stderr_at_all_is_fine(folder, monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
-    perparam.load_params(folder)
+    assert perparam.load_params(folder).keys() == perparam.load_params(folder, progress=False).keys()
 
 
 # What ends it.
