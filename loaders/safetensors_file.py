@@ -156,6 +156,8 @@ def _entry(path: pathlib.Path, name: str, entry: Any, size: int) -> tuple[tuple[
         dtype = as_dtype(dtype_name)
     except UnknownDtype as error:
         raise InvalidCheckpoint(f"{path}: {shown(name)}: {error}") from error
+    if math.prod(side or 1 for side in shape) >= 2**48:  # numpy counts so too, whatever is multiplied by none
+        raise _damaged(path, f"{shown(name)} has shape {shown(shape)}, larger than any array")
     tensor, (first, last) = Tensor(name, path, tuple(shape), dtype, 0, size), offsets
     if tensor.bytes != last - first:
         raise _damaged(

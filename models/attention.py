@@ -7,7 +7,9 @@ a cache that is not full and a sliding window are one comparison.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,11 @@ SCORES = 2**26
 """Bytes of scores that are held at a time, all heads together."""
 
 
+def _static() -> Any:
+    """A field that is part of the tree, not of its leaves."""
+    return dataclasses.field(metadata={"static": True})
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -30,7 +37,8 @@ class KVCache:
 
     They lie as attention reads them: what is not summed over is contiguous, so that no step copies or turns them.
 
-    keys          one a layer, (b, kv heads, head_dim, slots), in the policy's `kv_cache` dtype
+    keys          one a layer, (b, kv heads, head_dim, slots), in `dtype`; float8 as uint8 of the same bits, since XLA's CPU
+                  backend copies a float8 array that a loop carries, each time
     values        one a layer, (b, kv heads, slots, head_dim), likewise
     key_scales    one a layer, (b, kv heads, slots) float32: what each head's key of a token is multiplied by; None in
                   place of each where the dtype needs no scales
@@ -38,6 +46,7 @@ class KVCache:
     positions     (b, slots) int32, EMPTY where a slot holds no token or padding
     length        () int32, slots filled
     tokens        (b,) int32, real tokens so far: the position of the next one
+    dtype         the policy's `kv_cache`
     """
 
     keys: tuple[jax.Array, ...]
@@ -47,6 +56,7 @@ class KVCache:
     positions: jax.Array
     length: jax.Array
     tokens: jax.Array
+    dtype: np.dtype = _static()
 
     @staticmethod
     def of(layers: Sequence[Kept], positions: jax.Array, length: jax.Array, tokens: jax.Array) -> KVCache:
@@ -59,11 +69,12 @@ class KVCache:
             positions,
             length,
             tokens,
+            layers[0].dtype,
         )
 
     def layer(self, i: int) -> Kept:
         """What it holds of one layer."""
-        return Kept(self.keys[i], self.values[i], self.key_scales[i], self.value_scales[i])
+        return Kept(self.keys[i], self.values[i], self.key_scales[i], self.value_scales[i], self.dtype)
 
     def check_room(self, count: int) -> None:
         """Raises InvalidTokens unless `count` more tokens fit; under jit `length` is unknown and counts as 0."""
@@ -94,37 +105,45 @@ class Kept:
 
     keys: jax.Array
     values: jax.Array
-    key_scales: jax.Array | None = None
-    value_scales: jax.Array | None = None
+    key_scales: jax.Array | None
+    value_scales: jax.Array | None
+    dtype: np.dtype = _static()
 
     @staticmethod
     def of(k: jax.Array, v: jax.Array, dtype: np.dtype) -> Kept:
         """Keys and values (b, t, kv, d) in `dtype`; narrow ones scaled for each head and token by its largest value."""
+        dtype = np.dtype(dtype)
         if not is_narrow(dtype):
-            return Kept(*as_cached(saturating_cast(k, dtype), saturating_cast(v, dtype)))
+            return Kept(*as_cached(saturating_cast(k, dtype), saturating_cast(v, dtype)), None, None, dtype)
         (k, key_scales), (v, value_scales) = (_narrowed(x, dtype) for x in (k, v))
-        return Kept(*as_cached(k, v), key_scales.transpose(0, 2, 1), value_scales.transpose(0, 2, 1))
+        if dtype.kind != "i":
+            k, v = (jax.lax.bitcast_convert_type(x, jnp.uint8) for x in (k, v))
+        return Kept(*as_cached(k, v), key_scales.transpose(0, 2, 1), value_scales.transpose(0, 2, 1), dtype)
+
+    def read(self, held: jax.Array) -> jax.Array:
+        """Keys or values in the dtype that they have."""
+        return held if held.dtype == self.dtype else jax.lax.bitcast_convert_type(held, self.dtype)
 
     def put(self, new: Kept, start: jax.Array | int) -> Kept:
         """With `new` in the slots from `start` on."""
         update = jax.lax.dynamic_update_slice_in_dim
         keys, values = _put(self.keys, new.keys, start, axis=3), _put(self.values, new.values, start, axis=2)
         if self.key_scales is None or self.value_scales is None:
-            return Kept(keys, values)
+            return Kept(keys, values, None, None, self.dtype)
         assert new.key_scales is not None
         assert new.value_scales is not None
         key_scales = update(self.key_scales, new.key_scales, start, axis=2)
-        return Kept(keys, values, key_scales, update(self.value_scales, new.value_scales, start, axis=2))
+        value_scales = update(self.value_scales, new.value_scales, start, axis=2)
+        return Kept(keys, values, key_scales, value_scales, self.dtype)
 
 
 def _put(old: jax.Array, new: jax.Array, start: jax.Array | int, axis: int) -> jax.Array:
-    """`old` with `new` from `start` on, as bits: XLA's CPU backend widens a whole cache to update it, and back."""
-    if old.dtype.itemsize > 2 or old.dtype == jnp.int8:
+    """`old` with `new` from `start` on; 16 bits as bits: XLA's CPU backend widens the whole array to update it, and back."""
+    if old.dtype.itemsize != 2:
         return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)
-    bits = jnp.dtype(f"uint{8 * old.dtype.itemsize}")
-    cast = jax.lax.bitcast_convert_type
-    updated = jax.lax.dynamic_update_slice_in_dim(cast(old, bits), cast(new, bits), start, axis)
-    return cast(updated, old.dtype)
+    old_bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
+    updated = jax.lax.dynamic_update_slice_in_dim(old_bits, new_bits, start, axis)
+    return jax.lax.bitcast_convert_type(updated, old.dtype)
 
 
 def _narrowed(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
@@ -150,40 +169,74 @@ def attend(
     """
     b, t, heads, d = q.shape
     kv, s = kept.keys.shape[1], kept.keys.shape[3]
-    grouped = q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4)
+    whole = q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4)
 
-    def weights(q: jax.Array, queries: jax.Array) -> jax.Array:
-        distance = queries[:, :, None] - slots[:, None, :]
-        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        scores = _product(q, kept.keys) * jnp.float32(d**-0.5)
-        if kept.key_scales is not None:
-            scores = scores * kept.key_scales[:, :, None, None, :]
-        # Finite, so that the row of a padding token, which sees nothing, is not NaN.
-        return jax.nn.softmax(jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-
-    def mixed(q: jax.Array, queries: jax.Array) -> jax.Array:
-        shares = weights(q, queries)
-        if kept.value_scales is None:
-            return _product(shares.astype(q.dtype), kept.values).astype(q.dtype)
-        # Relative to the largest scale, so that small shares of small values do not leave float16.
-        scales = kept.value_scales[:, :, None, None, :]
-        largest_scale = jnp.max(scales, axis=-1, keepdims=True)
-        sums = _product((shares * (scales / largest_scale)).astype(q.dtype), kept.values)
-        return (sums * largest_scale).astype(q.dtype)
-
-    def all_weights() -> jax.Array:
-        return weights(grouped, queries).astype(q.dtype).reshape(b, heads, t, s)
+    def weights() -> jax.Array:
+        return _weights(window, whole, queries, kept, slots).astype(q.dtype).reshape(b, heads, t, s)
 
     size = _chunk(t, 4 * b * heads * s)
     if size == t:
-        result = mixed(grouped, queries)
+        mixed = _mixed(window, whole, queries, kept, slots)
     else:
         padding = -t % size
-        parts = jnp.pad(grouped, ((0, 0),) * 3 + ((0, padding), (0, 0))).reshape(b, kv, heads // kv, -1, size, d)
-        places = jnp.pad(queries, ((0, 0), (0, padding))).reshape(b, -1, size)
-        result = jax.lax.map(lambda part: mixed(*part), (jnp.moveaxis(parts, 3, 0), jnp.moveaxis(places, 1, 0)))
-        result = jnp.moveaxis(result, 0, 3).reshape(b, kv, heads // kv, t + padding, d)[:, :, :, :t]
-    return result.transpose(0, 3, 1, 2, 4).reshape(b, t, heads * d), all_weights
+        padded = jnp.pad(whole, ((0, 0),) * 3 + ((0, padding), (0, 0)))
+        places = jnp.pad(queries, ((0, 0), (0, padding)))
+        mixed = _mixed_in_parts(window, size, padded, places, kept, slots)[:, :, :, :t]
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, heads * d), weights
+
+
+def _weights(window: int | None, q: jax.Array, queries: jax.Array, kept: Kept, slots: jax.Array) -> jax.Array:
+    """How much q (b, kv, g, t, d) looks at each slot: (b, kv, g, t, s) float32."""
+    distance = queries[:, :, None] - slots[:, None, :]
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    scores = _product(q, kept.read(kept.keys)) * jnp.float32(q.shape[-1] ** -0.5)
+    if kept.key_scales is not None:
+        scores = scores * kept.key_scales[:, :, None, None, :]
+    # Finite, so that the row of a padding token, which sees nothing, is not NaN.
+    return jax.nn.softmax(jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def _mixed(window: int | None, q: jax.Array, queries: jax.Array, kept: Kept, slots: jax.Array) -> jax.Array:
+    """The values that q (b, kv, g, t, d) looks at: of its shape and dtype."""
+    shares = _weights(window, q, queries, kept, slots)
+    if kept.value_scales is None:
+        return _product(shares.astype(q.dtype), kept.read(kept.values)).astype(q.dtype)
+    # Relative to the largest scale, so that small shares of small values do not leave float16.
+    scales = kept.value_scales[:, :, None, None, :]
+    largest_scale = jnp.max(scales, axis=-1, keepdims=True)
+    sums = _product((shares * (scales / largest_scale)).astype(q.dtype), kept.read(kept.values))
+    return (sums * largest_scale).astype(q.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _mixed_in_parts(
+    window: int | None, size: int, q: jax.Array, queries: jax.Array, kept: Kept, slots: jax.Array
+) -> jax.Array:
+    """`_mixed`, `size` queries at a time, each part written where its queries were.
+
+    A loop that collects its results begins with zeros, and XLA makes those of all layers before the first one.
+    """
+
+    def step(i: jax.Array, so_far: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(so_far, i * size, size, axis=3)
+        places = jax.lax.dynamic_slice_in_dim(queries, i * size, size, axis=1)
+        return _put(so_far, _mixed(window, part, places, kept, slots), i * size, axis=3)
+
+    return jax.lax.fori_loop(0, q.shape[3] // size, step, q)
+
+
+@_mixed_in_parts.defjvp
+def _mixed_in_parts_jvp(window: int | None, size: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Where it is differentiated parts are collected, and computed again for the derivative."""
+
+    def collected(q: jax.Array, queries: jax.Array, kept: Kept, slots: jax.Array) -> jax.Array:
+        mixed = jax.checkpoint(lambda part: _mixed(window, *part, kept, slots))
+        parts = q.reshape(*q.shape[:3], -1, size, q.shape[4])
+        places = queries.reshape(queries.shape[0], -1, size)
+        results = jax.lax.map(mixed, (jnp.moveaxis(parts, 3, 0), jnp.moveaxis(places, 1, 0)))
+        return jnp.moveaxis(results, 0, 3).reshape(q.shape)
+
+    return jax.jvp(collected, primals, tangents)
 
 
 def _chunk(queries: int, row: int) -> int:

@@ -233,7 +233,9 @@ def mutate_json(rng: random.Random, value: Any) -> Any:
     elif move == 4:
         old = here[at]
         if type(old) in (int, float):
-            changes = [old + 1, old - 1, -old, old * 2, float(old), str(old), bool(old), [old], old * 2**32]
+            changes = [old + 1, old - 1, -old, old * 2, str(old), bool(old), [old], old * 2**32]
+            if abs(old) < 2**1023:
+                changes.append(float(old))
         else:
             changes = [[old], Pairs([["a", old]]), dumps(old), None]
         here[at] = rng.choice(changes)

@@ -187,6 +187,44 @@ def test_chunks_of_a_narrow_cache_give_what_the_whole_gives(monkeypatch, kept_in
     assert relative_error(found, whole, mask) <= FLOAT32_ERROR
 
 
+def test_chunks_have_the_derivatives_of_the_whole(monkeypatch):
+    q, k, v, queries, slots, mask = long_inputs()
+    towards = np.random.default_rng(2).normal(size=(2, LONG, HEADS * D)).astype(np.float32) * mask[:, :, None]
+
+    def both_modes():
+        def loss(q, k, v):
+            return jnp.sum(attend(q, k, v, queries, slots, 30) * towards)
+
+        return *jax.grad(loss, (0, 1, 2))(q, k, v), jax.jvp(loss, (q, k, v), (v[:, :, :1] + q * 0, v, k))[1]
+
+    whole = both_modes()
+    monkeypatch.setattr(attention, "SCORES", scores_of(16))
+    for found, expected in zip(both_modes(), whole, strict=True):
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * float(np.abs(expected).max()))
+
+
+def test_a_chunk_in_bfloat16_passes_a_gradient(monkeypatch):
+    """Parts are put in place as bits, which have no slope."""
+    q, k, v, queries, slots, _ = long_inputs(ml_dtypes.bfloat16)
+    monkeypatch.setattr(attention, "SCORES", scores_of(16))
+    gradients = jax.grad(lambda *qkv: attend(*qkv, queries, slots, None).sum().astype(jnp.float32), (0, 1, 2))(q, k, v)
+    assert all(float(jnp.abs(gradient.astype(jnp.float32)).max()) > 0.01 for gradient in gradients)
+
+
+@pytest.mark.parametrize("kept_in", [jnp.float8_e4m3fn, jnp.int8])
+def test_chunks_over_a_narrow_cache_pass_a_gradient(monkeypatch, kept_in):
+    q, k, v, queries, slots, _ = long_inputs()
+    kept = Kept.of(jnp.asarray(k), jnp.asarray(v), np.dtype(kept_in))
+
+    def gradient():
+        return jax.grad(lambda q: attention.attend(q, kept, queries, slots, None)[0].sum())(jnp.asarray(q))
+
+    whole = gradient()
+    monkeypatch.setattr(attention, "SCORES", scores_of(16))
+    np.testing.assert_allclose(gradient(), whole, atol=1e-5 * float(jnp.abs(whole).max()))
+
+
 @pytest.mark.parametrize("size", [16, 32])
 def test_no_more_scores_are_held_than_allowed(monkeypatch, size):
     """The largest array of the program beside its arguments: scores of one chunk."""

@@ -147,7 +147,7 @@ def keys_and_values(dtype=np.float32, seed=0, shape=(2, 7, 3, 18)):
 
 def widened(kept):
     """Keys and values (b, t, kv, d) in float64, as attention takes them."""
-    k, v = np.asarray(kept.keys).astype(np.float64), np.asarray(kept.values).astype(np.float64)
+    k, v = (np.asarray(kept.read(held)).astype(np.float64) for held in (kept.keys, kept.values))
     if kept.key_scales is not None:
         k = k * np.asarray(kept.key_scales, np.float64)[:, :, None]
         v = v * np.asarray(kept.value_scales, np.float64)[..., None]
@@ -159,7 +159,8 @@ def widened(kept):
 def test_narrow_values_are_off_by_half_a_step(dtype, given):
     exact = keys_and_values(given)
     kept = Kept.of(*map(jnp.asarray, exact), dtype)
-    assert kept.keys.dtype == kept.values.dtype == dtype
+    assert kept.read(kept.keys).dtype == kept.read(kept.values).dtype == kept.dtype == dtype
+    assert kept.keys.dtype.itemsize == kept.values.dtype.itemsize == 1
     assert kept.key_scales.dtype == kept.value_scales.dtype == np.float32
     assert kept.key_scales.shape == kept.value_scales.shape == (2, 3, 7)
     for found, wide in zip(widened(kept), exact, strict=True):
@@ -322,7 +323,7 @@ def test_the_activations_dtype_is_exact(folder, activations):
     plain = perparam.load_model(folder, Policy(compute=activations))
     for name in (activations, "f32"):
         model = plain.with_policy(Policy(compute=activations, kv_cache=name))
-        assert model.empty_cache(1, 4).keys[0].dtype == model.kv_cache
+        assert model.empty_cache(1, 4).dtype == model.kv_cache
         np.testing.assert_array_equal(
             checkpoints.logits(model, IDS, MASK).astype(np.float32),
             checkpoints.logits(plain, IDS, MASK).astype(np.float32),
