@@ -11,8 +11,7 @@ from typing import Any, TextIO
 import jax
 
 from .loaders import Completion, Tokenizer, stream
-from .models import Qwen3, Sampling
-from .models.generation import CHUNK
+from .models import Prefix, Qwen3, Sampling, prefill, reread
 from .policies import PerparamError
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -51,6 +50,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forgets what was said."""
+        self._read: Prefix | None = None
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
     def run(self) -> None:
@@ -84,6 +84,7 @@ class Chat:
             elif line.startswith("/policy"):
                 # Of the parameters as they were loaded: a second change is not made of the first.
                 self.model = self._found.with_policy(line.removeprefix("/policy").strip() or None)
+                self._read = None
                 print(f"{self.model.policy!r}", file=self._out)
             elif line.startswith("/"):
                 print(HELP, file=self._out)
@@ -98,9 +99,10 @@ class Chat:
         """The answer to `text`, printed as it comes; None where it was interrupted."""
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = self._tokenizer.chat(asked, enable_thinking=self._thinking)
-        pieces = stream(self.model, self._tokenizer, prompt, self._most, sampling=self._sampling, seed=self._seed)
-        shown = _Shown(self._out, self._colour, prompt.rstrip().endswith(_THINK))
         watch, said, completion = Stopwatch(), "", None
+        read = self._read_prompt(prompt)
+        pieces = stream(self.model, self._tokenizer, read, self._most, sampling=self._sampling, seed=self._seed)
+        shown = _Shown(self._out, self._colour, prompt.rstrip().endswith(_THINK))
         try:
             while True:
                 piece = next(pieces)
@@ -121,6 +123,15 @@ class Chat:
         else:
             print(self._dimmed(watch.summary(len(completion.tokens))), file=self._out)
         return completion
+
+    def _read_prompt(self, prompt: str) -> Prefix:
+        """The prompt as the model has read it: of a conversation only what is new since the last time."""
+        ids = [self._tokenizer.encode(prompt)]
+        if self._read is None:
+            self._read = prefill(self.model, ids, room=self._most)
+        else:
+            self._read = reread(self.model, ids, self._read, room=self._most)
+        return self._read
 
     def _dimmed(self, text: str) -> str:
         return f"{_DIM}{text}{_PLAIN}" if self._colour else text
@@ -193,10 +204,10 @@ class Stopwatch:
             self._first = time.perf_counter()
 
     def summary(self, tokens: int) -> str:
-        """Tokens, their rate from the first piece on (which has CHUNK of them), the time to it, and memory."""
+        """Tokens, their rate from the first one on, the time to it, and memory."""
         now = time.perf_counter()
         first = now if self._first is None else self._first
-        rate = f", then {(tokens - CHUNK) / (now - first):.1f} tokens/s" if tokens > CHUNK and now > first else ""
+        rate = f", then {(tokens - 1) / (now - first):.1f} tokens/s" if tokens > 1 and now > first else ""
         return f"{tokens} tokens, first text after {first - self._start:.2f} s{rate}, {memory()}"
 
 

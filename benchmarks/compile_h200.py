@@ -2,6 +2,7 @@
 
     python benchmarks/compile_h200.py kernels           # all linears of the dense Qwen3 models, at each number of rows
     python benchmarks/compile_h200.py decode 8B 32B     # one decoding step of whole models
+    python benchmarks/compile_h200.py prefill 8B        # a prompt of 8192 tokens
 
 Needs `pip install 'jax[cuda13]'` beside perparam, and neither a GPU nor a driver: `h200.txtpb` describes the device.
 Says nothing of speed.  Tables go to stdout and `results/`; exits with 1 where something is not as it has to be.
@@ -37,6 +38,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perparam import Policy, Qwen3, Qwen3Config, get_policy
+from perparam.models.generation import _prefill, bucket
 from perparam.policies.matmul import matmul_override, matmul_plan, scaled_matmuls, shapes, warpgroup
 
 HERE = pathlib.Path(__file__).parent
@@ -50,7 +52,7 @@ ROWS = (*shapes.ROWS, 128)
 
 LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
 TIED = ("0.6B", "1.7B", "4B")
-VOCABULARY, SLOTS = 151936, 1024
+VOCABULARY, SLOTS, PROMPT = 151936, 1024, 8192
 
 MOST_TEMPORARY, MOST_LAUNCHES = 16, 30
 """What a decoding step may take: MiB for activations and logits, too few for a wide kernel; and launches a layer."""
@@ -187,16 +189,21 @@ def examine_kernels(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield result | {"faults": [f"{type(error).__name__}: {error}".splitlines()[0]]}
 
 
-# A decoding step of a whole model.
+# Whole models.
 
 
-def lower_step(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, set[Shape]]:
-    """One token of one row through a Qwen3, stored as its FP8 checkpoints are, and the shapes of its narrow kernels."""
+def abstract_model(size: str, mode: str) -> Qwen3:
+    """A Qwen3 of shapes, stored as its FP8 checkpoints are."""
     hidden, wide, heads, kv_heads = shapes._MODELS[size]
     config = Qwen3Config(VOCABULARY, hidden, wide, LAYERS[size], heads, kv_heads, 128, tie_word_embeddings=size in TIED)
     stored = {"lm_head/kernel?": "bf16", "kernel": "f8_e4m3fn", "default": "bf16"}
     preset = get_policy({"W8A16": "fp8_weight_only", "W8A8": "fp8_dynamic"}[mode])
-    model = nnx.eval_shape(lambda: Qwen3(config, policy=Policy(stored, preset.compute, "bf16"), rngs=nnx.Rngs(0)))
+    return Qwen3(config, policy=Policy(stored, preset.compute, "bf16"), rngs=None)
+
+
+def lower_step(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, set[Shape]]:
+    """One token of one row through a model with a cache, and the shapes of its narrow kernels."""
+    model = abstract_model(size, mode)
     graph, state = nnx.split(model)
     cache = jax.eval_shape(lambda: model.empty_cache(1, SLOTS))
 
@@ -208,7 +215,20 @@ def lower_step(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, s
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     with matmul_override(target=target):
         lowered = jax.jit(step, donate_argnums=2).lower(*abstract((state, ids, cache)))
-    return lowered, {leaf.shape for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float8_e4m3fn}
+    return lowered, narrow_shapes(state)
+
+
+def lower_prefill(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, set[Shape]]:
+    """The program that `prefill` runs for a row of PROMPT tokens, and the shapes of the model's narrow kernels."""
+    graph, state = nnx.split(abstract_model(size, mode))
+    ids, mask = (jax.ShapeDtypeStruct((1, PROMPT), dtype) for dtype in (jnp.int32, jnp.bool_))
+    with matmul_override(target=target):
+        return _prefill.lower(graph, *abstract((state, ids, mask)), bucket(PROMPT + 256)), narrow_shapes(state)
+
+
+def narrow_shapes(state: Any) -> set[Shape]:
+    """The shapes of all FP8 kernels."""
+    return {leaf.shape for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float8_e4m3fn}
 
 
 def instructions(program: str) -> Iterator[tuple[str, str, str]]:
@@ -238,20 +258,19 @@ def remade(program: str, kernels: set[Shape]) -> list[str]:
     return [f"{count} {what}" for what, count in found.items()]
 
 
-def examine_decode(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The steps asked for, in both modes."""
+def examine_models(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The programs asked for, in both modes."""
+    decoding = arguments.command == "decode"
     for size, mode in itertools.product(arguments.models, MODES):
         start = time.perf_counter()
-        lowered, kernels = lower_step(size, mode, arguments.target)
+        lowered, kernels = (lower_step if decoding else lower_prefill)(size, mode, arguments.target)
         tracing = time.perf_counter() - start
         compiled, _, seconds = build(lowered)
         program, memory = compiled.as_text(), compiled.memory_analysis()
         launches = collections.Counter(name for computation, _, name in instructions(program) if computation == "ENTRY")
         temporary, per_layer = memory.temp_size_in_bytes / 2**20, launches.total() / LAYERS[size]
         faults = remade(program, kernels)
-        faults += [f"over {MOST_TEMPORARY} MiB"] * (temporary > MOST_TEMPORARY)
-        faults += [f"over {MOST_LAUNCHES} launches a layer"] * (per_layer > MOST_LAUNCHES)
-        yield {
+        result = {
             "model": size,
             "mode": mode,
             "target": arguments.target,
@@ -262,8 +281,14 @@ def examine_decode(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "a layer": round(per_layer, 1),
             "seconds to trace": round(tracing, 1),
             "to compile": round(seconds, 1),
-            "faults": faults,
         }
+        if decoding:
+            faults += [f"over {MOST_TEMPORARY} MiB"] * (temporary > MOST_TEMPORARY)
+            faults += [f"over {MOST_LAUNCHES} launches a layer"] * (per_layer > MOST_LAUNCHES)
+        else:
+            result["of them cuDNN's attention"] = program.count('custom_call_target="__cudnn$fmhaSoftmax"')
+            faults += ["attention without cuDNN"] * (result["of them cuDNN's attention"] != LAYERS[size])
+        yield result | {"faults": faults}
 
 
 # Reports.
@@ -308,10 +333,13 @@ def main() -> int:
     decode.add_argument("models", nargs="*", default=["8B"], metavar="MODEL", help=f"of {', '.join(LAYERS)}; else 8B")
     target_help = "whose implementations are taken; of cuda:8.0 they widen kernels, and the check has something to find"
     decode.add_argument("--target", default=HOPPER, help=target_help)
+    prefill = commands.add_parser("prefill", help=f"the same of a prompt of {PROMPT} tokens, and who does attention")
+    prefill.add_argument("models", nargs="*", default=["8B"], metavar="MODEL", help=f"of {', '.join(LAYERS)}; else 8B")
+    prefill.set_defaults(target=HOPPER)
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    results = list({"kernels": examine_kernels, "decode": examine_decode}[arguments.command](arguments))
+    results = list((examine_kernels if arguments.command == "kernels" else examine_models)(arguments))
     print(table(results))
     if arguments.command == "kernels" or arguments.target == HOPPER:
         write(arguments.command, results)

@@ -1,7 +1,7 @@
 """Flax NNX modules that read the policy: layers, attention, Qwen3, generation."""
 
 from .config import Quantization, Qwen3Config, Yarn
-from .generation import Generated, Prefix, decode, generate, generate_with_logprobs, prefill
+from .generation import Generated, Prefix, decode, generate, generate_with_logprobs, prefill, reread
 from .layers import Embedding, Linear, RMSNorm
 from .qwen3 import Qwen3
 from .sampling import History, Sampling
@@ -23,5 +23,6 @@ __all__ = [
     "generate",
     "generate_with_logprobs",
     "prefill",
+    "reread",
     "tensor_parallel",
 ]

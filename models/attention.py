@@ -17,17 +17,15 @@ import numpy as np
 
 from ..policies.dtypes import is_narrow, largest, saturating_cast
 from ..policies.errors import InvalidTokens
+from ..policies.matmul.dispatch import here
+from ..policies.matmul.portable import unless_portable
+from . import flash
 
 EMPTY = np.int32(2**30)
 """The position of a slot that holds no token: later than any query."""
 
 SCORES = 2**26
 """Bytes of scores that are held at a time, all heads together."""
-
-
-def _static() -> Any:
-    """A field that is part of the tree, not of its leaves."""
-    return dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -37,8 +35,8 @@ class KVCache:
 
     They lie as attention reads them: what is not summed over is contiguous, so that no step copies or turns them.
 
-    keys          one a layer, (b, kv heads, head_dim, slots), in `dtype`; float8 as uint8 of the same bits, since XLA's CPU
-                  backend copies a float8 array that a loop carries, each time
+    keys          one a layer, (b, kv heads, head_dim, slots), in `dtype`; float8 as uint8 of the same bits, since XLA's
+                  CPU backend copies a float8 array that a loop carries, each time
     values        one a layer, (b, kv heads, slots, head_dim), likewise
     key_scales    one a layer, (b, kv heads, slots) float32: what each head's key of a token is multiplied by; None in
                   place of each where the dtype needs no scales
@@ -56,7 +54,7 @@ class KVCache:
     positions: jax.Array
     length: jax.Array
     tokens: jax.Array
-    dtype: np.dtype = _static()
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
 
     @staticmethod
     def of(layers: Sequence[Kept], positions: jax.Array, length: jax.Array, tokens: jax.Array) -> KVCache:
@@ -107,7 +105,7 @@ class Kept:
     values: jax.Array
     key_scales: jax.Array | None
     value_scales: jax.Array | None
-    dtype: np.dtype = _static()
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
 
     @staticmethod
     def of(k: jax.Array, v: jax.Array, dtype: np.dtype) -> Kept:
@@ -138,7 +136,7 @@ class Kept:
 
 
 def _put(old: jax.Array, new: jax.Array, start: jax.Array | int, axis: int) -> jax.Array:
-    """`old` with `new` from `start` on; 16 bits as bits: XLA's CPU backend widens the whole array to update it, and back."""
+    """`old` with `new` from `start` on; 16 bits as bits: XLA's CPU backend widens all of it for that, and back."""
     if old.dtype.itemsize != 2:
         return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)
     old_bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
@@ -154,35 +152,74 @@ def _narrowed(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
     return saturating_cast(wide / scales[..., None], dtype), scales
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """Tokens that nothing came before: keys and values (b, t, kv, d), and which are real (b, t) bool."""
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+
+
 def attend(
-    q: jax.Array, kept: Kept, queries: jax.Array, slots: jax.Array, window: int | None
+    q: jax.Array,
+    kept: Kept,
+    queries: jax.Array,
+    slots: jax.Array,
+    window: int | None,
+    alone: Alone | None = None,
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """Attention of q (b, t, h, d) over keys and values, in q's dtype: (b, t, h * d); and its weights, if called for.
 
     queries  (b, t) int32  positions of the queries
     slots    (b, s) int32  positions of the keys
     window   a query sees the keys less than `window` positions before it; None: all
+    alone    what `kept` holds beside empty slots, for cuDNN's flash attention where that takes it; has no derivative
     weights  (b, h, t, s), in q's dtype
 
     Scores and softmax are float32.  Of long prompts a part of the queries is looked at at a time, so that never more
     than SCORES bytes of scores are held.
     """
-    b, t, heads, d = q.shape
-    kv, s = kept.keys.shape[1], kept.keys.shape[3]
-    whole = q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4)
+
+    def over_slots(q: jax.Array, kept: Kept, queries: jax.Array, slots: jax.Array, _: Alone | None = None) -> jax.Array:
+        return _over_slots(window, q, kept, queries, slots)
+
+    def flashed(q: jax.Array, _: Kept, __: jax.Array, ___: jax.Array, alone: Alone) -> jax.Array:
+        return flash.attend(q, alone.k, alone.v, alone.mask, window).reshape(*q.shape[:2], -1)
 
     def weights() -> jax.Array:
-        return _weights(window, whole, queries, kept, slots).astype(q.dtype).reshape(b, heads, t, s)
+        b, t, heads, _ = q.shape
+        return _weights(window, _grouped(q, kept), queries, kept, slots).astype(q.dtype).reshape(b, heads, t, -1)
 
-    size = _chunk(t, 4 * b * heads * s)
+    if alone is None or flash.refuses(here(), q.shape[1], q.shape[3], q.dtype, kept.dtype):
+        return over_slots(q, kept, queries, slots), weights
+    if not flash.traces(q, alone.k, alone.v, alone.mask, window):
+        return over_slots(q, kept, queries, slots), weights
+    on_gpu = unless_portable(flashed, over_slots)
+    return jax.lax.platform_dependent(q, kept, queries, slots, alone, cuda=on_gpu, default=over_slots), weights
+
+
+def _grouped(q: jax.Array, kept: Kept) -> jax.Array:
+    """Queries (b, t, h, d) by the kv head that they share: (b, kv, h/kv, t, d)."""
+    b, t, heads, d = q.shape
+    kv = kept.keys.shape[1]
+    return q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4)
+
+
+def _over_slots(window: int | None, q: jax.Array, kept: Kept, queries: jax.Array, slots: jax.Array) -> jax.Array:
+    """See `attend`."""
+    b, t, heads, d = q.shape
+    grouped = _grouped(q, kept)
+    size = _chunk(t, 4 * b * heads * slots.shape[1])
     if size == t:
-        mixed = _mixed(window, whole, queries, kept, slots)
+        mixed = _mixed(window, grouped, queries, kept, slots)
     else:
         padding = -t % size
-        padded = jnp.pad(whole, ((0, 0),) * 3 + ((0, padding), (0, 0)))
+        padded = jnp.pad(grouped, ((0, 0),) * 3 + ((0, padding), (0, 0)))
         places = jnp.pad(queries, ((0, 0), (0, padding)))
         mixed = _mixed_in_parts(window, size, padded, places, kept, slots)[:, :, :, :t]
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, heads * d), weights
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, heads * d)
 
 
 def _weights(window: int | None, q: jax.Array, queries: jax.Array, kept: Kept, slots: jax.Array) -> jax.Array:

@@ -46,6 +46,18 @@ class Prefix:
         """How many more tokens fit."""
         return self.tokens.shape[1] - int(self.cache.length)
 
+    def rewound(self, count: int) -> Prefix:
+        """With the first `count` real tokens of each row alone, and no logits until more is read."""
+        kept = self.cache.positions < count
+        filled = jnp.max(jnp.where(kept, jnp.arange(kept.shape[1], dtype=jnp.int32) + 1, 0))
+        cache = dataclasses.replace(
+            self.cache,
+            positions=jnp.where(kept, self.cache.positions, EMPTY),
+            length=filled,
+            tokens=jnp.minimum(self.cache.tokens, count),
+        )
+        return Prefix(cache, self.tokens, jnp.full_like(self.logits, jnp.nan))
+
     def repeat(self, count: int) -> Prefix:
         """Every prompt `count` times, one after the other."""
         if count == 1:
@@ -112,6 +124,27 @@ def prefill(
     if prefix is None:
         return _prefill(graphdef, state, ids, mask, bucket(length + room))
     return _extend(graphdef, state, ids, mask, prefix.cache, prefix.tokens)
+
+
+def reread(model: Qwen3, input_ids: ArrayLike, before: Prefix, *, room: int = 256) -> Prefix:
+    """`prefill` of one prompt, of which only what the one in `before` did not begin with is read; `before` stays.
+
+    All of it is read where nothing is shared, or the cache has no room for the rest and for `room` tokens more.
+
+    Raises:
+      InvalidTokens: for more than one row, and as `prefill`.
+    """
+    ids, mask = _prompts(model, input_ids, None)
+    if ids.shape[0] != 1 or before.tokens.shape[0] != 1:
+        raise InvalidTokens(f"input_ids: expected one row, found {ids.shape[0]}, and {before.tokens.shape[0]} before.")
+    known = np.asarray(before.tokens)[np.asarray(before.cache.positions) != EMPTY]
+    least = min(known.size, ids.size - 1)  # the last one's logits are wanted
+    differs = np.flatnonzero(ids[0, :least] != known[:least])
+    shared = int(differs[0]) if differs.size else least
+    rest = before.rewound(shared)
+    if shared == 0 or rest.room < bucket(ids.size - shared) + room:
+        return prefill(model, ids, mask, room=room)
+    return prefill(model, ids[:, shared:], prefix=rest)
 
 
 def generate(
@@ -200,7 +233,8 @@ def decode(
     logprobs: int | None = None,
     chunk: int = CHUNK,
 ) -> Generator[Generated, np.ndarray | None, None]:
-    """The continuation as it comes, `chunk` tokens at a time; `lengths` are those of the part, `ended` so far.
+    """The continuation as it comes: the first token, then `chunk` at a time; no more than `chunk` in all come together.
+    `lengths` are those of the part, `ended` so far.
 
     What is sent to the iterator, (rows,) bool, ends rows from outside.  Arguments and errors are those of `generate`.
     """
@@ -282,8 +316,9 @@ class _Decoding:
         del prefix
         lengths = np.zeros(state.done.shape, np.int32)
         while True:
-            stop = min(given + chunk, count)
-            state = _decode(graphdef, kind, self.logprobs, params, state, numbers, self.eos, self.pad, stop)
+            stop = min(given + chunk if given or chunk >= count else 1, count)
+            if stop > 1:  # the first is drawn already
+                state = _decode(graphdef, kind, self.logprobs, params, state, numbers, self.eos, self.pad, stop)
             made, done, now = int(state.count), np.asarray(state.done), np.asarray(state.lengths)
             told = [np.asarray(each)[:, start + given : start + made] for each in state.told]
             tokens = np.asarray(state.tokens)[:, start + given : start + made]
@@ -299,7 +334,8 @@ class _Decoding:
 @functools.partial(jax.jit, static_argnames=("graphdef", "slots"))
 def _prefill(graphdef: Any, params: nnx.State, ids: jax.Array, mask: jax.Array, slots: int) -> Prefix:
     model = nnx.merge(graphdef, params)
-    return _read(model, ids, mask, model.empty_cache(ids.shape[0], slots), jnp.zeros((ids.shape[0], slots), jnp.int32))
+    tokens = jnp.zeros((ids.shape[0], slots), jnp.int32)
+    return _read(model, ids, mask, model.empty_cache(ids.shape[0], slots), tokens, first=True)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
@@ -309,9 +345,11 @@ def _extend(
     return _read(nnx.merge(graphdef, params), ids, mask, cache, tokens)
 
 
-def _read(model: Qwen3, ids: jax.Array, mask: jax.Array, cache: KVCache, tokens: jax.Array) -> Prefix:
+def _read(
+    model: Qwen3, ids: jax.Array, mask: jax.Array, cache: KVCache, tokens: jax.Array, *, first: bool = False
+) -> Prefix:
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, ids, cache.length, axis=1)
-    hidden, cache = model.hidden(ids, mask, cache)
+    hidden, cache = model.hidden(ids, mask, cache, first=first)
     last = ids.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return Prefix(cache, tokens, model.logits(hidden).astype(jnp.float32))

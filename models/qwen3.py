@@ -18,7 +18,7 @@ from ..policies.policy import ParamSpec, Policy, Scope
 from ..policies.presets import get_policy
 from ..policies.trees import variables_by_path
 from . import rope, taps
-from .attention import EMPTY, Kept, KVCache, attend, token_positions
+from .attention import EMPTY, Alone, Kept, KVCache, attend, token_positions
 from .config import Qwen3Config
 from .layers import Embedding, Linear, RMSNorm, project, scope_of
 from .tokens import checked_tokens
@@ -56,10 +56,14 @@ class Attention(nnx.Module):
         k = self.k_norm(k.reshape(b, t, self.kv_heads, self.head_dim))
         v = v.reshape(b, t, self.kv_heads, self.head_dim)
         q = rope.rotate(q, step.cos, step.sin)
-        kept = Kept.of(rope.rotate(k, step.cos, step.sin), v, step.kept_in)
+        k = rope.rotate(k, step.cos, step.sin)
+        kept = Kept.of(k, v, step.kept_in)
         if past is not None:
             kept = past.put(kept, step.start)
-        mixed, weights = attend(q, kept, step.queries, step.slots, self.window)
+        alone = None if step.alone is None else Alone(k, v, step.alone)
+        mixed, weights = attend(q, kept, step.queries, step.slots, self.window, alone)
+        if alone is not None:  # or XLA fills the cache last, and holds what goes into it until then
+            mixed, kept = jax.lax.optimization_barrier((mixed, kept))
         taps.offer("weights", weights)
         return self.o_proj(mixed), kept
 
@@ -101,7 +105,10 @@ class Layer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What all layers share in one call: rotations, positions, and where in the cache the call's tokens go."""
+    """What all layers share in one call: rotations, positions, where in the cache its tokens go.
+
+    alone  which of them are real, where nothing came before; None: something may have
+    """
 
     cos: jax.Array
     sin: jax.Array
@@ -109,6 +116,7 @@ class _Step:
     slots: jax.Array
     start: jax.Array | int
     kept_in: np.dtype
+    alone: jax.Array | None
 
 
 class Qwen3(nnx.Module):
@@ -189,11 +197,17 @@ class Qwen3(nnx.Module):
         return logits, seen.captured
 
     def hidden(
-        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, cache: KVCache | None = None
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        cache: KVCache | None = None,
+        *,
+        first: bool = False,
     ) -> tuple[jax.Array, KVCache]:
         """The stream before the last norm, (b, t, hidden), and the cache with the call's tokens added.
 
-        Without a cache the one returned holds this call's tokens and has no room for more.
+        Without a cache the one returned holds this call's tokens and has no room for more.  `first` says that the one
+        given is empty, and allows what has no derivative: cuDNN's flash attention on a GPU.
         """
         ids, mask = checked_tokens(input_ids, attention_mask, self.config.vocab_size)
         if cache is not None:
@@ -205,7 +219,7 @@ class Qwen3(nnx.Module):
             start = cache.length
             slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, slots, start, axis=1)
         cos_sin = rope.cos_sin(queries, self.config, self.activations)
-        step = _Step(*cos_sin, queries, slots, start, self.kv_cache)
+        step = _Step(*cos_sin, queries, slots, start, self.kv_cache, mask if first else None)
         x, kept = taps.tap("embed_tokens", self.embed_tokens(ids)), []
         for i, layer in enumerate(self.layers):
             with taps.within("layers", i):

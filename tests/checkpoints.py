@@ -3,7 +3,6 @@
 Nothing here goes through perparam's loaders, so that what they read can be held against it.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -154,17 +153,6 @@ def read(folder: Path) -> dict[str, np.ndarray]:
 
 
 # Models.
-
-
-@contextlib.contextmanager
-def quick_compilation():
-    """Programs are compiled without LLVM's costly passes, for tests that compile many and run each once."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def checkpoint_name(path: str) -> str:

@@ -1,7 +1,8 @@
-"""What all tests share: strict dtype promotion, so that every cast in perparam is meant, and a hypothesis profile."""
+"""What all tests share: strict promotion, so that every cast in perparam is meant; quick compilation; hypothesis."""
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -9,3 +10,22 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("default", deadline=None, max_examples=12, derandomize=True, database=None)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=300)
 hypothesis.settings.load_profile("default")
+
+OPTIMISED = {
+    *("test_activations", "test_backends", "test_blocks", "test_casting", "test_decoding", "test_dtypes"),
+    *("test_generation_memory", "test_matmul", "test_real_shapes", "test_storage"),
+}
+"""What promises bits, or is written for a compiler, is compiled as it is for users."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation(request):
+    """Without LLVM's costly passes, which take a quarter of the time: most programs here are run once.
+
+    XLA's own passes over programs, which decide about casts and memory, run all the same.
+    """
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", request.path.stem not in OPTIMISED)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()  # no file needs the programs of another, and gigabytes of them slow Python's collector down

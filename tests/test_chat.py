@@ -16,6 +16,8 @@ from small_tokenizer import small_tokenizer, write_tokenizer
 import perparam
 from perparam import Sampling, load_tokenizer, terminal
 from perparam.loaders import Completion
+from perparam.models import generation
+from perparam.models.attention import EMPTY
 
 ANSWERS = {
     "hello": ("Ġworld", "Ġthere", "<|im_end|>"),
@@ -217,12 +219,6 @@ class Screen(io.StringIO):
         return written
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with checkpoints.quick_compilation():
-        yield
-
-
 @pytest.fixture(autouse=True)
 def colour(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -377,7 +373,13 @@ def test_the_history_holds_answers_without_thinking(chat):
 def test_each_prompt_holds_what_was_said(chat, monkeypatch):
     asked = []
     original = terminal.stream
-    monkeypatch.setattr(terminal, "stream", lambda *given, **options: asked.append(given[2]) or original(*given))
+
+    def stream(model, tokenizer, prefix, *rest, **options):
+        ids = np.asarray(prefix.tokens)[np.asarray(prefix.cache.positions) != EMPTY]
+        asked.append(tokenizer.decode(ids, skip_special_tokens=False))
+        return original(model, tokenizer, prefix, *rest, **options)
+
+    monkeypatch.setattr(terminal, "stream", stream)
     talk = chat()
     talk.take("why")
     talk.take("hello")
@@ -388,6 +390,17 @@ def test_each_prompt_holds_what_was_said(chat, monkeypatch):
         [turn("user", "why"), turn("assistant", " answer"), turn("user", "hello"), "<|im_start|>assistant\nhello"]
     )
     assert asked[2] == turn("user", "hello") + "<|im_start|>assistant\nhello"
+
+
+def test_of_a_conversation_only_what_is_new_is_read(chat, monkeypatch):
+    read = []
+    for name in ("_prefill", "_extend"):
+        real = getattr(generation, name)
+        monkeypatch.setattr(generation, name, lambda *given, real=real, name=name: read.append(name) or real(*given))
+    talk = chat(max_new_tokens=113)  # for which a cache of 192 slots is made, with room for two turns more
+    for line in ("why", "hello", "why", "/reset", "why", "/policy bf16", "hello"):
+        talk.take(line)
+    assert read == ["_prefill", "_extend", "_extend", "_prefill", "_prefill"]
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_came(chat, monkeypatch):

@@ -37,19 +37,13 @@ def layer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def written(layer, tmp_path_factory):
+def texts(layer, tmp_path_factory):
     """The same with a tokenizer."""
     folder = tmp_path_factory.mktemp("texts")
     for path in layer.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     write_tokenizer(folder)
     return str(folder)
-
-
-@pytest.fixture
-def texts(written):
-    with checkpoints.quick_compilation():
-        yield written
 
 
 def test_plan_prints_the_table_without_reading_weights(folder, capsys, monkeypatch):
@@ -311,7 +305,7 @@ def test_the_plan_of_an_8b_checkpoint_comes_within_five_seconds_of_pressing_retu
     folder = headers_of_8b(tmp_path / "8b")
     command = [sys.executable, "-m", "perparam", "plan", str(folder), "--policy", "fp8_weight_only"]
     seconds = []
-    for _ in range(3):  # the best of three: the machine is shared, the limit is not about its neighbours
+    while len(seconds) < 3 and not min(seconds, default=5) < 5:  # the machine is shared, the limit not about neighbours
         start = time.perf_counter()
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         seconds.append(time.perf_counter() - start)

@@ -38,12 +38,6 @@ PARTIAL = Policy({"layers/0/**/kernel": "bf16", "**/mlp/down_proj/kernel": "f32"
 FROM_BF16 = Policy({"layers/*/mlp/{up,down}_proj/kernel": "f8_e4m3fn", "norm/scale": "f32"}, "f32", block=(8, 40))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with checkpoints.quick_compilation():
-        yield
-
-
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory):
     return write(tmp_path_factory.mktemp("fp8") / "checkpoint", fields(), tensors(fields()))

@@ -4,7 +4,6 @@ import contextlib
 import json
 import types
 
-import checkpoints
 import hypothesis
 import numpy as np
 import pytest
@@ -317,8 +316,7 @@ def test_what_is_no_text_is_refused(prompt):
 def model(tmp_path_factory):
     config = fields(num_hidden_layers=1, vocab_size=490, eos_token_id=END, pad_token_id=None)
     folder = write(tmp_path_factory.mktemp("small"), config, tensors(config, seed=1))
-    with checkpoints.quick_compilation():
-        yield perparam.load_model(folder, Policy(compute="f32"))
+    return perparam.load_model(folder, Policy(compute="f32"))
 
 
 WARM = Sampling(temperature=1.5)

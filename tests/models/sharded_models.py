@@ -1,8 +1,9 @@
 """A program for eight devices: a Qwen3 loaded over several meshes, one line of JSON for each. Run by test_sharding.py.
 
-A line is `{"name", "shards", "devices", "same", "error", "kernels"}`: the shape of a shard of each parameter of the
-first layer, the most devices that share one, whether all arrays are those of the whole model bit for bit, the relative
-error of the logits, and how many Hopper kernels there are in the program lowered for CUDA; or `{"name", "raised"}`.
+A line is `{"name", "shards", "devices", "same", "error", "kernels", "tokens"}`: the shape of a shard of each parameter
+of the first layer, the most devices that share one, whether all arrays are those of the whole model bit for bit, the
+relative error of the logits, how many Hopper kernels there are in the program lowered for CUDA, and which part of
+generated tokens are those of the whole model; or `{"name", "raised"}`.
 """
 
 import json
@@ -27,6 +28,7 @@ CONFIG = checkpoints.fields(
 """768 rows on four devices are 192 each: a block and a half."""
 
 IDS = np.arange(16).reshape(2, 8)
+MASK = IDS != 0
 
 
 def mesh(*shape):
@@ -39,6 +41,7 @@ def layouts():
     yield "one mesh axis of four", mesh(4), None
     yield "one mesh axis of eight", mesh(8), None
     yield "two axes", mesh(2, 4), None
+    yield "in float32", mesh(4), {"compute": "f32"}
     yield "dequantised", mesh(4), "bf16"
     yield "requantised to blocks of 64", mesh(4), {"params": {"kernel": "f8_e4m3fn"}, "block": (64, 64)}
     yield "copied to all", NamedSharding(mesh(8), P()), None
@@ -60,12 +63,14 @@ def report(folder, name, sharding, policy):
         found = np.asarray(run(state, IDS)).astype(np.float64)
         with matmul_override(target="cuda:9.0"):
             lowered = run.trace(state, IDS).lower(lowering_platforms=("cuda",)).as_text()
+        tokens = [np.asarray(perparam.generate(each, IDS, MASK, 12, ())) for each in (whole, model)]
         line = {
             "shards": {path: array.addressable_shards[0].data.shape for path, array in first.items()},
             "devices": max(len(array.sharding.device_set) for array in arrays.values()),
             "same": all(np.asarray(arrays[path]).tobytes() == np.asarray(wanted[path]).tobytes() for path in wanted),
             "error": float(np.linalg.norm(found - logits) / np.linalg.norm(logits)),
             "kernels": lowered.count("custom_call @mosaic_gpu"),
+            "tokens": float((tokens[0] == tokens[1]).mean()),
         }
     except Exception as problem:  # the others still run
         traceback.print_exc(file=sys.stderr)

@@ -31,12 +31,6 @@ IDS = np.array([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 1, 2]])
 HEAD_WIDE = {"lm_head/kernel": None, "kernel": "f8_e4m3fn"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with checkpoints.quick_compilation():
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     config = fields(attention_bias=True, num_hidden_layers=LAYERS)

@@ -30,14 +30,9 @@ SMALLEST = 2**-10
 
 IDS = np.array([[3, 14, 15, 9, 26, 5, 35, 8], [60, 60, 9, 7, 1, 2, 3, 4]], np.int32)
 MASK = np.array([[1] * 8, [0, 0, 1, 1, 1, 1, 1, 1]], bool)
+F16, INT8 = np.dtype(np.float16), np.dtype(np.int8)
 NARROW = ["f8_e4m3fn", "int8"]
 EVERY = ["f32", "bf16", "f16", *NARROW]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with checkpoints.quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -258,9 +253,17 @@ def test_attention_is_that_over_the_widened_values(dtype, tokens):
     assert relative_error(found, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16)], ids=str)
-@pytest.mark.parametrize("kept_in", [F8, np.dtype(np.int8)], ids=str)
-@pytest.mark.parametrize("room", [0, 16], ids=["a full cache", "a cache with room"])
+# In the quick run each two of the three choices meet, but not all eight combinations.
+@pytest.mark.parametrize(
+    ("dtype", "kept_in", "room"),
+    [
+        pytest.param(dtype, kept_in, room, marks=() if quick else pytest.mark.slow, id=f"{dtype}-{kept_in}-{room}")
+        for dtype, kept_in, room, quick in [
+            (BF16, F8, 0, True), (BF16, F8, 16, False), (BF16, INT8, 0, False), (BF16, INT8, 16, True),
+            (F16, F8, 0, False), (F16, F8, 16, True), (F16, INT8, 0, True), (F16, INT8, 16, False),
+        ]
+    ],
+)  # fmt: skip
 def test_small_shares_of_many_tokens_are_not_lost(dtype, kept_in, room):
     """4096 tokens with a 4096th each: times a value's scale, a share is far below what float16 can hold in full."""
     slots = 4096
@@ -310,7 +313,7 @@ def test_logits_are_off_as_little_as_the_cache_is(models, name):
     assert name == "f32" or error > LOGIT_ERROR[name] / 100
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", ["int8", pytest.param("f8_e4m3fn", marks=pytest.mark.slow)])
 def test_without_a_cache_a_call_sees_what_a_cache_would_keep(models, name):
     """So that log-probabilities of a full pass are those of generation."""
     whole = checkpoints.logits(models[name], IDS, MASK)

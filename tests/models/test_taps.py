@@ -1,6 +1,5 @@
 """`Qwen3.observe`: what is captured is what modules compute, what is changed goes on, and unused it is nothing."""
 
-import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,12 +30,6 @@ OTHERS = [
     "norm",
 ]
 WEIGHTS = ["layers/0/self_attn/weights", "layers/1/self_attn/weights"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with checkpoints.quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -89,9 +89,14 @@ class TestProducts:
         assert y.dtype == dtype(activations)
         assert_product(y, *operands(x, kernel, scale_inv, RAGGED, compute))
 
-    @pytest.mark.parametrize("compute", COMPUTES)
+    # Where both are cast to one dtype anyway, which they had before matters little.
     @pytest.mark.parametrize(
-        ("activations", "wide"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+        ("compute", "activations", "wide"),
+        [
+            pytest.param(compute, *both, marks=pytest.mark.slow if cast and both[0] != both[1] else ())
+            for compute, cast in [(each, each not in (None, FP8)) for each in COMPUTES]
+            for both in [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+        ],
     )
     def test_a_plain_kernel_in_every_mode(self, compute, activations, wide):
         kernel, x = inputs(*SLABS, of=wide), inputs(2, 72, of=activations)
@@ -100,7 +105,7 @@ class TestProducts:
         assert_product(y, *operands(x, kernel, None, RAGGED, compute))
 
     @pytest.mark.parametrize("narrow", ["int8", "float8_e5m2", "float8_e4m3"])
-    @pytest.mark.parametrize("compute", [None, FP8, "bfloat16"])
+    @pytest.mark.parametrize("compute", [None, FP8, pytest.param("bfloat16", marks=pytest.mark.slow)])
     def test_every_narrow_kernel(self, narrow, compute):
         (kernel, scale_inv), x = pair(narrow=narrow), inputs(2, 72)
         y = product(x, kernel, scale_inv, block=RAGGED, compute=compute)
@@ -176,8 +181,9 @@ class TestProducts:
 
 
 class TestVariants(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_every_mode_with_and_without_jit(self):
+    # With jit is what TestProducts and TestGradients have.
+    @chex.variants(without_jit=True)
+    def test_every_mode(self):
         (kernel, scale_inv), x = pair(), inputs(2, 72)
         for compute in (None, FP8, "bfloat16"):
             y = self.variant(lambda *a, c=compute: scaled_matmul(*a, block=RAGGED, compute=c))(x, kernel, scale_inv)
@@ -195,8 +201,8 @@ class TestVariants(chex.TestCase):
                 assert_product(experts[i], *operands(x[i], kernels[i], scales[i], RAGGED, compute))
                 assert_product(rows[i], *operands(x[i], kernels[0], scales[0], RAGGED, compute))
 
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_the_gradient_with_and_without_jit(self):
+    @chex.variants(without_jit=True)
+    def test_the_gradient(self):
         (kernel, scale_inv), x, weights = pair(), inputs(3, 72), inputs(3, SLABS[0], seed=2)
         loss = lambda x: jnp.vdot(scaled_matmul(x, kernel, scale_inv, block=RAGGED), weights)  # noqa: E731
         gradient = self.variant(jax.grad(loss))(x)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import quick_compilation
 from matmuls import FP8, Case, exact, relative_error
 
 from perparam.policies.matmul import matmul_override, scaled_matmul, scaled_matmuls
@@ -16,12 +15,6 @@ SAME_SUMS = 1e-6
 
 CASE = Case(3, (40, 72), x="float32", block=(16, 24))
 MODES = pytest.mark.parametrize("compute", [None, FP8])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def multiply(compute):

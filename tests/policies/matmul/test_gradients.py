@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import quick_compilation
 from helpers import dtype, reference_dequantize, reference_quantize
 from matmuls import FP8, ROUNDING, Case, assert_product, takers, widened
 
@@ -40,7 +39,7 @@ SECOND = 1e-5
 
 @pytest.fixture(scope="module", autouse=True)
 def without_a_gpu():
-    with quick_compilation(), contextlib.nullcontext() if interpreter.MISSING else interpreter.interpreted():
+    with contextlib.nullcontext() if interpreter.MISSING else interpreter.interpreted():
         yield
 
 

@@ -35,7 +35,12 @@ class TestEveryShape:
     def test_w8a16_is_one_kernel(self, shape):
         assert kernels_of(Case(8, shape)) == 1
 
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    # Both modes ask the same of a shape: a few are enough in the quick run.
+    @pytest.mark.parametrize(
+        "shape",
+        [pytest.param(shape, marks=pytest.mark.slow if i % 4 else ()) for i, shape in enumerate(SHAPES)],
+        ids=str,
+    )
     def test_w8a8_of_many_rows_is_a_kernel_that_quantises_and_one_that_multiplies(self, shape):
         assert kernels_of(Case(512, shape, compute=FP8)) == 2
 

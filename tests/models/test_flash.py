@@ -1,0 +1,172 @@
+"""cuDNN's flash attention: what it is given, against attention over slots; nothing here runs on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import relative_error
+
+from perparam import Policy, Qwen3, Qwen3Config
+from perparam.models import attention, flash, generation
+from perparam.models.attention import Kept, token_positions
+from perparam.policies.matmul import matmul_override
+from perparam.policies.matmul.dispatch import Target
+
+HOPPER = Target("cuda", (9, 0))
+BF16, F16, F32 = (np.dtype(dtype) for dtype in (ml_dtypes.bfloat16, np.float16, np.float32))
+LENGTH, HEADS, KV, D = 37, 4, 2, 16
+MASKS = {
+    "left": np.arange(LENGTH) >= [[9], [0]],
+    "right": np.arange(LENGTH) < [[30], [37]],
+    "middle": ~((np.arange(LENGTH) > [[10], [36]]) & (np.arange(LENGTH) < [[14], [36]])),
+    "one token": np.arange(LENGTH) == [[36], [3]],
+}
+
+
+def inputs(dtype):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(2, LENGTH, heads, D)).astype(dtype)) for heads in (HEADS, KV, KV)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, LENGTH])
+@pytest.mark.parametrize("padding", MASKS)
+def test_it_is_attention_over_slots(padding, window):
+    """With JAX's plain implementation of the same function in cuDNN's place."""
+    mask, (q, k, v) = MASKS[padding], inputs(np.float32)
+    queries, slots = token_positions(jnp.asarray(mask), jnp.zeros(2, jnp.int32))
+    expected, _ = attention.attend(q, Kept.of(k, v, F32), queries, slots, window)
+    found = flash.attend(q, k, v, jnp.asarray(mask), window, "xla").reshape(expected.shape)
+    assert relative_error(found, expected, mask) <= 2e-6
+    assert (np.asarray(found)[~mask] == 0).all()
+
+
+def test_rows_without_a_real_token_are_zero():
+    q, k, v = inputs(BF16)
+    found = flash.attend(q, k, v, jnp.zeros((2, LENGTH), bool), None, "xla")
+    assert (np.asarray(found) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, None),
+        ({"dtype": F16, "kept_in": F16}, None),
+        ({"target": Target("cuda", (8, 0))}, None),
+        ({"target": Target("cuda", (7, 5))}, "compute capability 8.0"),
+        ({"target": Target("cuda")}, "compute capability 8.0"),
+        ({"target": Target("cpu")}, "NVIDIA GPU"),
+        ({"target": Target("rocm")}, "NVIDIA GPU"),
+        ({"dtype": F32, "kept_in": F32}, "bf16 and f16"),
+        ({"kept_in": np.dtype(np.int8)}, "another dtype"),
+        ({"head_dim": 100}, "heads are 100 wide"),
+        ({"head_dim": 256}, "heads are 256 wide"),
+        ({"tokens": flash.LEAST - 1}, "fewer than"),
+    ],
+)
+def test_what_it_takes(change, why):
+    call = {"target": HOPPER, "tokens": 4096, "head_dim": 128, "dtype": BF16, "kept_in": BF16} | change
+    found = flash.refuses(**call)
+    assert found is None if why is None else why in found
+
+
+CONFIG = Qwen3Config(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, pad_token_id=0,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """No program that an earlier test has traced."""
+    generation._prefill.clear_cache()
+    yield
+    generation._prefill.clear_cache()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What flash attention was traced for; JAX's plain implementation stands in for cuDNN."""
+    seen, real = [], flash.attend
+
+    def attend(q, k, v, mask, window):
+        seen.append(q.shape)
+        return real(q, k, v, mask, window, "xla")
+
+    monkeypatch.setattr(flash, "attend", attend)
+    return seen
+
+
+def lowered(policy, length, platforms):
+    model = Qwen3(CONFIG, policy=policy, rngs=None)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, length), jnp.bool_)
+    graphdef, state = generation.nnx.split(model)
+    with matmul_override(target="cuda:9.0"):
+        traced = generation._prefill.trace(graphdef, state, ids, mask, length + 16)
+    return traced.lower(lowering_platforms=platforms).as_text()
+
+
+def scores(text, length):
+    """Whether a program holds the scores of all queries over the cache."""
+    return f"x{length}x{length + 16}xf32>" in text
+
+
+def test_a_prompt_on_a_gpu_is_read_by_it(calls):
+    text = lowered("bf16", flash.LEAST, ("cuda",))
+    assert set(calls) == {(1, flash.LEAST, 4, 16)}
+    assert len(calls) >= CONFIG.num_hidden_layers
+    assert not scores(text, flash.LEAST)
+
+
+@pytest.mark.parametrize(
+    ("policy", "length", "platforms"),
+    [
+        ("bf16", flash.LEAST, ("cpu",)),
+        ("bf16", flash.LEAST, ("cpu", "cuda")),
+        ("bf16", flash.LEAST // 2, ("cuda",)),
+        ("f32", flash.LEAST, ("cuda",)),
+        (Policy(compute="bf16", kv_cache="f8_e4m3fn"), flash.LEAST, ("cuda",)),
+    ],
+    ids=["a CPU", "several platforms", "a short prompt", "float32", "a narrow cache"],
+)
+def test_others_are_read_over_slots(calls, policy, length, platforms):
+    assert scores(lowered(policy, length, platforms), length)
+
+
+def test_what_has_to_have_a_derivative_is_not_read_by_it(calls):
+    model = Qwen3(CONFIG, policy="bf16", rngs=generation.nnx.Rngs(0))
+    ids = jax.ShapeDtypeStruct((1, flash.LEAST), jnp.int32)
+    with matmul_override(target="cuda:9.0"):
+        jax.eval_shape(lambda ids: model(ids), ids)
+    assert calls == []
+
+
+def test_a_machine_without_cudnn_reads_over_slots(monkeypatch):
+    """JAX raises where it finds none."""
+    real = flash.attend
+    monkeypatch.setattr(flash, "attend", functools.partial(real, implementation="cudnn"))
+    if "cudnn" in lowered("bf16", flash.LEAST, ("cuda",)):
+        pytest.skip("this machine has cuDNN")
+    assert scores(lowered("bf16", flash.LEAST, ("cuda",)), flash.LEAST)
+
+
+def test_padding_is_no_part_of_what_the_model_reads(calls, monkeypatch):
+    """A whole prefill with it, on this machine, gives what a prefill over slots gives."""
+    model = Qwen3(CONFIG, policy="bf16", rngs=generation.nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 64, (2, flash.LEAST))
+    mask = np.ones(ids.shape, bool)
+    mask[0, :50] = mask[1, 100:] = False
+    expected = generation.prefill(model, ids, mask)
+    assert calls == []
+    monkeypatch.setattr(flash, "refuses", lambda *_: None)
+    monkeypatch.setattr(attention, "unless_portable", lambda kernel, _: kernel)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cuda, **_: cuda(*operands))
+    generation._prefill.clear_cache()
+    found = generation.prefill(model, ids, mask)
+    assert len(calls) >= CONFIG.num_hidden_layers
+    # bfloat16 is rounded at other places within the softmax.
+    assert relative_error(found.logits, expected.logits) <= 2**-6
