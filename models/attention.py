@@ -267,7 +267,7 @@ def _mixed_in_parts_jvp(window: int | None, size: int, primals: Any, tangents: A
     """Where it is differentiated parts are collected, and computed again for the derivative."""
 
     def collected(q: jax.Array, queries: jax.Array, kept: Kept, slots: jax.Array) -> jax.Array:
-        mixed = jax.checkpoint(lambda part: _mixed(window, *part, kept, slots))
+        mixed = jax.checkpoint(lambda part: _mixed(window, part[0], part[1], kept, slots))
         parts = q.reshape(*q.shape[:3], -1, size, q.shape[4])
         places = queries.reshape(queries.shape[0], -1, size)
         results = jax.lax.map(mixed, (jnp.moveaxis(parts, 3, 0), jnp.moveaxis(places, 1, 0)))

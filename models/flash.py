@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,12 @@ def refuses(target: Target, tokens: int, head_dim: int, dtype: np.dtype, kept_in
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, window: int | None, implementation: str = "cudnn"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    window: int | None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """Causal attention of tokens that nothing came before: q (b, t, h, d) over k and v (b, t, kv, d), like q.
 
@@ -54,12 +61,14 @@ def attend(
     lengths = mask.sum(axis=1, dtype=jnp.int32)
     with jax.numpy_dtype_promotion("standard"):  # on which JAX's own function relies
         mixed = jax.nn.dot_product_attention(
-            *(moved(x, order) for x in (q, k, v)),
+            moved(q, order),
+            moved(k, order),
+            moved(v, order),
             is_causal=True,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
             local_window_size=None if window is None else (window - 1, 0),
-            implementation=implementation,  # type: ignore[arg-type]
+            implementation=implementation,
         )
     # Zero rather than whatever is there: the next layer's values of padding are multiplied with weights of zero.
     return jnp.where(mask[:, :, None, None], moved(mixed, jnp.argsort(order, axis=1)), 0)
@@ -68,7 +77,7 @@ def attend(
 def traces(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, window: int | None) -> bool:
     """Whether JAX finds a cuDNN that takes this call."""
     try:
-        jax.eval_shape(lambda *operands: attend(*operands, window), q, k, v, mask)
+        jax.eval_shape(lambda q, k, v, mask: attend(q, k, v, mask, window), q, k, v, mask)
     except (RuntimeError, NotImplementedError):
         return False
     return True

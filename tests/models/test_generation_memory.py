@@ -84,6 +84,7 @@ def test_no_wide_copy_of_a_narrow_kernel_lasts(narrow):
     assert wide_copies(narrow) == set()
 
 
+@pytest.mark.slow
 def test_no_wide_copy_lasts_where_activations_are_narrow_too():
     assert wide_copies(program("fp8_dynamic")) == set()
 
@@ -108,6 +109,7 @@ class Hoisted(Linear):
         return jnp.einsum("...i,oi->...o", x, kernel)
 
 
+@pytest.mark.slow
 def test_the_check_notices_kernels_that_are_widened_before_the_loop():
     assert wide_copies(program(NARROW, Hoisted))
 
@@ -156,7 +158,8 @@ def temporary(program):
     return program.memory_analysis().temp_size_in_bytes / 2**20
 
 
-@pytest.mark.parametrize("window", [None, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 512])
 def test_a_long_prompt_takes_no_memory_of_its_square(window):
     tokens, heads = 4096, CONFIG.num_attention_heads
     config = dataclasses.replace(CONFIG, windows=(window,))
@@ -202,7 +205,10 @@ def test_a_narrow_cache_and_its_scales_are_updated_in_place(kv_cache):
 
 @pytest.mark.parametrize(
     ("kv_cache", "name"),
-    [("f8_e4m3fn", "u8"), ("int8", "s8"), ("bf16", "bf16")],
+    [
+        ("f8_e4m3fn", "u8"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("int8", "s8"), ("bf16", "bf16"))),
+    ],
 )
 def test_a_step_converts_no_whole_cache(kv_cache, name):
     """One token is written: nothing of the cache's size is converted to its dtype again, or copied."""
