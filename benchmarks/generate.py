@@ -155,7 +155,7 @@ def spread(values: Any) -> dict[str, float]:
 
 def shown(values: dict[str, float]) -> str:
     """`median (lower–upper)`."""
-    return f"{values['median']:.2f} ({values['lower']:.2f}–{values['upper']:.2f})"
+    return f"{values['median']:.3g} ({values['lower']:.3g}–{values['upper']:.3g})"
 
 
 # Beside transformers.
