@@ -453,7 +453,7 @@ def safetensors_of(header: Any, data: bytes) -> bytes:
 
 def _length(rng: random.Random, header: bytes) -> int:
     true = len(header)
-    return rng.choice([true - 1, true + 1, 0, 1, 2, true * 2, 100_000_001, 2**31, 2**63 - 1, 2**63, 2**64 - 1])
+    return rng.choice([max(true - 1, 0), true + 1, 0, 1, 2, true * 2, 100_000_001, 2**31, 2**63 - 1, 2**63, 2**64 - 1])
 
 
 def _json_move(rng: random.Random, header: Pairs, data: bytes) -> bytes:
