@@ -180,9 +180,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         try:
             piece = next(pieces)
         except StopIteration as end:
-            print(f"\n{watch.summary(len(end.value.tokens))}", file=sys.stderr)
+            print(f"\n{watch.summary(end.value)}", file=sys.stderr)
             return
-        watch.piece()
         sys.stdout.write(piece)
         sys.stdout.flush()
 

@@ -106,7 +106,6 @@ class Chat:
         try:
             while True:
                 piece = next(pieces)
-                watch.piece()
                 said += piece
                 shown.add(piece)
         except StopIteration as end:
@@ -121,7 +120,7 @@ class Chat:
         if completion is None:
             print("(stopped)", file=self._out)
         else:
-            print(self._dimmed(watch.summary(len(completion.tokens))), file=self._out)
+            print(self._dimmed(watch.summary(completion)), file=self._out)
         return completion
 
     def _read_prompt(self, prompt: str) -> Prefix:
@@ -196,19 +195,13 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._first: float | None = None
 
-    def piece(self) -> None:
-        """Notes that something has come."""
-        if self._first is None:
-            self._first = time.perf_counter()
-
-    def summary(self, tokens: int) -> str:
-        """Tokens, their rate from the first one on, the time to it, and memory."""
-        now = time.perf_counter()
-        first = now if self._first is None else self._first
-        rate = f", then {(tokens - 1) / (now - first):.1f} tokens/s" if tokens > 1 and now > first else ""
-        return f"{tokens} tokens, first text after {first - self._start:.2f} s{rate}, {memory()}"
+    def summary(self, answer: Completion) -> str:
+        """Tokens, the time to the first one, the rate of the others, and memory."""
+        (first, last), others = answer.arrived, len(answer.tokens) - 1
+        rate = f", then {others / (last - first):.1f} tokens/s" if others > 0 and last > first else ""
+        waited = max(first - self._start, 0.0)
+        return f"{len(answer.tokens)} tokens, the first after {waited:.2f} s{rate}, {memory()}"
 
 
 def memory() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -27,12 +28,14 @@ class Completion:
     tokens         its ids, the one that ended it included
     finish_reason  "stop": an id or a string ended it; "length": it was cut off
     logprobs       of each token, before any processing of the logits; None: not asked for
+    arrived        when the first token had come, and the last, by `time.perf_counter`
     """
 
     text: str
     tokens: tuple[int, ...]
     finish_reason: str
     logprobs: tuple[float, ...] | None = None
+    arrived: tuple[float, float] = dataclasses.field(default=(0.0, 0.0), compare=False)
 
 
 def sampling_defaults(folder: str | os.PathLike[str]) -> Sampling:
@@ -126,9 +129,13 @@ class _Row:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.reason: str | None = None
+        self._first = self._last = time.perf_counter()
 
     def add(self, tokens: Sequence[int], logprobs: Sequence[float]) -> bool:
         """Takes tokens; whether the answer has ended with them."""
+        if self.reason is None:
+            self._last = time.perf_counter()
+            self._first = self._first if self.tokens else self._last
         for i, token in enumerate(tokens):
             if self.reason is not None:
                 break
@@ -165,7 +172,8 @@ class _Row:
     def completion(self) -> Completion:
         """The answer, once it has ended."""
         assert self.reason is not None
-        return Completion(self._text, tuple(self.tokens), self.reason, tuple(self.logprobs) or None)
+        logprobs = tuple(self.logprobs) or None
+        return Completion(self._text, tuple(self.tokens), self.reason, logprobs, (self._first, self._last))
 
 
 class _Run:

@@ -34,7 +34,7 @@ TEMPLATE = r"""
 """Has an answer go on from the question, which decides on it."""
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-SUMMARY = r"(\d+) tokens, first text after ([\d.]+) s(?:, then ([\d.]+) tokens/s)?, ([\d.]+) GiB(?: on the device)?"
+SUMMARY = r"(\d+) tokens, the first after ([\d.]+) s(?:, then ([\d.]+) tokens/s)?, ([\d.]+) GiB(?: on the device)?"
 
 
 @pytest.fixture(scope="module")

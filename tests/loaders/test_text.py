@@ -1,7 +1,9 @@
 """Text in, text out: stop strings wherever tokens and parts split them, ends and their reasons, pieces that join."""
 
 import contextlib
+import dataclasses
 import json
+import time
 import types
 
 import hypothesis
@@ -456,3 +458,13 @@ def test_a_file_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(InvalidCheckpoint, match=r"generation_config\.json"):
         sampling_defaults(tmp_path)
+
+
+def test_a_completion_says_when_its_tokens_came():
+    before = time.perf_counter()
+    _, found = streamed(ids("Hello, how are you"), chunk=1)
+    first, last = found.arrived
+    assert before < first < last < time.perf_counter()
+    _, found = streamed(ids("Hello, how are you"), chunk=100)
+    assert found.arrived[0] == found.arrived[1]
+    assert found == dataclasses.replace(found, arrived=(0.0, 0.0))  # the same answer, whenever it came
