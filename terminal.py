@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import jax
@@ -100,20 +103,24 @@ class Chat:
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = self._tokenizer.chat(asked, enable_thinking=self._thinking)
         watch, said, completion = Stopwatch(), "", None
-        read = self._read_prompt(prompt)
-        pieces = stream(self.model, self._tokenizer, read, self._most, sampling=self._sampling, seed=self._seed)
-        shown = _Shown(self._out, self._colour, prompt.rstrip().endswith(_THINK))
-        try:
-            while True:
-                piece = next(pieces)
-                said += piece
-                shown.add(piece)
-        except StopIteration as end:
-            completion = end.value
-        except KeyboardInterrupt:
-            pieces.close()
-        finally:
-            shown.end()
+        with _interruptions() as interrupted:
+            read = self._read_prompt(prompt)
+            if interrupted:
+                raise KeyboardInterrupt
+            pieces = stream(self.model, self._tokenizer, read, self._most, sampling=self._sampling, seed=self._seed)
+            shown = _Shown(self._out, self._colour, prompt.rstrip().endswith(_THINK))
+            try:
+                while not interrupted:
+                    piece = next(pieces)
+                    said += piece
+                    shown.add(piece)
+            except StopIteration as end:
+                completion = end.value
+            except KeyboardInterrupt:
+                pass
+            finally:
+                pieces.close()
+                shown.end()
         _, answered = self._tokenizer.split_thinking(said, opened=shown.opened)
         self.messages = [*asked, {"role": "assistant", "content": answered}]
         self._seed += 1
@@ -188,6 +195,20 @@ class _Shown:
     def _write(self, text: str) -> None:
         self._out.write(text.translate(_OBEYED))
         self._out.flush()
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Ctrl-C is noted in the list, not raised: in the middle of what JAX compares it would become another error."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Stopwatch:
