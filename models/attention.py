@@ -192,9 +192,11 @@ def attend(
         b, t, heads, _ = q.shape
         return _weights(window, _grouped(q, kept), queries, kept, slots).astype(q.dtype).reshape(b, heads, t, -1)
 
-    if alone is None or flash.refuses(here(), q.shape[1], q.shape[3], q.dtype, kept.dtype):
-        return over_slots(q, kept, queries, slots), weights
-    if not flash.traces(q, alone.k, alone.v, alone.mask, window):
+    if (
+        alone is None
+        or flash.refuses(here(), q.shape[1], q.shape[3], q.dtype, kept.dtype)
+        or not flash.traces(q, alone.k, alone.v, alone.mask, window)
+    ):
         return over_slots(q, kept, queries, slots), weights
     on_gpu = unless_portable(flashed, over_slots)
     return jax.lax.platform_dependent(q, kept, queries, slots, alone, cuda=on_gpu, default=over_slots), weights
