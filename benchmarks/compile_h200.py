@@ -37,7 +37,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perparam import Policy, Qwen3, Qwen3Config, get_policy
+from models import LAYERS, abstract_model
 from perparam.models.generation import _prefill, bucket
 from perparam.policies.matmul import matmul_override, matmul_plan, scaled_matmuls, shapes, warpgroup
 
@@ -50,9 +50,7 @@ MODES = {"W8A16": None, "W8A8": "f8_e4m3fn"}
 ROWS = (*shapes.ROWS, 128)
 """128 beside those of all benchmarks: tiles are largest then, and few, so that columns are split among many blocks."""
 
-LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
-TIED = ("0.6B", "1.7B", "4B")
-VOCABULARY, SLOTS, PROMPT = 151936, 1024, 8000  # no side of any kernel, so that shapes tell what is one
+SLOTS, PROMPT = 1024, 8000  # no side of any kernel, so that shapes tell what is one
 
 MOST_TEMPORARY, MOST_LAUNCHES = 16, 30
 """What a decoding step may take: MiB for activations and logits, too few for a wide kernel; and launches a layer."""
@@ -190,15 +188,6 @@ def examine_kernels(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 # Whole models.
-
-
-def abstract_model(size: str, mode: str) -> Qwen3:
-    """A Qwen3 of shapes, stored as its FP8 checkpoints are."""
-    hidden, wide, heads, kv_heads = shapes._MODELS[size]
-    config = Qwen3Config(VOCABULARY, hidden, wide, LAYERS[size], heads, kv_heads, 128, tie_word_embeddings=size in TIED)
-    stored = {"lm_head/kernel?": "bf16", "kernel": "f8_e4m3fn", "default": "bf16"}
-    preset = get_policy({"W8A16": "fp8_weight_only", "W8A8": "fp8_dynamic"}[mode])
-    return Qwen3(config, policy=Policy(stored, preset.compute, "bf16"), rngs=None)
 
 
 def lower_step(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, set[Shape]]:

@@ -44,8 +44,6 @@ NEW = {1: 24, 8: 16, 64: 8}
 """Steps that are timed at a batch; of others as many as of the next smaller one."""
 
 CONTENDERS = ("perparam", "perparam compute=bf16", "transformers bfloat16", "transformers float32")
-LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
-TIED = ("0.6B", "1.7B", "4B")
 
 
 def write_checkpoint(folder: pathlib.Path) -> None:
@@ -54,7 +52,7 @@ def write_checkpoint(folder: pathlib.Path) -> None:
 
     config = maker._COMMON | {
         "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
-        "num_hidden_layers": LAYERS["0.6B"], "num_key_value_heads": 8, "tie_word_embeddings": True,
+        "num_hidden_layers": 28, "num_key_value_heads": 8, "tie_word_embeddings": True,
         "torch_dtype": "bfloat16", "vocab_size": VOCABULARY,
         "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0,
     }  # fmt: skip
@@ -259,17 +257,9 @@ def random_model(size: str) -> Any:
     import jax.numpy as jnp
     from flax import nnx
 
-    import perparam
-    from perparam.policies.matmul import shapes
+    from models import abstract_model
 
-    hidden, wide, heads, kv_heads = shapes._MODELS[size]
-    config = perparam.Qwen3Config(
-        VOCABULARY, hidden, wide, LAYERS[size], heads, kv_heads, 128, tie_word_embeddings=size in TIED,
-        dtype=np.dtype(jnp.bfloat16), pad_token_id=0,
-    )  # fmt: skip
-    stored = {"lm_head/kernel?": "bf16", "kernel": "f8_e4m3fn", "default": "bf16"}
-    policy = perparam.Policy(stored, perparam.get_policy("fp8_weight_only").compute, "bf16")
-    graph, state = nnx.split(perparam.Qwen3(config, policy=policy, rngs=None))
+    graph, state = nnx.split(abstract_model(size))
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def values(key, shape, dtype):
@@ -331,7 +321,9 @@ def main() -> int:
     one = commands.add_parser("beside", parents=[common], help="perparam and transformers on a CPU")
     one.add_argument("--transformers", metavar="PYTHON", help="a Python with torch, transformers and accelerate")
     one = commands.add_parser("device", parents=[common], help="perparam beside the device's bandwidth")
-    one.add_argument("models", nargs="*", default=["0.6B"], metavar="MODEL", help=f"of {', '.join(LAYERS)}; else 0.6B")
+    one.add_argument(
+        "models", nargs="*", default=["0.6B"], metavar="MODEL", help="0.6B, 1.7B, 4B, 8B, 14B or 32B; else 0.6B"
+    )
     worker = commands.add_parser("work")
     worker.add_argument("contender")
     worker.add_argument("folder")
