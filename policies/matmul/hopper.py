@@ -85,7 +85,7 @@ def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[j
         return tuple(y for pair in zip(calls, operands, strict=True) for y in _columns(pair[:1], pair[1:]))
     first, rows = operands[0], operands[0].x.shape[0]
     tile = hopper_columns.row_tile(rows)
-    x_scales = None if first.x_scales is None else _pad(first.x_scales, tile).T
+    x_scales = None if first.x_scales is None else _pad(first.x_scales, max(tile, hopper_columns.SCALES)).T
     results = hopper_columns.products(
         _pad(first.x, tile),
         x_scales,

@@ -31,6 +31,11 @@ SHARED_MEMORY = 226 * 1024
 """Bytes of shared memory for operands and results: a block has 227 KiB, of which barriers take a little."""
 
 
+SCALES = 32
+"""Activation scales in a copy to shared memory, at the least: its address has to be a multiple of 128 bytes, and the
+slots of a pipeline stand side by side."""
+
+
 def row_tile(rows: int) -> int:
     """Rows of x in a tile: the least of 8, 16, … 128 that holds them all, or 128."""
     return min(max(8, 2 ** math.ceil(math.log2(max(rows, 1)))), TILE)
@@ -56,7 +61,7 @@ def splits(tiles: int, steps: int, tile: int, processors: int = 132) -> int:
 def stages(length: int, tile: int, x: np.dtype, out: np.dtype) -> int:
     """Steps whose operands are in shared memory at a time, of `length`."""
     result = 2 * tile * warpgroup.ROWS * out.itemsize
-    step = TILE * TILE + tile * TILE * x.itemsize + 4 * tile
+    step = TILE * TILE + tile * TILE * x.itemsize + 4 * max(tile, SCALES)
     return min(length, (SHARED_MEMORY - result) // step, 12)
 
 
@@ -73,7 +78,7 @@ def products(
     """(rows, out) in `result` for each kernel, from one launch.
 
     x         (rows, in)      bfloat16 or float16, or float8_e4m3fn with scales; rows a multiple of `row_tile(rows)`
-    x_scales  (in/128, rows)  float32, or None
+    x_scales  (in/128, max(rows, SCALES))  float32, or None
     kernels   (out, in) each  float8; out and in multiples of 128
     scales    (out/block[0], in/block[1]) each, float32; both sides of a block multiples of 128
     """
@@ -101,7 +106,8 @@ def products(
                 if not row_scales:
                     return total + warpgroup.product(warpgroup.load_kernel(kernel_tile, x.dtype), x_smem) * scale
                 partial = warpgroup.product(kernel_tile, x_smem)
-                by_row = warpgroup.load(row_scales[0].at[0], plgpu.Layout.WGMMA.reduce(0)) * scale
+                first = row_scales[0].at[0, pl.ds(0, tile)]
+                by_row = warpgroup.load(first, plgpu.Layout.WGMMA.reduce(0)) * scale
                 return total + partial * lax.broadcast_in_dim(by_row, partial.shape, [1])
 
             def context(evaluate: Any) -> None:
@@ -114,7 +120,7 @@ def products(
 
             operand = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM)
             x_spec = operand((tile, TILE), lambda k: (m, part * length + k), transforms=warpgroup.tiled(x.dtype, TILE))
-            scales_spec = operand((1, tile), lambda k: (part * length + k, m))
+            scales_spec = operand((1, max(tile, SCALES)), lambda k: (part * length + k, m))
             kernel_spec = operand(
                 (TILE, TILE), lambda k: (local, part * length + k), transforms=warpgroup.tiled(kernel_gmem.dtype, TILE)
             )

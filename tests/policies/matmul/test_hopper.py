@@ -95,7 +95,11 @@ class TestColumns:
 
     def check(self, x, x_scales, outs, block=BLOCK, of=FP8, result="float32"):
         kernels, scales, blocks = zip(*(kernel_of(out, x.shape[1], block, of) for out in outs), strict=True)
-        results = hopper_columns.products(x, x_scales, kernels, scales, blocks=blocks, result=dtype(result))
+        padded = x_scales
+        if x_scales is not None:  # what a copy to shared memory takes beyond the rows is never read
+            missing = max(hopper_columns.SCALES - x_scales.shape[1], 0)
+            padded = jnp.pad(x_scales, ((0, 0), (0, missing)), constant_values=jnp.nan)
+        results = hopper_columns.products(x, padded, kernels, scales, blocks=blocks, result=dtype(result))
         wide = np.asarray(x).astype(np.float64) if x_scales is None else float64(x, x_scales)
         assert len(results) == len(outs)
         for y, kernel, scale_inv, sides in zip(results, kernels, scales, blocks, strict=True):
