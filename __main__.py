@@ -33,7 +33,8 @@ from .loaders.compare import TEXT, check_plot
 from .loaders.save import shard_sizes
 from .policies import PerparamError
 from .policies.errors import InvalidText
-from .policies.plan import explain, human_bytes
+from .policies.plan import human_bytes, plan
+from .policies.resolved import resolve
 from .terminal import Chat, Stopwatch
 
 _POLICY = "a YAML file, a preset (f32, bf16, fp8_weight_only, fp8_dynamic), a dtype, or params=…,compute=…,output=…"
@@ -60,9 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sub.add_argument("--seed", type=int, default=0, metavar="N")
         return sub
 
-    plan = command("plan", _plan, "Print what each parameter resolves to; headers are read, weights are not.")
-    plan.add_argument("--json", action="store_true", help="one row a line, made to be diffed")
-    plan.add_argument("--target", metavar="TARGET", help="add what multiplies on: here, cpu, cuda, cuda:9.0 (H200), …")
+    planned = command("plan", _plan, "Print what each parameter resolves to; headers are read, weights are not.")
+    planned.add_argument("--json", action="store_true", help="one row a line, made to be diffed")
+    planned.add_argument(
+        "--target", metavar="TARGET", help="add what multiplies on: here, cpu, cuda, cuda:9.0 (H200), …"
+    )
     chat = command("chat", _chat, "Talk to a model: answers as they come, /reset, /policy FILE, Ctrl-C ends an answer.")
     chat.add_argument("--system", metavar="TEXT", help="a system message")
     chat.add_argument("--no-thinking", action="store_true", help="ask the chat template for an answer without thinking")
@@ -121,8 +124,8 @@ def _ids(text: str) -> list[int]:
 
 def _plan(arguments: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(arguments.checkpoint)
-    plan = explain(get_policy(arguments.policy), checkpoint.tree, checkpoint.config.dtype, arguments.target)
-    print(plan.to_json() if arguments.json else plan, end="" if arguments.json else "\n")
+    table = plan(resolve(get_policy(arguments.policy), checkpoint.tree), arguments.target)
+    print(table.to_json() if arguments.json else table, end="" if arguments.json else "\n")
     if not arguments.json:
         _print_left_out(checkpoint)
 
@@ -135,18 +138,19 @@ def _print_left_out(checkpoint: Checkpoint) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     checkpoint, policy = open_checkpoint(arguments.checkpoint), get_policy(arguments.policy)
-    plan = explain(policy, checkpoint.tree, checkpoint.config.dtype)
+    resolved = resolve(policy, checkpoint.tree)
+    costs = plan(resolved)
     if arguments.dry_run:
-        print(plan)
+        print(costs)
         _print_left_out(checkpoint)
-        sizes = shard_sizes(checkpoint, policy, arguments.max_shard_size)
+        sizes = shard_sizes(checkpoint, resolved, arguments.max_shard_size)
         files = "1 file" if len(sizes) == 1 else f"{len(sizes)} files, the largest {human_bytes(max(sizes.values()))}"
         print(f"would write {human_bytes(sum(sizes.values()))} to {arguments.folder} in {files}")
         return
     start = time.perf_counter()
     folder = convert_checkpoint(arguments.checkpoint, arguments.folder, policy, max_shard_size=arguments.max_shard_size)
     took = time.perf_counter() - start
-    print(f"{folder}: {human_bytes(plan.total_bytes)} from {human_bytes(plan.total_bytes_before)} in {took:.1f} s")
+    print(f"{folder}: {human_bytes(costs.total_bytes)} from {human_bytes(costs.total_bytes_before)} in {took:.1f} s")
 
 
 def _sampling(arguments: argparse.Namespace, model: Qwen3) -> Sampling:

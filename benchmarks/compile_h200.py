@@ -38,8 +38,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import LAYERS, abstract_model
+from perparam.models import shapes
 from perparam.models.generation import _prefill, bucket
-from perparam.policies.matmul import matmul_override, matmul_plan, scaled_matmuls, shapes, warpgroup
+from perparam.policies.matmul import matmul_override, matmul_plan, scaled_matmuls, warpgroup
 
 HERE = pathlib.Path(__file__).parent
 HOPPER = "cuda:9.0"

@@ -36,9 +36,11 @@ import report
 import timing
 import torch_cuda
 
+from perparam.models.shapes import ROWS, SHAPES, linears
 from perparam.policies import matmul_override, matmul_plan, quantize, scaled_matmul
+from perparam.policies.formats import Format
 from perparam.policies.matmul import cpu, dispatch, oracle, quantize_rows
-from perparam.policies.matmul.shapes import ROWS, SHAPES, linears
+from perparam.policies.targets import HOPPER, here
 
 BF16, E4M3 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
 
@@ -134,7 +136,7 @@ class Case:
             return Contender(name, "W8A8", functools.partial(timing.timed, function, [(x,) for x in self.x]))
 
         yield quantized("quantize_rows alone", lambda x: quantize_rows(x, E4M3))
-        if dispatch.here().capability != dispatch.HOPPER or any(side % 128 for side in self.shape):
+        if here().capability != HOPPER or any(side % 128 for side in self.shape):
             return
         from perparam.policies.matmul import hopper_quantize, hopper_rows
 
@@ -198,10 +200,11 @@ class Case:
 
 def implementations(rows: int, shape: Shape, kernel: np.dtype, compute: np.dtype | None) -> list[str]:
     """Names of those for this device, the oracle included, that take the call; of a plain call what perparam takes."""
-    call = dispatch.describe(rows, shape, BF16, kernel, BLOCK, compute)
+    asked = None if compute is None else Format(compute)
+    call = dispatch.describe(rows, shape, BF16, Format(kernel).completed(BLOCK), asked)
     if call.mode == "plain":
-        return [dispatch.choose(call, dispatch.here())[0].name]
-    candidates = (*dispatch.candidates(dispatch.here()), oracle.ORACLE)
+        return [dispatch.choose(call, here())[0].name]
+    candidates = (*dispatch.candidates(here()), oracle.ORACLE)
     return [one.name for one in candidates if one.refuses(call) is None]
 
 
@@ -265,7 +268,7 @@ def main() -> int:
         rows, shapes = zip(*cases, strict=True)
         cases = list(itertools.product(arguments.rows or sorted(set(rows)), arguments.shapes or sorted(set(shapes))))
     results = timing.machine() | {
-        "target": str(dispatch.here()),
+        "target": str(here()),
         "instructions for bfloat16": cpu.multiplies_bfloat16(),
         "rounds": rounds,
         "rotated bytes": timing.rotated_bytes(),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from perparam import Policy, Qwen3, Qwen3Config, get_policy
-from perparam.policies.matmul import shapes
+from perparam.models import shapes
 
 LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
 TIED = ("0.6B", "1.7B", "4B")

@@ -15,15 +15,15 @@ from numpy.typing import ArrayLike
 
 from ..models.qwen3 import Qwen3
 from ..models.tokens import checked_tokens
-from ..policies.blocks import block_amax, dequantize, expand, split_blocks
+from ..policies.blocks import Block, block_amax, expand, split_blocks
 from ..policies.dtypes import largest
 from ..policies.errors import InvalidTokens
-from ..policies.plan import Plan, Row, explain
-from ..policies.policy import Policy
+from ..policies.formats import Format, ScaledArray
+from ..policies.plan import Plan, Row, plan
 from ..policies.presets import get_policy
-from ..policies.slots import Block, is_scale, scale_path
-from ..policies.storage import Step, plan_storage, run_steps
-from ..policies.trees import found, parameters
+from ..policies.resolved import Resolved, ResolvedParam, resolve
+from ..policies.store import store_param
+from ..policies.trees import parameters
 from .load import load_model
 
 
@@ -110,23 +110,22 @@ def audit(
 
     Both models are held at once, so it takes the memory of the float32 one and of the policy's.
     """
-    policy = get_policy(policy)
     model = model if isinstance(model, Qwen3) else load_model(model)
     ids, mask = checked_tokens(tokens, attention_mask, model.config.vocab_size)
     if not mask.any():
         raise InvalidTokens(f"tokens: expected real tokens of shape (batch, length), found {ids.shape} with none.")
-    state = nnx.state(model)
-    plan = explain(policy, state, model.config.dtype)
-    rows = _rows(policy, plan, state)
+    resolved = resolve(get_policy(policy), model)
+    costs = plan(resolved)
+    rows = _rows(resolved, costs, parameters(model))
     exact = _logits(model.with_policy("f32"), ids, mask)
-    logits = _logits(model.with_policy(policy), ids, mask)
+    logits = _logits(model.as_resolved(resolved), ids, mask)
     kept = mask[..., None]
     log_p, log_q = jax.nn.log_softmax(exact), jax.nn.log_softmax(logits)
     divergence = jnp.where(mask, jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), 0.0)
     agreement = jnp.where(mask, jnp.argmax(exact, -1) == jnp.argmax(logits, -1), False)
     count = int(mask.sum())
     return Audit(
-        plan,
+        costs,
         rows,
         logit_error=_relative(jnp.where(kept, logits - exact, 0.0), jnp.where(kept, exact, 0.0)),
         kl=float(divergence.sum()) / count,
@@ -147,30 +146,27 @@ def _relative(difference: jax.Array, exact: jax.Array) -> float:
     return norm / float(jnp.linalg.norm(exact.ravel())) if norm else 0.0
 
 
-def _rows(policy: Policy, plan: Plan, state: nnx.State) -> tuple[AuditRow, ...]:
-    before = parameters(state)
-    steps, _ = plan_storage(policy, found(state))
-    return tuple(_row(row, steps[row.path], before) for row in plan.rows if not is_scale(row.path))
+def _rows(resolved: Resolved, costs: Plan, before: Mapping[str, Any]) -> tuple[AuditRow, ...]:
+    return tuple(_row(row, resolved.params[row.path], before) for row in costs.rows if row.path in resolved.params)
 
 
-def _row(row: Row, step: Step, before: Mapping[str, Any]) -> AuditRow:
-    if step.change == "kept":
+def _row(row: Row, param: ResolvedParam, before: Mapping[str, Any]) -> AuditRow:
+    if param.change == "kept":
         return AuditRow(row, 0.0, 0.0, (), 0.0)
-    exact = _weight(before, row.path, step.found_block)
-    after = run_steps({row.path: step}, before)
-    stored = _weight(after, row.path, step.block)
-    at_limit = jnp.abs(after[row.path].astype(jnp.float32)) == largest(step.storage)
+    values, scales = before[param.path], before.get(param.scale_path)
+    exact = _weight(param.current.format, values, scales)
+    values, scales = store_param(param, values, scales)
+    stored = _weight(param.format, values, scales)
+    at_limit = jnp.abs(values.astype(jnp.float32)) == largest(param.format.values)
     # Clipped, and not merely rounded: a block's largest value comes out as the largest code give or take an ulp.
     clipped = at_limit & (jnp.abs(exact) > jnp.abs(stored) * (1 + 2.0**-20))
-    worst_error, worst_block = _worst(exact, stored, step.block or step.found_block)
+    worst_error, worst_block = _worst(exact, stored, param.format.block or param.current.block)
     return AuditRow(row, _relative(stored - exact, exact), worst_error, worst_block, float(clipped.mean()))
 
 
-def _weight(flat: Any, path: str, block: Block | None) -> jax.Array:
+def _weight(format: Format, values: jax.Array, scale_inv: jax.Array | None) -> jax.Array:
     """A parameter in float32."""
-    if block is None:
-        return flat[path].astype(jnp.float32)
-    return dequantize(flat[path], flat[scale_path(path)], block)
+    return values.astype(jnp.float32) if scale_inv is None else ScaledArray(values, scale_inv, format).dequantize()
 
 
 def _worst(exact: jax.Array, stored: jax.Array, block: Block | None) -> tuple[float, tuple[int, ...]]:

@@ -7,9 +7,10 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from ..models.config import Quantization, Qwen3Config
@@ -17,10 +18,11 @@ from ..models.config_json import token_ids
 from ..models.json_file import read_json
 from ..policies.dtypes import dtype_name, is_activation, is_narrow
 from ..policies.errors import InvalidCheckpoint, MissingFile, named, shown
+from ..policies.formats import Format
+from ..policies.paths import is_scale, scale_path
 from ..policies.policy import Policy
-from ..policies.slots import is_scale, scale_path
-from ..policies.storage import pair_problems
-from ..policies.trees import Found
+from ..policies.resolved import pair_problems
+from ..policies.trees import ArrayInfo
 from .names import expected, explained, prefixes
 from .safetensors_file import Tensor, read_header
 
@@ -52,25 +54,54 @@ class Checkpoint:
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def found(self) -> dict[str, Found]:
-        """Shape, dtype and block of every parameter by path, scales after their kernel."""
-        quantization = self.config.quantization or Quantization()
-        return {
-            path: Found(tensor.shape, tensor.dtype, quantization.block if scale_path(path) in self.tensors else None)
-            for path, tensor in self.tensors.items()
-        }
+    def infos(self) -> dict[str, ArrayInfo]:
+        """Shape and format of every parameter by path, scales after their kernel."""
+        return _infos(self.tensors, self.config)
 
     @property
-    def tree(self) -> dict[str, Any]:
-        """`found` as nested mappings."""
-        tree: dict[str, Any] = {}
-        for path, one in self.found.items():
+    def tree(self) -> CheckpointTree:
+        """`infos` as nested mappings, with the config."""
+        tree = CheckpointTree(self.config)
+        for path, info in self.infos.items():
             *parents, name = path.split("/")
-            node = tree
+            node: dict[str, Any] = tree
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[name] = one
+            node[name] = info
         return tree
+
+
+class CheckpointTree(dict[str, Any]):
+    """The parameters of a checkpoint as nested mappings of `ArrayInfo`.
+
+    config  what the plan asks of the model: its dtype, and the bytes of its cache
+    """
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.config = config
+
+
+def _flatten(tree: CheckpointTree) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+    keys = sorted(tree)  # as JAX flattens every dict
+    return [(jax.tree_util.DictKey(key), tree[key]) for key in keys], (tree.config, *keys)
+
+
+def _unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> CheckpointTree:
+    tree = CheckpointTree(aux[0])
+    tree.update(zip(aux[1:], children, strict=True))
+    return tree
+
+
+jax.tree_util.register_pytree_with_keys(CheckpointTree, _flatten, _unflatten)
+
+
+def _infos(tensors: Mapping[str, Tensor], config: Qwen3Config) -> dict[str, ArrayInfo]:
+    block = (config.quantization or Quantization()).block
+    return {
+        path: ArrayInfo(tensor.shape, Format(tensor.dtype, block if scale_path(path) in tensors else None))
+        for path, tensor in tensors.items()
+    }
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -85,9 +116,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         raise MissingFile(f"{folder}: there is no such folder. Give one that holds config.json and model.safetensors.")
     config = _config(folder)
     tensors, left_out, problems = _placed(_tensors(folder), config)
-    block = (config.quantization or Quantization()).block
-    found = {path: Found(tensor.shape, tensor.dtype, block) for path, tensor in tensors.items()}
-    problems += map(str, pair_problems(found, Policy(block=block)))
+    problems += map(str, pair_problems(_infos(tensors, config), Policy()))
     if problems:
         shown = [f"  {problem}" for problem in problems[:20]]
         more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
@@ -102,8 +131,8 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(folder, config, tensors, left_out)
 
 
-def checkpoint_tree(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parameters of a checkpoint as nested mappings of `Found` (shape, dtype, block), for `Policy.explain`.
+def checkpoint_tree(folder: str | os.PathLike[str]) -> CheckpointTree:
+    """The parameters of a checkpoint as nested mappings of `ArrayInfo` (shape and format), for `Policy.explain`.
 
     Raises:
       As `open_checkpoint`.

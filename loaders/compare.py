@@ -20,8 +20,9 @@ from ..models.generation import generate
 from ..models.qwen3 import Qwen3
 from ..models.tokens import checked_tokens
 from ..policies.errors import InvalidTokens, MissingPackage, UnsupportedExport
-from ..policies.plan import explain, human_bytes
+from ..policies.plan import human_bytes, plan
 from ..policies.presets import get_policy
+from ..policies.resolved import resolve
 from .load import load_model
 
 WINDOW = 256
@@ -154,10 +155,10 @@ def compare(path: str | os.PathLike[str], policies: Mapping[str, Any] | Sequence
         model = load_model(path, policy)
         first = first or model
         checked_tokens(ids[None], None, model.config.vocab_size)
-        plan = explain(get_policy(policy), nnx.state(model), model.config.dtype)
+        costs = plan(resolve(get_policy(policy), model))
         loss, kl, top1 = _read(first, model, ids)
         speed = _speed(model, ids)
-        rows.append(Compared(name, math.exp(loss), kl, top1, plan.total_bytes, plan.kv_bytes, speed))
+        rows.append(Compared(name, math.exp(loss), kl, top1, costs.total_bytes, costs.kv_bytes, speed))
         del model  # before the next one is loaded
     return Comparison(tuple(rows), len(ids))
 

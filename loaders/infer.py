@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..models.config import Qwen3Config
+from ..policies.paths import is_scale
 from ..policies.policy import Policy
-from ..policies.slots import is_scale
-from ..policies.trees import Found
+from ..policies.trees import ArrayInfo
 from .checkpoint import open_checkpoint
 
 
@@ -27,14 +27,14 @@ def infer_policy(folder: str | os.PathLike[str]) -> Policy:
       As `checkpoint_tree`.
     """
     checkpoint = open_checkpoint(folder)
-    return describe(checkpoint.found, checkpoint.config)
+    return describe(checkpoint.infos, checkpoint.config)
 
 
-def describe(found: Mapping[str, Found], config: Qwen3Config) -> Policy:
-    """The policy under which parameters that are stored as `found` stay as they are; see `infer_policy`."""
-    dtypes = {path: one.dtype for path, one in found.items()}
+def describe(infos: Mapping[str, ArrayInfo], config: Qwen3Config) -> Policy:
+    """The policy under which parameters that are stored as `infos` says stay as they are; see `infer_policy`."""
+    dtypes = {path: info.dtype for path, info in infos.items()}
     kinds: dict[str, list[str]] = collections.defaultdict(list)
-    for path in found:
+    for path in infos:
         name = path.rpartition("/")[2]
         kinds[name if name in ("kernel", "embedding") or is_scale(name) else "default"].append(path)
     exceptions: dict[str, np.dtype] = {}
@@ -48,7 +48,7 @@ def describe(found: Mapping[str, Found], config: Qwen3Config) -> Policy:
             if dtypes[path] != usual[kind]:
                 alike = len(of_pattern[_pattern(path)]) == 1
                 exceptions[_pattern(path) if alike else path] = dtypes[path]
-    blocks = {one.block for one in found.values() if one.block is not None}
+    blocks = {info.block for info in infos.values() if info.block is not None}
     runs_in = config.dtype
     compute = {"kernel": None, "default": runs_in}
     return Policy({**exceptions, **usual}, compute, runs_in, block=blocks.pop() if blocks else None)

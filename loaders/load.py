@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from ..models.qwen3 import Qwen3, assemble
 from ..models.sharding import shardings
-from ..policies.blocks import grid_shape
-from ..policies.plan import explain
-from ..policies.policy import ParamSpec, Policy
 from ..policies.presets import get_policy
-from ..policies.slots import scale_path
-from ..policies.storage import Step, plan_storage
-from ..policies.trees import Found
+from ..policies.resolved import Resolved, ResolvedParam, resolve
 from .checkpoint import Checkpoint, open_checkpoint
 from .hub import local_folder
 from .placement import Placement
 from .progress import Progress
 from .safetensors_file import Tensor
-from .slabs import Job, in_turn, run
+from .slabs import in_turn, run
 
 
 def load_model(
@@ -54,10 +49,9 @@ def load_model(
       InvalidSharding: an axis that does not divide among its devices.
       InvalidScale: scales that are not positive finite numbers.
     """
-    policy, checkpoint = get_policy(policy), open_checkpoint(local_folder(path, revision, progress=progress))
-    steps = _steps(checkpoint, policy)
-    specs = {where: ParamSpec(step.storage, step.scale, block=step.block) for where, step in steps.items()}
-    return assemble(checkpoint.config, policy, specs, _load(checkpoint, steps, sharding, progress))
+    checkpoint = open_checkpoint(local_folder(path, revision, progress=progress))
+    resolved = resolve(get_policy(policy), checkpoint.tree)
+    return assemble(checkpoint.config, resolved, _load(checkpoint, resolved, sharding, progress))
 
 
 def load_params(
@@ -73,57 +67,33 @@ def load_params(
     Arguments and errors are those of `load_model`; a pair has its kernel and, beside it, its `scale_inv`.
     """
     checkpoint = open_checkpoint(local_folder(path, revision, progress=progress))
-    return _load(checkpoint, _steps(checkpoint, get_policy(policy)), sharding, progress)
+    return _load(checkpoint, resolve(get_policy(policy), checkpoint.tree), sharding, progress)
 
 
-def _steps(checkpoint: Checkpoint, policy: Policy) -> dict[str, Step]:
-    """What storage does with every parameter."""
-    explain(policy, checkpoint.tree, checkpoint.config.dtype)  # strict in all slots
-    return plan_storage(policy, checkpoint.found)[0]
-
-
-def _load(
-    checkpoint: Checkpoint, steps: Mapping[str, Step], layout: Any, progress: bool | None
-) -> dict[str, jax.Array]:
+def _load(checkpoint: Checkpoint, resolved: Resolved, layout: Any, progress: bool | None) -> dict[str, jax.Array]:
     """All arrays in the order of the checkpoint's tree."""
-    stored = stored_parameters(checkpoint.found, steps)
+    stored = resolved.stored
     where = shardings(layout, checkpoint.config, stored)
     loaded: dict[str, jax.Array] = {}
 
-    def work(job: Job, report: Callable[[int], None]) -> dict[str, Placement]:
-        placements = {
-            path: Placement(stored[path].shape, stored[path].dtype, where[path])
-            for path in (job.path, scale_path(job.path))
-            if path in stored
-        }
-        run(job, placements[job.path], placements.get(scale_path(job.path)), report)
-        return placements
+    def work(param: ResolvedParam, report: Callable[[int], None]) -> dict[str, Placement]:
+        sinks = {path: Placement(info.shape, info.dtype, where[path]) for path, info in param.stored.items()}
+        run(param, checkpoint.tensors, sinks, report)
+        return sinks
 
-    jobs = jobs_of(checkpoint, steps)
-    with Progress(f"loading {checkpoint.folder.name}", sum(job.bytes for job in jobs), progress) as bar:
-        for _, placements in in_turn(jobs, work, bar):
-            loaded |= {path: placement.array() for path, placement in placements.items()}
+    params = in_file_order(checkpoint, resolved)
+    size = sum(param.current.bytes for param in params)
+    with Progress(f"loading {checkpoint.folder.name}", size, progress) as bar:
+        for _, sinks in in_turn(params, work, bar):
+            loaded |= {path: sink.array() for path, sink in sinks.items()}
     return {path: loaded[path] for path in stored}
 
 
-def jobs_of(checkpoint: Checkpoint, steps: Mapping[str, Step]) -> list[Job]:
-    """A job for every parameter of a checkpoint, in the order of the files: read from front to back."""
-    tensors = checkpoint.tensors
+def in_file_order(checkpoint: Checkpoint, resolved: Resolved) -> list[ResolvedParam]:
+    """The parameters in the order of the files, which are then read from front to back."""
 
-    def place(path: str) -> tuple[Any, int]:
-        tensor: Tensor = tensors[path]
+    def place(param: ResolvedParam) -> tuple[Any, int]:
+        tensor: Tensor = checkpoint.tensors[param.path]
         return tensor.file, tensor.offset
 
-    return [Job(path, steps[path], tensors[path], tensors.get(scale_path(path))) for path in sorted(steps, key=place)]
-
-
-def stored_parameters(found: Mapping[str, Found], steps: Mapping[str, Step]) -> dict[str, Found]:
-    """Shape, dtype and block of every parameter and of all scales once storage is done with them, by path."""
-    stored = {}
-    for path, step in steps.items():
-        shape = found[path].shape
-        stored[path] = Found(shape, step.storage, step.block)
-        if step.scale is not None:
-            assert step.block is not None
-            stored[scale_path(path)] = Found(grid_shape(shape, step.block), step.scale)
-    return stored
+    return sorted(resolved.params.values(), key=place)

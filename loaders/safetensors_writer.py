@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -43,18 +43,13 @@ _UNITS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A tensor to be written."""
+Tensors = dict[str, jax.ShapeDtypeStruct]
+"""Tensors to be written, by name."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of data."""
-        return math.prod(self.shape) * self.dtype.itemsize
+def tensor_bytes(tensor: jax.ShapeDtypeStruct) -> int:
+    """Bytes of data of a tensor."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def size_in_bytes(size: int | str) -> int:
@@ -77,23 +72,23 @@ def size_in_bytes(size: int | str) -> int:
     return count
 
 
-def in_shards(groups: Iterable[Sequence[Entry]], limit: int) -> dict[str, list[Entry]]:
+def in_shards(groups: Iterable[Tensors], limit: int) -> dict[str, Tensors]:
     """The tensors of every file, by its name: groups in their order, none torn apart, at most `limit` bytes a file.
 
     A group that is larger has a file to itself.
     """
-    shards: list[list[Entry]] = [[]]
+    shards: list[Tensors] = [{}]
     room = limit
     for group in groups:
-        size = sum(entry.bytes for entry in group)
+        size = sum(map(tensor_bytes, group.values()))
         if size > room and shards[-1]:
-            shards.append([])
+            shards.append({})
             room = limit
-        shards[-1] += group
+        shards[-1] |= group
         room -= size
     if len(shards) == 1:
         return {WHOLE: shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": entries for i, entries in enumerate(shards, 1)}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": tensors for i, tensors in enumerate(shards, 1)}
 
 
 class Writer:
@@ -103,31 +98,31 @@ class Writer:
       OSError: where the disk is full, or whatever else the file system says, here and in `write` and `close`.
     """
 
-    def __init__(self, folder: pathlib.Path, shards: dict[str, list[Entry]]):
+    def __init__(self, folder: pathlib.Path, shards: dict[str, Tensors]):
         self._folder, self._shards = folder, shards
         self._places: dict[str, tuple[int, int]] = {}
         self._files: list[int] = []
         with contextlib.ExitStack() as stack:
             stack.callback(self._release)
-            for name, entries in shards.items():
-                self._open(folder / name, entries)
+            for name, tensors in shards.items():
+                self._open(folder / name, tensors)
             stack.pop_all()
         if list(shards) != [WHOLE]:
-            total = sum(entry.bytes for entries in shards.values() for entry in entries)
-            names = {entry.name: file for file, entries in shards.items() for entry in entries}
+            total = sum(tensor_bytes(tensor) for tensors in shards.values() for tensor in tensors.values())
+            names = {name: file for file, tensors in shards.items() for name in tensors}
             index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _open(self, path: pathlib.Path, entries: Sequence[Entry]) -> None:
+    def _open(self, path: pathlib.Path, tensors: Tensors) -> None:
         # The widest first, as the reference implementation lays them out, so that each begins at a multiple of its
         # dtype's size.
         end, header, places = 0, dict[str, Any](), {}
-        for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):
-            places[entry.name] = end
-            offsets = [end, end + entry.bytes]
-            header[entry.name] = {
-                "dtype": NAMES[entry.dtype],
-                "shape": list(entry.shape),
+        for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+            places[name] = end
+            offsets = [end, end + tensor_bytes(tensor)]
+            header[name] = {
+                "dtype": NAMES[np.dtype(tensor.dtype)],
+                "shape": list(tensor.shape),
                 "data_offsets": offsets,
             }
             end = offsets[1]
@@ -151,7 +146,7 @@ class Writer:
         for file in self._files:
             os.fsync(file)
         self._release()
-        for name, entries in self._shards.items():
+        for name, tensors in self._shards.items():
             try:
                 with safetensors.safe_open(self._folder / name, framework="np") as found:
                     names = set(found.keys())
@@ -159,7 +154,7 @@ class Writer:
                 raise SaveFailed(
                     f"{self._folder / name}: safetensors cannot read what was written: {error}."
                 ) from error
-            assert names == {entry.name for entry in entries}
+            assert names == tensors.keys()
 
     def _release(self) -> None:
         while self._files:

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from ..models.config import Quantization, Qwen3Config
 from ..models.config_json import unused_fields
@@ -21,21 +20,20 @@ from ..models.json_file import read_json
 from ..models.qwen3 import Qwen3
 from ..policies.dtypes import dtype_name, is_narrow
 from ..policies.errors import InvalidCheckpoint, InvalidPolicy, UnsupportedExport
-from ..policies.plan import explain
+from ..policies.paths import is_scale, scale_path
 from ..policies.policy import Policy
 from ..policies.presets import get_policy
-from ..policies.slots import is_scale, scale_path
-from ..policies.storage import plan_storage
-from ..policies.trees import Found, found, parameters
+from ..policies.resolved import Resolved, ResolvedParam, resolve
+from ..policies.trees import ArrayInfo, parameters
 from .atomic import new_folder
 from .checkpoint import CONFIG, GENERATION, INDEX, Checkpoint, generation_ids, open_checkpoint
 from .infer import describe
-from .load import jobs_of, stored_parameters
+from .load import in_file_order
 from .names import TOKENIZER, expected
 from .placement import box_of
 from .progress import Progress
-from .safetensors_writer import NAMES, Entry, Writer, in_shards, size_in_bytes
-from .slabs import Job, in_turn, run
+from .safetensors_writer import NAMES, Tensors, Writer, in_shards, size_in_bytes, tensor_bytes
+from .slabs import Source, in_turn, run
 
 POLICY = "policy.yaml"
 
@@ -67,16 +65,15 @@ def save_model(
       SaveFailed: the disk is full, or the file system refuses; the folder is then as it was.
       UnmatchedRule, ShadowedRule, InvalidSize
     """
-    policy, state = get_policy(policy), nnx.state(model)
-    explain(policy, state, model.config.dtype)  # strict in all slots
-    there, arrays = found(state), parameters(state)
-    steps, _ = plan_storage(policy, there)
-    jobs = [Job(path, step, _Rows(path, arrays[path]), _rows(scale_path(path), arrays)) for path, step in steps.items()]
-    dtype, kept = model.activations, model.policy
+    policy = get_policy(policy)
+    resolved = resolve(policy, model)
+    sources = {path: _Rows(path, array) for path, array in parameters(model).items()}
+    dtype, kept = model.activations, get_policy(model.policy)
     if policy != Policy():
         dtype, kept = policy.activations or model.config.dtype or dtype, policy
     config = dataclasses.replace(model.config, dtype=dtype)
-    return _write(folder, config, jobs, stored_parameters(there, steps), kept, size_in_bytes(max_shard_size), progress)
+    params = list(resolved.params.values())
+    return _write(folder, config, params, sources, kept, size_in_bytes(max_shard_size), progress)
 
 
 def convert_checkpoint(
@@ -95,37 +92,36 @@ def convert_checkpoint(
     policy, checkpoint = get_policy(policy), open_checkpoint(source)
     if os.path.realpath(source) == os.path.realpath(folder):
         raise InvalidCheckpoint(f"{folder}: a checkpoint cannot be converted into its own folder. Name another one.")
-    explain(policy, checkpoint.tree, checkpoint.config.dtype)
-    steps, _ = plan_storage(policy, checkpoint.found)
+    resolved = resolve(policy, checkpoint.tree)
     config = dataclasses.replace(checkpoint.config, dtype=policy.activations or checkpoint.config.dtype)
-    stored = stored_parameters(checkpoint.found, steps)
-    jobs = jobs_of(checkpoint, steps)
-    return _write(folder, config, jobs, stored, policy, size_in_bytes(max_shard_size), progress)
+    params, sources = in_file_order(checkpoint, resolved), checkpoint.tensors
+    return _write(folder, config, params, sources, policy, size_in_bytes(max_shard_size), progress)
 
 
-def shard_sizes(checkpoint: Checkpoint, policy: Policy, max_shard_size: int | str) -> dict[str, int]:
+def shard_sizes(checkpoint: Checkpoint, resolved: Resolved, max_shard_size: int | str) -> dict[str, int]:
     """Bytes of data of every file that `convert_checkpoint` would write, by its name.
 
     Raises:
       UnsupportedExport: where it would write none.
     """
-    steps, _ = plan_storage(policy, checkpoint.found)
-    stored = stored_parameters(checkpoint.found, steps)
+    stored = resolved.stored
     names = _names(checkpoint.config, stored)
     _quantization(stored, names)
     shards = in_shards(_groups(names, stored), size_in_bytes(max_shard_size))
-    return {file: sum(entry.bytes for entry in entries) for file, entries in shards.items()}
+    return {file: sum(map(tensor_bytes, tensors.values())) for file, tensors in shards.items()}
 
 
 def _write(
     folder: str | os.PathLike[str],
     config: Qwen3Config,
-    jobs: list[Job],
-    stored: Mapping[str, Found],
+    params: list[ResolvedParam],
+    sources: Mapping[str, Source],
     policy: Policy,
     limit: int,
     progress: bool | None,
 ) -> pathlib.Path:
+    """Writes `params` in their order, read from `sources`."""
+    stored = {path: info for param in params for path, info in param.stored.items()}
     names = _names(config, stored)
     config = dataclasses.replace(config, quantization=_quantization(stored, names))
     policy = policy if _holds(policy, stored) else describe(stored, config)
@@ -134,29 +130,27 @@ def _write(
         fields = {**unused_fields(config.source), **config.to_json()}
         (work / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         policy.dump(work / POLICY)
-        bar = Progress(f"saving {pathlib.Path(folder).name}", sum(job.bytes for job in jobs), progress)
+        bar = Progress(f"saving {pathlib.Path(folder).name}", sum(param.current.bytes for param in params), progress)
         with Writer(work, in_shards(_groups(names, stored), limit)) as writer, bar:
 
-            def work_on(job: Job, report: Callable[[int], None]) -> None:
-                scales = scale_path(job.path)
-                to = _Sink(writer, names[job.path])
-                run(job, to, _Sink(writer, names[scales]) if scales in stored else None, report)
+            def work_on(param: ResolvedParam, report: Callable[[int], None]) -> None:
+                run(param, sources, {path: _Sink(writer, names[path]) for path in param.stored}, report)
 
-            for _ in in_turn(jobs, work_on, bar):
+            for _ in in_turn(params, work_on, bar):
                 pass
     return pathlib.Path(folder)
 
 
-def _holds(policy: Policy, stored: Mapping[str, Found]) -> bool:
+def _holds(policy: Policy, stored: Mapping[str, ArrayInfo]) -> bool:
     """Whether a policy says something, and nothing of what is gone once things are stored: scales that it dissolves."""
     try:
-        explain(policy, dict(stored))
+        resolve(policy, dict(stored))
     except InvalidPolicy:
         return False
     return policy != Policy()
 
 
-def _names(config: Qwen3Config, stored: Mapping[str, Found]) -> dict[str, str]:
+def _names(config: Qwen3Config, stored: Mapping[str, ArrayInfo]) -> dict[str, str]:
     """What a checkpoint calls every parameter, by path.
 
     Raises:
@@ -179,20 +173,20 @@ def _names(config: Qwen3Config, stored: Mapping[str, Found]) -> dict[str, str]:
     return names
 
 
-def _groups(names: Mapping[str, str], stored: Mapping[str, Found]) -> list[list[Entry]]:
+def _groups(names: Mapping[str, str], stored: Mapping[str, ArrayInfo]) -> list[Tensors]:
     """Every parameter as it is to be written, with the scales that belong to it, in the order of `names`."""
     return [
-        [
-            Entry(names[each], stored[each].shape, stored[each].dtype)
+        {
+            names[each]: jax.ShapeDtypeStruct(stored[each].shape, stored[each].dtype)
             for each in (path, scale_path(path))
             if each in stored
-        ]
+        }
         for path in names
         if path in stored and not is_scale(path)
     ]
 
 
-def _quantization(stored: Mapping[str, Found], names: Mapping[str, str]) -> Quantization | None:
+def _quantization(stored: Mapping[str, ArrayInfo], names: Mapping[str, str]) -> Quantization | None:
     """What config.json has to say of the narrow kernels.
 
     Raises:
@@ -305,7 +299,3 @@ def _on_host(array: jax.Array, start: int, stop: int) -> np.ndarray:
     if all(device.platform == "cpu" for device in array.devices()):
         return np.asarray(array)[start:stop]
     return np.asarray(jax.lax.dynamic_slice_in_dim(array, start, stop - start))
-
-
-def _rows(path: str, arrays: Mapping[str, jax.Array]) -> _Rows | None:
-    return _Rows(path, arrays[path]) if path in arrays else None

@@ -9,20 +9,19 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 
-from ..policies import dtypes
-from ..policies.blocks import grid_shape
-from ..policies.slots import scale_path
-from ..policies.storage import Step, check_made, check_scales
+from ..policies import store
+from ..policies.blocks import Block, block_sides
+from ..policies.formats import Format, decode_scales, encode_scales
+from ..policies.resolved import ResolvedParam
 from .progress import Progress
 
 CONVERTED = 2**20
@@ -50,26 +49,6 @@ class Source(Protocol):
         """Rows `start` to `stop` of its first axis, in `into` where that is given."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One parameter: where it lies, its scales where it has them, and what storage does with it."""
-
-    path: str
-    step: Step
-    kernel: Source
-    scale_inv: Source | None = None
-
-    @property
-    def kept(self) -> bool:
-        """Whether the kernel (or plain parameter) stays as it is, bit for bit."""
-        return self.step.change == "kept"
-
-    @property
-    def bytes(self) -> int:
-        """Bytes to read, scales apart."""
-        return math.prod(self.kernel.shape) * self.kernel.dtype.itemsize
-
-
 class Sink(Protocol):
     """What takes the rows of a parameter or of its scales."""
 
@@ -83,58 +62,71 @@ class Sink(Protocol):
         """Takes the rows from `start` on; `rows` is free again afterwards."""
 
 
-def run(job: Job, kernel: Sink, scale_inv: Sink | None, report: Callable[[int], None]) -> None:
-    """Moves one parameter: its stored rows to `kernel`, the scales it is stored with to `scale_inv`.
+def run(
+    param: ResolvedParam,
+    sources: Mapping[str, Source],
+    sinks: Mapping[str, Sink],
+    report: Callable[[int], None],
+) -> None:
+    """Moves one parameter and its scales from the sources to the sinks of their paths, in the format it resolved to.
 
-    report  is told the bytes of `job.kernel` that are done, after every slab, and may raise to end it
+    report  is called with the bytes of the parameter that are done, after every slab, and may raise to end it
 
     Raises:
       InvalidScale: scales that are not positive finite numbers, or weights that would make such.
       InvalidCheckpoint: a file that cannot be read.
     """
-    step = job.step
-    found_scales = None if job.scale_inv is None else job.scale_inv.read()
-    if found_scales is not None:
-        check_scales(scale_path(job.path), found_scales)
-    rows = job.kernel.shape[0] if job.kernel.shape else 1
-    row_bytes = job.bytes // max(rows, 1)
-    height, made = _slab_height(job, rows), list[np.ndarray]()
+    source, sink, kept = sources[param.path], sinks[param.path], param.change == "kept"
+    rows = param.shape[0] if param.shape else 1
+    height, made, makes_scales = _slab_height(param, rows), list[np.ndarray](), store.makes_scales(param)
+    scales = sources[param.scale_path].read() if param.has_scales else None
+    has_zeros = scales is not None and bool((scales.astype(np.float32) == 0).any())
+    if scales is not None and not has_zeros:
+        store.check_scales(param, scales)
+    if has_zeros:  # allowed where the whole block is zeros: it is read at once to see
+        height = max(rows, 1)
     for start in range(0, rows, height):
         stop = min(start + height, rows)
-        if not kernel.needs(start, stop) and not step.makes_scales:
+        if not (sink.needs(start, stop) or makes_scales or has_zeros):
             continue
-        buffer = kernel.buffer(start, stop) if job.kept else None
-        found = job.kernel.read(start, stop, buffer) if job.kernel.shape else job.kernel.read(into=buffer)
-        if not job.kept:
-            scales = None if found_scales is None else found_scales[_blocks(start, stop, step.found_block)]
-            found, scales = _converted(step, found, scales)
-            made += [] if scales is None else [scales]
-        if buffer is None:
-            kernel.write(start, found)
-        report((stop - start) * row_bytes)
-    if scale_inv is None:
+        buffer = sink.buffer(start, stop) if kept else None
+        values = source.read(start, stop, buffer) if param.shape else source.read(into=buffer)
+        if has_zeros:
+            store.check_scales(param, scales, values)
+        if not kept:
+            part = None if scales is None else scales[_grid_rows(start, stop, _sides(param, param.current.format))]
+            values, part = _converted(param.current.format, param.format, values, part)
+            made += [] if part is None else [part]
+        if buffer is None and sink.needs(start, stop):
+            sink.write(start, values)
+        report((stop - start) * (param.current.bytes // max(rows, 1)))
+    if param.format.scale is None:
         return
-    assert step.scale is not None
-    assert step.block is not None
-    if found_scales is not None and not step.makes_scales:
-        with _on_host():
-            scale_inv.write(0, np.asarray(dtypes.saturating_cast(found_scales, step.scale)))
-        return
-    scales = np.concatenate(made) if made else np.empty(grid_shape(job.kernel.shape, step.block), step.scale)
-    check_made(job.path, scales)
-    scale_inv.write(0, scales)
+    if scales is not None and not makes_scales:
+        if param.format.scale != scales.dtype:
+            with _on_host():
+                scales = np.asarray(encode_scales(decode_scales(jax.numpy.asarray(scales)), param.format.scale))
+    else:
+        (_, (grid, dtype)) = param.format.parts(param.shape)
+        scales = np.concatenate(made) if made else np.empty(grid, dtype)
+        store.check_made(param, scales)
+    sinks[param.scale_path].write(0, scales)
 
 
-@functools.partial(jax.jit, static_argnames="step")
-def _convert(step: Step, kernel: jax.Array, scale_inv: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    return step.convert(kernel, scale_inv)
+@functools.partial(jax.jit, static_argnames=("current", "requested"))
+def _convert(
+    current: Format, requested: Format, values: jax.Array, scale_inv: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    return store.convert(current, requested, values, scale_inv)
 
 
-def _converted(step: Step, kernel: np.ndarray, scale_inv: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """`step.convert` on the host, whatever the default device: the same bits on every machine."""
+def _converted(
+    current: Format, requested: Format, values: np.ndarray, scale_inv: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`store.convert` on the host, whatever the default device: the same bits on every machine."""
     with _on_host():
-        kernel, scale_inv = _convert(step, *jax.device_put((kernel, scale_inv)))
-        return np.asarray(kernel), None if scale_inv is None else np.asarray(scale_inv)
+        values, scale_inv = _convert(current, requested, *jax.device_put((values, scale_inv)))
+        return np.asarray(values), None if scale_inv is None else np.asarray(scale_inv)
 
 
 def _on_host() -> Any:
@@ -144,20 +136,26 @@ def _on_host() -> Any:
         return contextlib.nullcontext()
 
 
-def _slab_height(job: Job, rows: int) -> int:
+def _slab_height(param: ResolvedParam, rows: int) -> int:
     """Rows of a slab: whole blocks, a power of two of them, so that most parameters divide into equal slabs."""
-    step, columns = job.step, max(math.prod(job.kernel.shape[1:]), 1)
-    if len(job.kernel.shape) != 2:
+    columns = max(math.prod(param.shape[1:]), 1)
+    if len(param.shape) != 2:
         return max(rows, 1)
-    if job.kept:
-        return max(1, COPIED // (columns * job.kernel.dtype.itemsize))
-    block = math.lcm(*(each[0] for each in (step.found_block, step.block) if each is not None))
+    if param.change == "kept":
+        return max(1, COPIED // (columns * param.current.dtype.itemsize))
+    formats = (param.current.format, param.format)
+    block = math.lcm(*(_sides(param, format)[0] for format in formats if format.block is not None))
     return block * 2 ** int(math.log2(max(CONVERTED // (columns * block), 1)))
 
 
-def _blocks(start: int, stop: int, block: tuple[int, int] | None) -> slice:
+def _sides(param: ResolvedParam, format: Format) -> Block:
+    """The block of `format` in numbers."""
+    assert format.block is not None
+    return block_sides(format.block, param.shape)
+
+
+def _grid_rows(start: int, stop: int, block: Block) -> slice:
     """The rows of scales that belong to rows `start` to `stop` of a kernel."""
-    assert block is not None
     return slice(start // block[0], -(-stop // block[0]))
 
 

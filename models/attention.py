@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..policies.dtypes import is_narrow, largest, saturating_cast
+from ..policies.dtypes import is_narrow, saturating_cast
 from ..policies.errors import InvalidTokens
-from ..policies.matmul.dispatch import here
+from ..policies.formats import F32, Format, least_rule, quantize_rows
 from ..policies.matmul.portable import unless_portable
+from ..policies.targets import here
 from . import flash
 
 EMPTY = np.int32(2**30)
@@ -113,10 +114,11 @@ class Kept:
         dtype = np.dtype(dtype)
         if not is_narrow(dtype):
             return Kept(*as_cached(saturating_cast(k, dtype), saturating_cast(v, dtype)), None, None, dtype)
-        (k, key_scales), (v, value_scales) = (_narrowed(x, dtype) for x in (k, v))
+        (k, key_scales), (v, value_scales) = (quantize_rows(x, head_format(dtype)) for x in (k, v))
         if dtype.kind != "i":
             k, v = (jax.lax.bitcast_convert_type(x, jnp.uint8) for x in (k, v))
-        return Kept(*as_cached(k, v), key_scales.transpose(0, 2, 1), value_scales.transpose(0, 2, 1), dtype)
+        key_scales, value_scales = (scales[..., 0].transpose(0, 2, 1) for scales in (key_scales, value_scales))
+        return Kept(*as_cached(k, v), key_scales, value_scales, dtype)
 
     def read(self, held: jax.Array) -> jax.Array:
         """Keys or values in the dtype that they have."""
@@ -144,12 +146,9 @@ def _put(old: jax.Array, new: jax.Array, start: jax.Array | int, axis: int) -> j
     return jax.lax.bitcast_convert_type(updated, old.dtype)
 
 
-def _narrowed(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-    """x (..., d) in a narrow dtype, and its scales (...) float32."""
-    wide = x.astype(jnp.float32)
-    amax = jnp.max(jnp.abs(wide), axis=-1)
-    scales = jnp.maximum(amax / largest(dtype), np.finfo(np.float32).tiny)  # of nothing but zeros it does not matter
-    return saturating_cast(wide / scales[..., None], dtype), scales
+def head_format(dtype: np.dtype) -> Format:
+    """The format of keys and values in a narrow dtype: one float32 scale for each head of each token."""
+    return Format(np.dtype(dtype), (1, -1), F32, least_rule)
 
 
 @jax.tree_util.register_dataclass

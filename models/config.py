@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..policies.slots import Block
+from ..policies.blocks import Block
+from ..policies.dtypes import is_narrow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,11 @@ class Qwen3Config:
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer."""
         return self.windows[layer] if self.windows else None
+
+    def kv_bytes(self, dtype: np.dtype) -> int:
+        """Bytes of cached keys and values for each token in `dtype`, scales for each head included."""
+        scales = 4 if is_narrow(dtype) else 0
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * (self.head_dim * dtype.itemsize + scales)
 
     @staticmethod
     def from_json(source: str | os.PathLike[str] | Mapping[str, Any]) -> Qwen3Config:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..policies.matmul.dispatch import Target
+from ..policies.targets import Target
 
 LEAST = 128
 """Tokens of a prompt from which on it is used: the scores of fewer are small."""

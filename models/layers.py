@@ -15,13 +15,13 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
-from ..policies.blocks import grid_shape, quantize
-from ..policies.dtypes import is_narrow, saturating_cast
+from ..policies.dtypes import saturating_cast
+from ..policies.formats import F32, Format, ScaledArray, decode_scales, quantize, stored_format
 from ..policies.matmul import scaled_matmul, scaled_matmuls
-from ..policies.policy import Policy, Scope
+from ..policies.policy import Policy
 from ..policies.presets import get_policy
-from ..policies.slots import DEFAULT_BLOCK
-from ..policies.storage import too_flat
+from ..policies.resolved import too_flat
+from ..policies.scope import Scope
 from ..policies.trees import Narrow
 
 
@@ -40,24 +40,23 @@ def stored(
     Raises:
       InvalidPolicy: a narrow dtype for a parameter of fewer than two dimensions.
     """
-    spec = scope.spec(name)
-    storage, block = spec.storage or np.dtype(np.float32), spec.block or DEFAULT_BLOCK
-    narrow = is_narrow(storage)
-    if narrow and len(shape) < 2:
-        path = "/".join((*scope.prefix, name))
+    format = scope.spec(name).storage or Format(F32)
+    if format.narrow and len(shape) < 2:
+        path = scope.path(name)
         rule = scope.policy.params.rule(path)
-        raise too_flat(rule.source if rule else None, rule.key if rule else name, storage, path, shape)
+        assert rule is not None
+        raise too_flat(rule, path, shape)
+    parts: list[Any]
     if rngs is None:
-        value = jax.ShapeDtypeStruct(shape, storage)
-        if not narrow:
-            return nnx.Param(value), None
-        scales = jax.ShapeDtypeStruct(grid_shape(shape, block), spec.scale or np.float32)
-        return Narrow(value, block=block), Narrow(scales, block=block)
-    drawn = draw(rngs, shape)
-    if not narrow:
-        return nnx.Param(saturating_cast(drawn, storage)), None
-    kernel, scale_inv = quantize(drawn, storage, block, scale_dtype=spec.scale or jnp.float32)
-    return Narrow(kernel, block=block), Narrow(scale_inv, block=block)
+        parts = [jax.ShapeDtypeStruct(part, dtype) for part, dtype in format.parts(shape)]
+    elif format.narrow:
+        parts = list(quantize(draw(rngs, shape), format))
+    else:
+        parts = [saturating_cast(draw(rngs, shape), format.values)]
+    if not format.narrow:
+        return nnx.Param(parts[0]), None
+    kernel, scale_inv = (Narrow(part, block=format.block) for part in parts)
+    return kernel, scale_inv
 
 
 Initializer = Callable[[nnx.Rngs, tuple[int, ...]], jax.Array]
@@ -100,7 +99,7 @@ class Linear(nnx.Module):
         self.scale_inv = nnx.data(scale_inv)
         bias = stored((out_features,), _constant(0), rngs, scope, "bias")[0] if use_bias else None
         self.bias = nnx.data(bias)
-        self.bias_compute = scope.spec("bias").compute if use_bias else None
+        self.bias_compute = scope.spec("bias").compute_dtype if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., in) to (..., out), in the activations' dtype: the policy's, or that of x."""
@@ -117,7 +116,7 @@ class Linear(nnx.Module):
         """What projections of the same x have in common where their products can be launched as one."""
         if type(self) is not Linear or self.scale_inv is None:
             return None
-        return self.activations, self.compute, self.kernel.dtype, self.kernel.block
+        return self.activations, self.compute, pair(self.kernel, self.scale_inv).format
 
 
 def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
@@ -127,17 +126,21 @@ def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
     if len(linears) < len(layers) or len(shared) > 1 or None in shared:
         return tuple(layer(x) for layer in layers)
     first = linears[0]
-    pairs = [(layer.kernel[...], layer.scale_inv[...]) for layer in linears if layer.scale_inv is not None]
+    kernels = [pair(layer.kernel, layer.scale_inv) for layer in linears if layer.scale_inv is not None]
     x = x.astype(first.activations or x.dtype)
-    results = scaled_matmuls(x, pairs, block=first.kernel.block, compute=first.compute)
+    results = scaled_matmuls(x, kernels, compute=first.compute)
     return tuple(layer._biased(y) for layer, y in zip(linears, results, strict=True))
 
 
-def block_matmul(x: jax.Array, kernel: nnx.Variable, scale_inv: Narrow | None, compute: np.dtype | None) -> jax.Array:
-    """`scaled_matmul` of the arrays in a parameter's variables; a narrow kernel knows its block."""
-    if scale_inv is None:
-        return scaled_matmul(x, kernel[...], compute=compute)
-    return scaled_matmul(x, kernel[...], scale_inv[...], block=kernel.block, compute=compute)
+def pair(kernel: nnx.Variable, scale_inv: nnx.Variable) -> ScaledArray:
+    """The ScaledArray of a parameter's variables; a narrow kernel knows its block."""
+    format = stored_format(np.dtype(kernel.dtype), kernel.block, np.dtype(scale_inv.dtype))
+    return ScaledArray(kernel[...], scale_inv[...], format)
+
+
+def block_matmul(x: jax.Array, kernel: nnx.Variable, scale_inv: Narrow | None, compute: Format | None) -> jax.Array:
+    """`scaled_matmul` of the arrays in a parameter's variables."""
+    return scaled_matmul(x, kernel[...] if scale_inv is None else pair(kernel, scale_inv), compute=compute)
 
 
 class Embedding(nnx.Module):
@@ -161,10 +164,11 @@ class Embedding(nnx.Module):
         rows = _rows(self.embedding[...], ids)
         wide = self.activations or (jnp.float32 if self.embedding_scale_inv is not None else rows.dtype)
         if self.embedding_scale_inv is not None:
-            height, width = self.embedding.block
-            scales = jnp.take(self.embedding_scale_inv[...].astype(jnp.float32), ids // height, axis=0, mode="clip")
+            table = pair(self.embedding, self.embedding_scale_inv)
+            height, width = table.block
+            scales = jnp.take(decode_scales(table.scale_inv), ids // height, axis=0, mode="clip")
             rows = rows.astype(jnp.float32) * jnp.repeat(scales, width, axis=-1)[..., : rows.shape[-1]]
-        compute = wide if self.compute is None or is_narrow(self.compute) else self.compute
+        compute = wide if self.compute is None or self.compute.narrow else self.compute.values
         return jnp.where(inside[..., None], saturating_cast(rows, compute).astype(wide), jnp.nan)
 
     def attend(self, x: jax.Array) -> jax.Array:
@@ -197,7 +201,7 @@ class RMSNorm(nnx.Module):
     def __init__(self, features: int, *, eps: float, policy: Policy | Scope | Any = None, rngs: nnx.Rngs | None):
         scope = scope_of(policy)
         self.activations, self.eps = scope.activations, eps
-        self.compute = scope.spec("scale").compute
+        self.compute = scope.spec("scale").compute_dtype
         self.scale, _ = stored((features,), _constant(1), rngs, scope, "scale")
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -12,10 +12,12 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from ..policies.modules import fill, stored_specs
-from ..policies.plan import explain
-from ..policies.policy import ParamSpec, Policy, Scope
+from ..policies.modules import fill
+from ..policies.policy import Policy
 from ..policies.presets import get_policy
+from ..policies.resolved import Resolved, resolve
+from ..policies.scope import Scope
+from ..policies.store import store
 from ..policies.trees import variables_by_path
 from . import rope, taps
 from .attention import EMPTY, Alone, Kept, KVCache, attend, token_positions
@@ -157,7 +159,7 @@ class Qwen3(nnx.Module):
             head = linear(config.hidden_size, config.vocab_size, use_bias=False, policy=scope.at("lm_head"), rngs=rngs)
         self.lm_head = nnx.data(head)
         if not isinstance(policy, Scope):
-            explain(scope.policy, self)
+            resolve(scope.policy, self)  # every rule of the policy has to decide something
 
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> jax.Array:
         """Logits (b, t, vocabulary) in the policy's output dtype, or the activations' one.
@@ -248,21 +250,19 @@ class Qwen3(nnx.Module):
 
     def with_policy(self, policy: Any) -> Qwen3:
         """The same parameters stored and computed under another policy; what is already as asked is shared."""
-        policy, state = get_policy(policy), nnx.state(self)
-        explain(policy, state, self.config.dtype)  # strict in all slots
-        state = policy.store(state)
-        return assemble(self.config, policy, stored_specs(policy, state), variables_by_path(state), self.linear)
+        return self.as_resolved(resolve(get_policy(policy), self))
+
+    def as_resolved(self, resolved: Resolved) -> Qwen3:
+        """The same parameters stored and computed as `resolved`, which was resolved on this model, says."""
+        parameters = variables_by_path(store(resolved, nnx.state(self)))
+        return assemble(self.config, resolved, parameters, self.linear)
 
 
 def assemble(
-    config: Qwen3Config,
-    policy: Policy,
-    specs: Mapping[str, ParamSpec],
-    parameters: Mapping[str, Any],
-    linear: LinearFactory = Linear,
+    config: Qwen3Config, resolved: Resolved, parameters: Mapping[str, Any], linear: LinearFactory = Linear
 ) -> Qwen3:
-    """The model whose parameters, by path, are `parameters`, stored as `specs` says and computed as `policy` says."""
-    scope = Scope(policy, policy.activations, stored=specs)
+    """The model whose parameters, by path, are `parameters`, stored and computed as `resolved` says."""
+    scope = Scope(resolved.policy, resolved.policy.activations, stored=resolved.specs)
     if linear is Linear:
         shapes = Qwen3(config, policy=scope, rngs=None)
     else:

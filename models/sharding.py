@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from ..policies.blocks import Block, block_sides
 from ..policies.errors import InvalidSharding, UnmatchedRule
+from ..policies.paths import is_scale, scale_path
 from ..policies.patterns import Pattern
-from ..policies.slots import Block, is_scale, scale_path
-from ..policies.trees import Found
+from ..policies.trees import ArrayInfo
 from .config import Qwen3Config
 
 
@@ -37,7 +38,7 @@ def tensor_parallel(config: Qwen3Config, mesh: Mesh) -> dict[str, NamedSharding]
     return {**rules, "default": NamedSharding(mesh, PartitionSpec())}
 
 
-def shardings(layout: Any, config: Qwen3Config, stored: Mapping[str, Found]) -> dict[str, Sharding | None]:
+def shardings(layout: Any, config: Qwen3Config, stored: Mapping[str, ArrayInfo]) -> dict[str, Sharding | None]:
     """The sharding of every parameter of `stored`, by path; None: wherever JAX puts it.
 
     layout  None, a `Sharding` for all, a `Mesh` (see `tensor_parallel`), or shardings by pattern, of which the first
@@ -61,13 +62,13 @@ def shardings(layout: Any, config: Qwen3Config, stored: Mapping[str, Found]) -> 
         )
     result: dict[str, Sharding | None] = {}
     decide = _rules(layout, [path for path in stored if not is_scale(path)])
-    for path, found in stored.items():
+    for path, info in stored.items():
         if is_scale(path):
             continue
-        result[path] = _checked(path, found.shape, decide[path])
+        result[path] = _checked(path, info.shape, decide[path])
         if scale_path(path) in stored:
-            assert found.block is not None
-            result[scale_path(path)] = scales_sharding(decide[path], found.shape, found.block, path)
+            assert info.block is not None
+            result[scale_path(path)] = scales_sharding(decide[path], info.shape, info.block, path)
     return result
 
 
@@ -85,7 +86,7 @@ def scales_sharding(sharding: Sharding, shape: tuple[int, ...], block: Block, pa
         )
     names = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
     shards = sharding.shard_shape(shape)
-    sides = (*(1,) * (len(shape) - 2), *block)
+    sides = (*(1,) * (len(shape) - 2), *block_sides(block, shape))
     kept = [
         name if shard % side == 0 or shard == size else None
         for name, size, shard, side in zip(names, shape, shards, sides, strict=True)

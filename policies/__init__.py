@@ -1,6 +1,6 @@
 """What dtype a parameter has: policies, their resolution, casting, block formats, the matmul, and wrappers."""
 
-from .blocks import dequantize, quantize
+from .blocks import DEFAULT_BLOCK
 from .dtypes import as_dtype, dtype_name, saturating_cast
 from .errors import (
     InvalidCheckpoint,
@@ -18,19 +18,26 @@ from .errors import (
     UnsupportedCast,
     UnsupportedConfig,
 )
+from .formats import FORMATS, Format, ScaledArray, as_format, dequantize, quantize, register_format
 from .matmul import Choice, Target, matmul_override, matmul_plan, scaled_matmul, scaled_matmuls
 from .plan import Plan, Row
-from .policy import ParamSpec, Policy, Scope
+from .policy import Policy
 from .presets import get_policy, preset_names
-from .slots import DEFAULT_BLOCK, Rule, Slot
+from .resolved import Resolved, ResolvedParam, resolve
+from .rules import Rule, SlotRules
+from .scope import ParamSpec, Scope
+from .slots import SLOTS, Slot
 from .training import join_trainable, refuse_narrow, split_trainable
-from .trees import Found, Narrow
+from .trees import ArrayInfo, Narrow, describe, parameters
 from .wrappers import apply, init
 
 __all__ = [
     "DEFAULT_BLOCK",
+    "FORMATS",
+    "SLOTS",
+    "ArrayInfo",
     "Choice",
-    "Found",
+    "Format",
     "InvalidCheckpoint",
     "InvalidPolicy",
     "InvalidScale",
@@ -41,11 +48,15 @@ __all__ = [
     "PerparamError",
     "Plan",
     "Policy",
+    "Resolved",
+    "ResolvedParam",
     "Row",
     "Rule",
+    "ScaledArray",
     "Scope",
     "ShadowedRule",
     "Slot",
+    "SlotRules",
     "Target",
     "UnknownDtype",
     "UnknownImplementation",
@@ -56,16 +67,21 @@ __all__ = [
     "UnsupportedConfig",
     "apply",
     "as_dtype",
+    "as_format",
     "dequantize",
+    "describe",
     "dtype_name",
     "get_policy",
     "init",
     "join_trainable",
     "matmul_override",
     "matmul_plan",
+    "parameters",
     "preset_names",
     "quantize",
     "refuse_narrow",
+    "register_format",
+    "resolve",
     "saturating_cast",
     "scaled_matmul",
     "scaled_matmuls",

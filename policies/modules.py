@@ -10,24 +10,20 @@ from typing import Any
 from flax import nnx
 
 from .errors import UnsupportedCast
-from .policy import ParamSpec, Policy
-from .slots import is_scale, scale_path
-from .storage import found_block
-from .trees import found
 
 
-def _tags(variables: nnx.State) -> set[str]:
+def _tags(variables: nnx.State[Any, Any]) -> set[str]:
     """The names of the random streams that a module kept."""
     return {leaf.tag for _, leaf in nnx.to_flat_state(variables) if isinstance(leaf, nnx.RngKey)}
 
 
-def streams(variables: nnx.State) -> nnx.Rngs:
+def streams(variables: nnx.State[Any, Any]) -> nnx.Rngs:
     """Streams to rebuild a module with: those it kept, and a default one if parameters could not be drawn from them."""
     names = _tags(variables)
     return nnx.Rngs(**dict.fromkeys(sorted(names if names & {"default", "params"} else names | {"default"}), 0))
 
 
-def reseeded(rngs: Mapping[str, Any], variables: nnx.State) -> dict[str, Any]:
+def reseeded(rngs: Mapping[str, Any], variables: nnx.State[Any, Any]) -> dict[str, Any]:
     """`rngs` by the streams that a module has: one it does not have stands for its default stream, as in `nnx.Rngs`."""
     tags = _tags(variables)
     known = {name: key for name, key in rngs.items() if name in tags}
@@ -50,21 +46,6 @@ def takes_policy(module: Callable[..., Any]) -> bool:
         module = module.func
     # Of an NNX class, inspect sees only the `*args, **kwargs` of its metaclass.
     return "policy" in inspect.signature(module.__init__ if inspect.isclass(module) else module).parameters
-
-
-def stored_specs(policy: Policy, variables: Any) -> dict[str, ParamSpec]:
-    """How the parameters of `variables` are stored, by path."""
-    flat = found(variables)
-    specs = {}
-    for path, one in flat.items():
-        if is_scale(path):
-            continue
-        scales = flat.get(scale_path(path))
-        if scales is None:
-            specs[path] = ParamSpec(one.dtype)
-        else:
-            specs[path] = ParamSpec(one.dtype, scales.dtype, block=found_block(one, policy))
-    return specs
 
 
 def fill(model: nnx.Module, variables: Mapping[str, Any]) -> Any:

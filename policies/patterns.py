@@ -52,7 +52,7 @@ class Pattern:
             for component in alternative.split("/"):
                 if not component:
                     raise InvalidPolicy(
-                        f"{text!r} has an empty component. Paths look like layers/0/mlp/up_proj/kernel, "
+                        f"{text!r} has an empty component. Paths look like layers/0/dense/kernel, "
                         "without a leading, trailing or double '/'."
                     )
                 if component.count("*") > _MOST_STARS:

@@ -5,48 +5,46 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from . import dtypes
-from .blocks import grid_shape
-from .errors import InvalidPolicy
 from .matmul import Target, matmul_plan
-from .policy import Policy
-from .resolution import Answer, resolve
-from .slots import DEFAULT_BLOCK, is_scale, scale_path
-from .storage import Change, Step, plan_storage
-from .trees import Found
-from .trees import found as found_in
+from .paths import is_scale
+from .resolved import Change, Decisions, Resolved, ResolvedParam
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter, or the scales of one.
+    """One line of a plan: a parameter, or the scales of one.
 
     path            where it stands
     shape           as stored afterwards
-    found           dtype before; None for scales that are made
+    current         dtype before; None for scales that are made
     storage         dtype afterwards; None for scales that are dissolved
-    compute         what the compute slot says; None: narrow kernels as stored, anything else in the activations' dtype
+    format          the format afterwards as the table shows it: "f8_e4m3fn", "int8 1×all", a format's name; likewise
+    compute         dtype that the compute slot says; None: narrow as stored, anything else in the activations' dtype
+    compute_format  the format of it, as `format`
     storage_rule    the key of the `params` slot that decided, "default", or None
     storage_source  file and line of that key
     compute_rule    likewise of the `compute` slot
     compute_source  likewise
     change          kept, cast, quantised, dequantised or requantised; of scales also made or dissolved
-    bytes_before    as found
-    bytes           as stored
-    matmul          of a kernel, where the plan was asked for a target: what multiplies with it, for a row | for 512
+    bytes_before    bytes before
+    bytes           bytes as stored
+    matmul          of a kernel, where the plan was asked for a target: what multiplies with it, for one row | for 512
     """
 
     path: str
     shape: tuple[int, ...]
-    found: np.dtype | None
+    current: np.dtype | None
     storage: np.dtype | None
+    format: str | None
     compute: np.dtype | None
+    compute_format: str | None
     storage_rule: str | None
     storage_source: str | None
     compute_rule: str | None
@@ -86,7 +84,7 @@ class Plan:
 
     @property
     def total_bytes_before(self) -> int:
-        """Bytes of all parameters as found."""
+        """Bytes of all parameters before storage."""
         return sum(row.bytes_before for row in self.rows)
 
     @property
@@ -120,7 +118,7 @@ class Plan:
     def __str__(self) -> str:
         named = ("matmul (1 | 512 rows)",) if self._has_target else ()
         lines: list[tuple[str, ...]] = [
-            ("path", "shape", "found", "storage", "compute", *named, "rule (params | compute)", "bytes")
+            ("path", "shape", "current", "storage", "compute", *named, "rule (params | compute)", "bytes")
         ]
         for label, rows in self._folded():
             lines.append((label, *self._cells(rows[0]), human_bytes(sum(row.bytes for row in rows))))
@@ -145,19 +143,19 @@ class Plan:
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         """What the table says of a row, its path and bytes apart."""
-        found = "–" if row.found is None else dtypes.dtype_name(row.found)
-        storage = "" if row.storage is None else dtypes.dtype_name(row.storage)
+        current = "–" if row.current is None else dtypes.dtype_name(row.current)
+        storage = row.format or ""
         change = "" if row.change == "kept" else row.change
         if is_scale(row.path):
             compute = ""
-        elif row.compute is not None:
-            compute = dtypes.dtype_name(row.compute)
+        elif row.compute_format is not None:
+            compute = row.compute_format
         elif row.storage is not None and dtypes.is_narrow(row.storage):
             compute = "as stored"
         else:
             compute = "–" if self.activations is None else f"({dtypes.dtype_name(self.activations)})"
         rules = [_key(row.storage_rule, row.storage_source), _key(row.compute_rule, row.compute_source)]
-        cells = ["×".join(map(str, row.shape)), found, f"{storage} {change}".strip(), compute]
+        cells = ["×".join(map(str, row.shape)), current, f"{storage} {change}".strip(), compute]
         return *cells, *([row.matmul or ""] if self._has_target else []), " | ".join(rules)
 
     def summary(self) -> str:
@@ -173,88 +171,49 @@ class Plan:
             names.append(f"kv cache {dtypes.dtype_name(self.kv_cache)}, {human_bytes(self.kv_bytes)} a token")
         return "\n".join(
             [
-                f"{len(self.rows) - scales} parameters and {scales} grids of scales: "
-                + ", ".join(f"{count} {change}" for change, count in sorted(changed.items())),
-                f"stored in {human_bytes(self.total_bytes)} ({totals}), "
-                f"found in {human_bytes(self.total_bytes_before)}",
+                f"{count(len(self.rows) - scales, 'parameter')} and {count(scales, 'grid')} of scales: "
+                + ", ".join(f"{number} {change}" for change, number in sorted(changed.items())),
+                f"stored in {human_bytes(self.total_bytes)} ({totals}), now in {human_bytes(self.total_bytes_before)}",
                 *([f"largest: {self.largest.path}, {human_bytes(self.largest.bytes)}"] if self.largest else []),
                 *filter(None, [", ".join(names)]),
             ]
         )
 
 
-def human_bytes(count: int) -> str:
-    """`count` bytes as people read them: 1.5 MiB."""
-    power = min(max(count.bit_length() - 1, 0) // 10, 4)
-    return f"{count} B" if power == 0 else f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"
+def human_bytes(size: int) -> str:
+    """`size` bytes as people read them: 1.5 MiB."""
+    power = min(max(size.bit_length() - 1, 0) // 10, 4)
+    return f"{size} B" if power == 0 else f"{size / 1024**power:.1f} {'KMGT'[power - 1]}iB"
 
 
-def explain(policy: Policy, tree: Any, activations: np.dtype | None = None, target: str | Target | None = None) -> Plan:
-    """See `Policy.explain`; `activations` is the model's own dtype, for where the policy names none."""
-    found = found_in(tree)
-    steps, answers = plan_storage(policy, found)
-    own = activations or getattr(getattr(tree, "config", None), "dtype", None)
-    activations = policy.activations or own
-    # The compute slot speaks of what is there once things are stored: a dissolved scale is gone, a made one has come.
-    stored = [path for path in found if not is_scale(path)]
-    computed = resolve(
-        "compute", policy.compute, [*stored, *(scale_path(path) for path in stored if steps[path].scale)]
-    )
+def count(number: int, noun: str) -> str:
+    """`number` and a noun that agrees with it: 1 parameter, 2 parameters."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def plan(resolved: Resolved, target: str | Target | None = None) -> Plan:
+    """The plan of what was resolved; see `Policy.explain`."""
     rows = []
-    for path, step in steps.items():
-        check_compute(path, found[path], computed[path])
-        # Rules name integers and the like without effect; a row says what happens.
-        cast = step.scale is not None or step.found_scale is not None or dtypes.is_floating(found[path].dtype)
-        params, compute = (answers[path], computed[path]) if cast else (Answer(), Answer())
-        row = _row(path, found[path].shape, found[path], step.storage, step.change, params, compute)
-        if target is not None and path.rpartition("/")[2] == "kernel" and len(row.shape) == 2:
-            row = dataclasses.replace(row, matmul=_matmul(row, step, activations, target))
+    for param in resolved.params.values():
+        row = _row(param)
+        if target is not None and param.path.rpartition("/")[2] == "kernel" and len(param.shape) == 2:
+            row = dataclasses.replace(row, matmul=_matmul(param, resolved.activations, target))
         rows.append(row)
-        if step.scale or step.found_scale:
-            scales = scale_path(path)
-            answer = computed.get(scales, Answer())
-            rows.append(_scale_row(found[path], step, scales, found.get(scales), answers[scales], answer))
-    # A module that knows nothing of perparam returns what it will; a model of ours its activations' dtype.
-    kv_cache = policy.kv_cache or activations
-    kv_bytes = 0 if kv_cache is None else _kv_bytes(found, kv_cache)
-    output = policy.output or (activations if own is not None else None)
-    return Plan(tuple(rows), activations, output, kv_cache if kv_bytes else None, kv_bytes)
+        if param.has_scales or param.format.scale is not None:
+            rows.append(_scale_row(param))
+    return Plan(tuple(rows), resolved.activations, resolved.output, resolved.kv_cache, resolved.kv_bytes)
 
 
-def _kv_bytes(found: Mapping[str, Found], dtype: np.dtype) -> int:
-    """Bytes that attention layers keep of a token: what their `k_proj` and `v_proj` make, and scales for each head."""
-    total = 0
-    for path, one in found.items():
-        if path.endswith(("/k_proj/kernel", "/v_proj/kernel")):
-            total += one.shape[0] * dtype.itemsize
-            norm = found.get(f"{path.rpartition('/')[0].rpartition('/')[0]}/k_norm/scale")
-            if dtypes.is_narrow(dtype) and norm is not None:
-                total += 4 * one.shape[0] // norm.shape[0]
-    return total
-
-
-def check_compute(path: str, one: Found, answer: Answer) -> None:
-    """Raises InvalidPolicy where a parameter that no matmul takes is to be computed narrow."""
-    if answer.dtype is not None and dtypes.is_narrow(answer.dtype) and len(one.shape) < 2:
-        raise InvalidPolicy(
-            f"{answer.where}{answer.rule!r} (compute) asks "
-            f"{dtypes.dtype_name(answer.dtype)} of {path!r}, whose shape is {one.shape}. "
-            "Only kernels of two or more dimensions are computed narrow."
-        )
-
-
-def _matmul(row: Row, step: Step, activations: np.dtype | None, target: str | Target) -> str:
-    """The implementations that multiply with a kernel, for a row of activations and for 512."""
-    assert row.storage is not None
-    out_features, in_features = row.shape
+def _matmul(param: ResolvedParam, activations: np.dtype | None, target: str | Target) -> str:
+    """The implementations that multiply with a kernel, for one row of activations and for 512."""
+    out_features, in_features = param.shape
     names = [
         matmul_plan(
             rows,
             (out_features, in_features),
             x=activations or np.dtype(np.float32),
-            kernel=row.storage,
-            block=step.block or DEFAULT_BLOCK,
-            compute=row.compute,
+            kernel=param.format,
+            compute=param.compute,
             target=target,
         ).implementation
         for rows in (1, 512)
@@ -262,41 +221,57 @@ def _matmul(row: Row, step: Step, activations: np.dtype | None, target: str | Ta
     return " | ".join(dict.fromkeys(names))
 
 
-def _scale_row(kernel: Found, step: Step, path: str, before: Found | None, params: Answer, compute: Answer) -> Row:
-    """The row of the scales at `path`, which belong to `kernel`."""
-    if step.scale is None or step.block is None:
-        assert before is not None
-        return _row(path, before.shape, before, None, "dissolved", params, Answer())
-    change: Change = "made" if before is None else step.change
-    if change == "kept" and step.scale != step.found_scale:
-        change = "cast"
-    return _row(path, grid_shape(kernel.shape, step.block), before, step.scale, change, params, compute)
-
-
-def _row(
-    path: str,
-    shape: tuple[int, ...],
-    before: Found | None,
-    storage: np.dtype | None,
-    change: Change,
-    params: Answer,
-    compute: Answer,
-) -> Row:
-    after = Found(shape, storage).bytes if storage is not None else 0
+def _row(param: ResolvedParam) -> Row:
+    """The row of a parameter, scales apart."""
     return Row(
-        path,
-        shape,
-        before.dtype if before else None,
-        storage,
-        compute.dtype,
-        params.rule,
-        params.source,
-        compute.rule,
-        compute.source,
-        change,
-        before.bytes if before else 0,
-        after,
+        path=param.path,
+        shape=param.shape,
+        current=param.current.dtype,
+        storage=param.format.values,
+        format=str(param.format),
+        compute=None if param.compute is None else param.compute.values,
+        compute_format=None if param.compute is None else str(param.compute),
+        **_rules(param.rules),
+        change=param.change,
+        bytes_before=param.current.bytes,
+        bytes=math.prod(param.shape) * param.format.values.itemsize,
     )
+
+
+def _scale_row(param: ResolvedParam) -> Row:
+    """The row of the scales of a parameter."""
+    before, after = (format.parts(param.shape)[1:] for format in (param.current.format, param.format))
+    shape, _ = (after or before)[0]
+    change: Change = param.change if after else "dissolved"
+    if not before:
+        change = "made"
+    elif change == "kept" and before[0][1] != after[0][1]:
+        change = "cast"
+    rules = param.scale_rules if after else {**param.scale_rules, "compute": None}
+    sizes = [math.prod(part[0]) * part[1].itemsize for part in (*before, *after)]
+    return Row(
+        path=param.scale_path,
+        shape=shape,
+        current=before[0][1] if before else None,
+        storage=after[0][1] if after else None,
+        format=dtypes.dtype_name(after[0][1]) if after else None,
+        compute=None,
+        compute_format=None,
+        **_rules(rules),
+        change=change,
+        bytes_before=sizes[0] if before else 0,
+        bytes=sizes[-1] if after else 0,
+    )
+
+
+def _rules(rules: Decisions) -> dict[str, Any]:
+    """The columns that say which rules decided: a rule that leaves its default unsaid decides nothing."""
+    columns: dict[str, Any] = {}
+    for slot, column in (("params", "storage"), ("compute", "compute")):
+        rule = rules.get(slot)
+        columns[f"{column}_rule"] = None if rule is None else rule.key
+        columns[f"{column}_source"] = None if rule is None else rule.source
+    return columns
 
 
 # The table.

@@ -12,7 +12,8 @@ from typing import Any
 from .dtypes import as_dtype, is_dtype_name
 from .errors import InvalidPolicy
 from .policy import Policy
-from .text import SLOTS, unknown_slot
+from .rules import unknown_slot
+from .slots import SLOTS
 
 _FOLDER = pathlib.Path(__file__).parent / "presets"
 
@@ -53,7 +54,7 @@ def get_policy(policy: Any) -> Policy:
     if policy is None:
         return Policy()
     if isinstance(policy, Mapping):
-        if unknown := sorted(map(str, set(policy) - set(SLOTS))):
+        if unknown := sorted(map(str, set(policy) - {*SLOTS, "block"})):
             raise unknown_slot(unknown[0])
         return Policy(**policy)
     if isinstance(policy, os.PathLike):

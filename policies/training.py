@@ -14,8 +14,8 @@ from flax import nnx
 
 from . import dtypes
 from .errors import UnsupportedCast
-from .slots import is_scale, scale_path
-from .trees import is_box, map_parameters, parameters, rebox, unbox
+from .paths import is_scale, scale_path
+from .trees import is_leaf, map_parameters, parameters, rebox, unbox
 
 
 def split_trainable(variables: Any) -> tuple[Any, Any]:
@@ -38,9 +38,9 @@ def split_trainable(variables: Any) -> tuple[Any, Any]:
         inside = nnx.from_flat_state([leaf for is_trained, leaf in leaves if is_trained])
         return inside, nnx.from_flat_state([leaf for is_trained, leaf in leaves if not is_trained])
     mask = map_parameters(lambda path, leaf: rebox(leaf, _Trained()) if path in trained else leaf, variables)
-    sides = jax.tree.map(lambda leaf, mark: isinstance(unbox(mark), _Trained), variables, mask, is_leaf=is_box)
-    trainable = jax.tree.map(lambda leaf, side: leaf if side else None, variables, sides, is_leaf=is_box)
-    frozen = jax.tree.map(lambda leaf, side: None if side else leaf, variables, sides, is_leaf=is_box)
+    sides = jax.tree.map(lambda leaf, mark: isinstance(unbox(mark), _Trained), variables, mask, is_leaf=is_leaf)
+    trainable = jax.tree.map(lambda leaf, side: leaf if side else None, variables, sides, is_leaf=is_leaf)
+    frozen = jax.tree.map(lambda leaf, side: None if side else leaf, variables, sides, is_leaf=is_leaf)
     return trainable, frozen
 
 
@@ -60,7 +60,7 @@ def join_trainable(trainable: Any, frozen: Any) -> Any:
         lambda left, right: right if left is None else left,
         trainable,
         frozen,
-        is_leaf=lambda leaf: leaf is None or is_box(leaf),
+        is_leaf=lambda leaf: leaf is None or is_leaf(leaf),
     )
 
 

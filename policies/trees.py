@@ -1,11 +1,13 @@
 """Trees of parameters: from any Flax or plain tree to `{path: array}`, and back.
 
-Paths are what users see: Linen's `params/`, NNX's `.value` and boxes (`nn.Partitioned`) do not appear.
+Paths are what users see: Linen's `params/`, NNX's `.value` and boxes (`nn.Partitioned`) do not appear.  A scaled pair
+is two entries, the values and their scales, whether the tree has them side by side or as one `ScaledArray`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,11 +16,13 @@ import numpy as np
 from flax import nnx
 from flax.core import FrozenDict, meta
 
+from .blocks import Block
 from .errors import UnsupportedCast
-from .slots import Block, is_scale, scale_path
+from .formats import Format, ScaledArray
+from .paths import is_scale, scale_path
 
 
-class Narrow(nnx.Variable):
+class Narrow(nnx.Variable[Any]):
     """One half of a scaled pair, the kernel or its scales; `block` is the block of the scales.
 
     It is no `nnx.Param`, so `nnx.grad` and `nnx.Optimizer` over `nnx.Param` pass narrow kernels by.
@@ -26,22 +30,35 @@ class Narrow(nnx.Variable):
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """A parameter as it was found: its shape and dtype, and the block of a narrow kernel where that is known."""
+class ArrayInfo:
+    """Shape and format of a parameter, without its values.
+
+    shape   logical: of the array that it represents
+    format  of a narrow kernel's own values where its scales are not known yet, scale None; block None: unknown
+    """
 
     shape: tuple[int, ...]
-    dtype: np.dtype
-    block: Block | None = None
+    format: Format
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the values."""
+        return self.format.values
+
+    @property
+    def block(self) -> Block | None:
+        """The block of the scales; None where there are none, or where it is not known."""
+        return self.format.block
 
     @property
     def bytes(self) -> int:
-        """Bytes that the parameter takes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        """Bytes of the values, scales apart."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def is_box(leaf: Any) -> bool:
-    """Whether `leaf` is a variable or a box that holds the array."""
-    return isinstance(leaf, (nnx.Variable, meta.AxisMetadata))
+def is_leaf(node: Any) -> bool:
+    """Whether `node` is one parameter: a variable or a box that holds the array, or a ScaledArray."""
+    return isinstance(node, (nnx.Variable, meta.AxisMetadata, ScaledArray))
 
 
 def unbox(leaf: Any) -> Any:
@@ -89,11 +106,11 @@ def map_parameters(function: Callable[[str, Any], Any], tree: Any, prefix: str =
             return leaf
         return function("/".join([*filter(None, [prefix]), *(names[1:] if linen else names)]), leaf)
 
-    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_leaf)
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The parameters of `tree` by path, in the tree's order, boxes closed."""
+    """The parameters of `tree` by path, in the tree's order, boxes closed and `ScaledArray`s whole."""
     flat: dict[str, Any] = {}
 
     def note(path: str, leaf: Any) -> Any:
@@ -104,76 +121,126 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
 
     # As a state, a module's shared variables count once.
     map_parameters(note, nnx.state(tree) if isinstance(tree, nnx.Module) else tree, prefix)
+    for path, leaf in flat.items():
+        if isinstance(unbox(leaf), ScaledArray) and scale_path(path) in flat:
+            raise UnsupportedCast(f"{path}: a ScaledArray, and scales beside it. Remove {scale_path(path)!r}.")
     return flat
 
 
 def parameters(tree: Any) -> dict[str, Any]:
-    """The arrays (or shapes) of `tree` by path, in the tree's order."""
-    return {path: unbox(leaf) for path, leaf in _leaves(tree).items()}
-
-
-def found(tree: Any) -> dict[str, Found]:
-    """Shape, dtype and known block of every parameter of `tree`."""
-    result = {}
+    """The arrays (or shapes) of `tree` by path, in the tree's order; scales after their kernel in a `ScaledArray`."""
+    flat: dict[str, Any] = {}
     for path, leaf in _leaves(tree).items():
         value = unbox(leaf)
-        block = leaf.get_metadata().get("block") if isinstance(leaf, Narrow) else getattr(value, "block", None)
-        result[path] = Found(tuple(value.shape), value.dtype, block)
+        if isinstance(value, ScaledArray):
+            flat[path], flat[scale_path(path)] = value
+        else:
+            flat[path] = value
+    return flat
+
+
+def describe(tree: Any) -> dict[str, ArrayInfo]:
+    """Shape and format, as far as it is known, of every parameter of `tree`, scales included."""
+    result: dict[str, ArrayInfo] = {}
+    for path, leaf in _leaves(tree).items():
+        value = unbox(leaf)
+        if isinstance(value, ArrayInfo):
+            result[path] = value
+        elif isinstance(value, ScaledArray):
+            result[path] = ArrayInfo(value.shape, value.format)
+            scales = value.scale_inv
+            result[scale_path(path)] = ArrayInfo(tuple(scales.shape), Format(np.dtype(scales.dtype)))
+        else:
+            block = leaf.get_metadata().get("block") if isinstance(leaf, Narrow) else None
+            result[path] = ArrayInfo(tuple(value.shape), Format(value.dtype, block))
     return result
 
 
-def variables_by_path(state: nnx.State) -> dict[str, Any]:
+def variables_by_path(state: nnx.State[Any, Any]) -> dict[str, Any]:
     """The array of every variable of an NNX state by path, parameter or not; arrays in no variable are left out."""
     flat = nnx.to_flat_state(state)
     return {"/".join(map(str, keys)): unbox(leaf) for keys, leaf in flat if isinstance(leaf, nnx.Variable)}
 
 
-def replace_parameters(tree: Any, flat: Mapping[str, Any], blocks: Mapping[str, Block]) -> Any:
-    """`tree` with the arrays of `flat`: parameters that `flat` lacks are removed, scales that it adds stand beside
-    their kernel.  `blocks` holds the block of each narrow kernel by path; NNX variables remember it.
+def replace_parameters(
+    tree: Any, flat: Mapping[str, Any], formats: Mapping[str, Format], *, scaled: bool = False
+) -> Any:
+    """`tree` with the arrays of `flat`: parameters that `flat` lacks are removed, new scales are put beside their
+    kernel, or with it into a `ScaledArray` where the container has no room for a sibling.
+
+    formats  the format of each narrow kernel by path; NNX variables remember its block
+    scaled   whether pairs in mappings become `ScaledArray`s too
 
     Raises:
-      UnsupportedCast: where scales come or go in a container that is no mapping.
+      UnsupportedCast: where scales have a field of their own, which cannot be removed.
     """
     if isinstance(tree, nnx.State):
-        return _replace_state(tree, flat, blocks)
+        return _replace_state(tree, flat, formats)
+    replace = _Replacement(flat, formats, scaled)
     if is_linen(tree):
-        rest = {**tree, "params": _replace(tree["params"], flat, "")}
+        rest = {**tree, "params": replace.node(tree["params"], "")}
         return FrozenDict(rest) if isinstance(tree, FrozenDict) else rest
-    return _replace(tree, flat, "")
+    return replace.node(tree, "")
 
 
-def _replace(node: Any, flat: Mapping[str, Any], path: str) -> Any:
-    """The part of a tree that stands at `path`, with the arrays of `flat`."""
-    prefix = f"{path}/" if path else ""
-    if isinstance(node, Mapping) and not is_box(node):
+@dataclasses.dataclass(frozen=True)
+class _Replacement:
+    """See `replace_parameters`."""
+
+    flat: Mapping[str, Any]
+    formats: Mapping[str, Format]
+    scaled: bool
+
+    def node(self, node: Any, path: str) -> Any:
+        """The part of a tree that stands at `path`."""
+        prefix = f"{path}/" if path else ""
+        if isinstance(node, Mapping) and not is_leaf(node):
+            return self._mapping(node, prefix)
+        if type(node) in (list, tuple):
+            return type(node)(self.node(child, f"{prefix}{i}") for i, child in enumerate(node))
+        here = _leaves(node, path)
+        if gone := [where for where in here if where not in self.flat]:
+            raise UnsupportedCast(
+                f"{gone[0]}: the scales cannot be removed from a {type(node).__name__}. Keep them in a mapping, or "
+                "give the pair as one ScaledArray."
+            )
+
+        def replaced(where: str, leaf: Any) -> Any:
+            return self._leaf(where, leaf, alone=scale_path(where) not in here)
+
+        return map_parameters(replaced, node, path)
+
+    def _leaf(self, path: str, leaf: Any, alone: bool) -> Any:
+        """The leaf at `path`, as a `ScaledArray` where it is narrow and its scales have no place of their own."""
+        if path in self.formats and alone:
+            return rebox(leaf, ScaledArray(self.flat[path], self.flat[scale_path(path)], self.formats[path]))
+        return rebox(leaf, self.flat[path])
+
+    def _mapping(self, node: Mapping[Any, Any], prefix: str) -> Any:
+        def is_whole(key: Any, child: Any) -> bool:
+            """Whether a child is, or becomes, one `ScaledArray`."""
+            return f"{prefix}{key}" in self.formats and (self.scaled or isinstance(unbox(child), ScaledArray))
+
+        whole = {key for key, child in node.items() if is_whole(key, child)}
+        inside = {scale_path(str(key)) for key in whole}
         children: dict[Any, Any] = {}
         for key, child in node.items():
             where, name = f"{prefix}{key}", scale_path(str(key))
-            if where not in flat and is_parameter(child):
+            if key in inside or (where not in self.flat and is_parameter(child)):
                 continue
-            children[key] = _replace(child, flat, where)
-            if where in flat and scale_path(where) in flat and name not in node:
-                if not isinstance(key, str):
-                    raise UnsupportedCast(f"{where}: its scales need a name beside the key {key!r}. Use text for keys.")
-                children[name] = _box_of_scales(child, flat[scale_path(where)])
+            if key in whole:
+                children[key] = self._leaf(where, child, alone=True)
+            elif where not in self.formats:
+                children[key] = self.node(child, where)
+            else:
+                children[key] = self._leaf(where, child, alone=False)
+                if name not in node:
+                    if not isinstance(key, str):
+                        raise UnsupportedCast(
+                            f"{where}: its scales need a name beside the key {key!r}. Use text for keys."
+                        )
+                    children[name] = _box_of_scales(child, self.flat[scale_path(where)])
         return FrozenDict(children) if isinstance(node, FrozenDict) else children
-    if type(node) in (list, tuple):
-        items = [f"{prefix}{i}" for i, child in enumerate(node) if is_parameter(child)]
-        if any(item not in flat or scale_path(item) in flat for item in items):
-            raise _immovable(path, node)
-        return type(node)(_replace(child, flat, f"{prefix}{i}") for i, child in enumerate(node))
-    here = _leaves(node, path)
-    for where in here:
-        if where not in flat or (where != path and (scale_path(where) in flat) != (scale_path(where) in here)):
-            raise _immovable(path, node)
-    return map_parameters(lambda where, leaf: rebox(leaf, flat[where]), node, path)
-
-
-def _immovable(path: str, node: Any) -> UnsupportedCast:
-    return UnsupportedCast(
-        f"{path or 'the tree'}: scales cannot be added to or taken from a {type(node).__name__}. Use a mapping there."
-    )
 
 
 def _box_of_scales(kernel: Any, scale_inv: Any) -> Any:
@@ -183,7 +250,9 @@ def _box_of_scales(kernel: Any, scale_inv: Any) -> Any:
     return rebox(kernel, scale_inv) if isinstance(kernel, meta.AxisMetadata) else scale_inv
 
 
-def _replace_state(state: nnx.State, flat: Mapping[str, Any], blocks: Mapping[str, Block]) -> nnx.State:
+def _replace_state(
+    state: nnx.State[Any, Any], flat: Mapping[str, Any], formats: Mapping[str, Format]
+) -> nnx.State[Any, Any]:
     """A pair's variables become `Narrow`, with the metadata they had; a dissolved pair's become `nnx.Param`."""
     variables = {"/".join(map(str, keys)): (keys, leaf) for keys, leaf in nnx.to_flat_state(state)}
     leaves = []
@@ -194,19 +263,19 @@ def _replace_state(state: nnx.State, flat: Mapping[str, Any], blocks: Mapping[st
         elif is_scale(path):
             continue  # beside its kernel, or dissolved
         elif path in flat and scales in flat:
-            leaves.append((keys, _retyped(leaf, Narrow, flat[path], block=blocks[path])))
+            leaves.append((keys, _retyped(leaf, Narrow, flat[path], block=formats[path].block)))
             if scales in variables:
                 sibling, like = variables[scales]
-                leaves.append((sibling, _retyped(like, Narrow, flat[scales], block=blocks[path])))
+                leaves.append((sibling, _retyped(like, Narrow, flat[scales], block=formats[path].block)))
             else:
                 sibling = (*keys[:-1], scale_path(str(keys[-1])))
-                leaves.append((sibling, Narrow(flat[scales], block=blocks[path])))  # replicated, as above
+                leaves.append((sibling, Narrow(flat[scales], block=formats[path].block)))  # replicated, as above
         elif path in flat:
             leaves.append((keys, _retyped(leaf, nnx.Param if isinstance(leaf, Narrow) else type(leaf), flat[path])))
     return nnx.from_flat_state(leaves)
 
 
-def _retyped(leaf: nnx.Variable, kind: type[nnx.Variable], value: Any, **metadata: Any) -> nnx.Variable:
+def _retyped(leaf: nnx.Variable[Any], kind: type[nnx.Variable[Any]], value: Any, **metadata: Any) -> nnx.Variable[Any]:
     """A variable of type `kind` that holds `value`, with the metadata of `leaf` and `metadata`."""
     if type(leaf) is kind and not metadata:
         return leaf.replace(value)

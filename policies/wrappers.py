@@ -17,17 +17,16 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from . import dtypes
-from .blocks import dequantize
-from .casting import cast_floats
+from .cast import cast_floats
 from .errors import UnsupportedCast
-from .modules import fill, reseeded, stored_specs, streams, takes_policy
-from .plan import explain
-from .policy import Policy, Scope
+from .formats import ScaledArray
+from .modules import fill, reseeded, streams, takes_policy
+from .policy import Policy
 from .presets import get_policy
-from .resolution import resolve
-from .slots import is_scale, scale_path
-from .storage import found_block, pair_problems, raise_together
-from .trees import Narrow, found, parameters, replace_parameters, variables_by_path
+from .resolved import resolve
+from .scope import Scope
+from .store import store
+from .trees import Narrow, parameters, replace_parameters, variables_by_path
 
 AnyModule = nn.Module | Callable[..., nnx.Module]
 
@@ -53,13 +52,15 @@ def init(module: AnyModule, policy: Any, key: Any, *inputs: Any, **kwargs: Any) 
     policy = get_policy(policy)
     if isinstance(module, nn.Module):
         variables = module.init(key, *inputs, **kwargs)
-        return _with_params(variables, policy.store(variables.get("params", {})))
+        params = variables.get("params", {})
+        return _with_params(variables, store(resolve(policy, params), params))
     rngs = nnx.Rngs(**key) if isinstance(key, Mapping) else nnx.Rngs(key)
     if takes_policy(module):
         state = nnx.state(module(policy=policy, rngs=rngs))
-        explain(policy, state)  # a module resolves names one by one; here every rule is held to have met one
+        resolve(policy, state)  # a module reads names one by one; here every rule is checked to have met one
         return state
-    return policy.store(nnx.state(module(rngs=rngs)))
+    state = nnx.state(module(rngs=rngs))
+    return store(resolve(policy, state), state)
 
 
 def apply(
@@ -94,7 +95,16 @@ def apply(
     return run(module, policy, variables, inputs, rngs, mutable, method, kwargs)
 
 
-def _apply_linen(module, policy, variables, inputs, rngs, mutable, method, kwargs):
+def _apply_linen(
+    module: Any,
+    policy: Policy,
+    variables: Any,
+    inputs: tuple[Any, ...],
+    rngs: Mapping[str, Any] | None,
+    mutable: Any,
+    method: Any,
+    kwargs: dict[str, Any],
+) -> Any:
     # The collection alone: without one, `batch_stats` would pass for parameters.
     params = computed_variables(policy, variables.get("params", {}), (inputs, kwargs))
     computed = _with_params(variables, params)
@@ -115,10 +125,19 @@ def _with_params(variables: Mapping[str, Any], params: Any) -> Any:
     return FrozenDict(changed) if isinstance(variables, FrozenDict) else changed
 
 
-def _apply_nnx(module, policy, variables, inputs, rngs, mutable, method, kwargs):
+def _apply_nnx(
+    module: Any,
+    policy: Policy,
+    variables: Any,
+    inputs: tuple[Any, ...],
+    rngs: Mapping[str, Any] | None,
+    mutable: Any,
+    method: Any,
+    kwargs: dict[str, Any],
+) -> Any:
     if takes_policy(module):
-        scope = Scope(policy, policy.activations, stored=stored_specs(policy, variables))
-        explain(Policy(compute=policy.compute), variables)  # strict, and pairs are whole
+        resolved = resolve(policy, variables, slots=("compute",))
+        scope = Scope(policy, policy.activations, stored=resolved.specs)
         build = functools.partial(module, policy=scope)
     else:
         variables = computed_variables(policy, variables, (inputs, kwargs))
@@ -145,29 +164,27 @@ def computed_variables(policy: Policy, variables: Any, inputs: Any) -> Any:
     A compute slot that leaves a narrow kernel alone means the compute default, or else the dtype of the first
     floating-point array among `inputs`, or else float32.
     """
-    flat, shapes = parameters(variables), found(variables)
-    raise_together(pair_problems(shapes, policy))
-    answers = resolve("compute", policy.compute, flat)
+    flat, resolved = parameters(variables), resolve(policy, variables, slots=("compute",))
     floats = [
         leaf.dtype for leaf in jax.tree.leaves(inputs) if hasattr(leaf, "dtype") and dtypes.is_floating(leaf.dtype)
     ]
     inputs_dtype = jax.dtypes.canonicalize_dtype(floats[0]) if floats else np.float32
     activations = policy.activations or np.dtype(inputs_dtype)
     computed = {}
-    for path, value in flat.items():
-        if is_scale(path):
-            continue
-        dtype, scale_inv = answers[path].dtype, flat.get(scale_path(path))
-        if dtype is not None and dtypes.is_narrow(dtype):
+    for path, param in resolved.params.items():
+        value, compute = flat[path], param.compute
+        if compute is not None and compute.narrow:
+            rule = param.rules["compute"]
+            assert rule is not None
             raise UnsupportedCast(
-                f"{path}: computing in {dtypes.dtype_name(dtype)} (rule {answers[path].rule!r}) needs a layer that "
+                f"{path}: computing in {compute} (rule {rule.key!r}) needs a layer that "
                 "quantises its activations, and this module knows nothing of perparam. Write bf16 or null in compute, "
                 "or build the module from perparam's Linear."
             )
-        if scale_inv is not None:
-            computed[path] = dequantize(value, scale_inv, found_block(shapes[path], policy), dtype or activations)
-        elif dtype is not None and dtypes.is_floating(value.dtype):
-            computed[path] = dtypes.saturating_cast(value, dtype)
+        dtype = None if compute is None else compute.values
+        if param.has_scales:
+            pair = ScaledArray(value, flat[param.scale_path], param.current.format)
+            computed[path] = pair.dequantize(dtype or activations)
         else:
-            computed[path] = value
+            computed[path] = value if dtype is None else dtypes.saturating_cast(value, dtype)
     return replace_parameters(variables, computed, {})

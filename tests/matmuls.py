@@ -8,6 +8,7 @@ import pytest
 from helpers import dtype, largest, reference_dequantize
 
 from perparam.policies.blocks import grid_shape
+from perparam.policies.formats import Format, stored_format
 from perparam.policies.matmul.calls import Call
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, describe
 
@@ -48,8 +49,9 @@ class Case:
 
     @property
     def call(self) -> Call:
-        compute = None if self.compute is None else dtype(self.compute)
-        return describe(self.rows, self.shape, dtype(self.x), dtype(self.kernel), self.sides, compute)
+        compute = None if self.compute is None else Format(dtype(self.compute))
+        kernel = stored_format(dtype(self.kernel), self.sides, dtype("float32"))
+        return describe(self.rows, self.shape, dtype(self.x), kernel, compute)
 
     @property
     def settings(self) -> dict:

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -47,6 +48,92 @@ def test_the_check_of_imports_sees_relative_and_absolute_ones(tmp_path, monkeypa
         "from ..loaders.load import a\nfrom ..policies import b\nimport perparam.examples.c\nfrom .. import d\n"
     )
     assert set(imported_layers(file)) == {"loaders", "policies", "examples", "face"}
+
+
+def modules_imported(path, package):
+    """The modules of a package that a file imports, inside functions too; those that only types need are left out."""
+    parts = ("perparam", *path.relative_to(ROOT).with_suffix("").parts)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in for_types:
+            base = parts[: len(parts) - node.level] if node.level else ()
+            module = tuple(part for part in (*base, *(node.module or "").split(".")) if part)
+            for name in {(*module, alias.name) for alias in node.names}:
+                file = ROOT.joinpath(*name[1:]).with_suffix(".py")
+                package_file = ROOT.joinpath(*name[1:], "__init__.py")
+                of_module = ROOT.joinpath(*module[1:]).with_suffix(".py")
+                of_package = ROOT.joinpath(*module[1:], "__init__.py")
+                found = next((each for each in (file, package_file, of_module, of_package) if each.is_file()), None)
+                if found is not None and name[:2] == ("perparam", package):
+                    yield found
+
+
+def ring(imports):
+    """A ring of modules that import each other, or None."""
+    done, waiting = set(), []
+
+    def visit(module):
+        if module in waiting:
+            return [*waiting[waiting.index(module) :], module]
+        if module in done:
+            return None
+        waiting.append(module)
+        found = next((r for r in map(visit, sorted(imports.get(module, ()))) if r), None)
+        waiting.pop()
+        done.add(module)
+        return found
+
+    return next((r for r in map(visit, sorted(imports)) if r), None)
+
+
+@pytest.mark.parametrize("layer", ["policies", "loaders"])
+def test_no_modules_import_each_other(layer):
+    imports = {path: set(modules_imported(path, layer)) - {path} for path in (ROOT / layer).rglob("*.py")}
+    assert sum(map(len, imports.values())) > len(imports) / 2
+    found = ring(imports)
+    assert found is None, " -> ".join(str(path.relative_to(ROOT)) for path in found)
+
+
+def test_the_check_for_rings_sees_imports_inside_functions(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "policies" / "inner").mkdir(parents=True)
+    (tmp_path / "policies" / "__init__.py").write_text("from .a import x\n")
+    (tmp_path / "policies" / "a.py").write_text("def f():\n    from . import b\n")
+    (tmp_path / "policies" / "b.py").write_text("from .inner import c\n")
+    (tmp_path / "policies" / "inner" / "__init__.py").write_text("from .c import y\n")
+    (tmp_path / "policies" / "inner" / "c.py").write_text("from ..a import f\n")
+    imports = {path: set(modules_imported(path, "policies")) for path in (tmp_path / "policies").rglob("*.py")}
+    assert [path.name for path in ring(imports)] == ["a.py", "b.py", "c.py", "a.py"]
+    del imports[tmp_path / "policies" / "inner" / "c.py"]
+    assert ring(imports) is None
+
+
+def strings(path):
+    """The text constants of a file, docstrings left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = {
+        id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
+
+
+def test_policies_name_no_module_of_any_model():
+    from perparam.loaders.names import TABLE
+
+    names = {part for entry in TABLE for part in entry.path.split("/")[:-1]} - {"{i}", "layers"}
+    assert {"q_proj", "k_norm", "lm_head", "embed_tokens"} <= names
+    for path in (ROOT / "policies").rglob("*.py"):
+        named = {word for text in strings(path) for word in re.findall(r"\w+", text)} & names
+        assert not named, f"{path.relative_to(ROOT)} names {', '.join(named)}"
 
 
 def test_the_package_list_is_the_folders():

@@ -1,7 +1,8 @@
 """The block-scaled matmul: the face, the oracle that defines it, and one file for each way to carry it out."""
 
-from .activations import quantize_rows
-from .dispatch import IMPLEMENTATIONS, Choice, Target, matmul_override, matmul_plan
+from ..formats import quantize_rows
+from ..targets import Target
+from .dispatch import IMPLEMENTATIONS, Choice, matmul_override, matmul_plan
 from .face import scaled_matmul, scaled_matmuls
 
 __all__ = [

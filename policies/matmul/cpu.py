@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import dtypes
 from ..blocks import expand
+from ..formats import ScaledArray, decode_scales
 from . import oracle
 from .calls import Call, Implementation, Operands, one_by_one
 
@@ -34,7 +35,8 @@ def slab_height(out_features: int, in_features: int) -> int:
     XLA takes a loop of one step apart, and its schedule then widens what all layers need at once.
     """
     height = 2 ** int(math.log2(max(SLAB // max(in_features, 1), 1)))
-    return max(1, min(max(16, height), math.ceil(out_features / 2)))
+    rows: int = max(1, min(max(16, height), math.ceil(out_features / 2)))
+    return rows
 
 
 def _slab_dtype(call: Call) -> np.dtype:
@@ -50,14 +52,14 @@ def _few_rows(call: Call) -> bool:
 def product(call: Call, operands: Operands) -> jax.Array:
     """(rows, out), slab by slab."""
     dtype = _slab_dtype(call)
-    x = oracle.wide_rows(operands)
+    x = oracle.wide_rows(operands.x)
     x = (x if call.weight is None else x.astype(call.weight)).astype(dtype)
 
     def write(start: jax.Array, _: jax.Array, y: jax.Array) -> jax.Array:
         part = _dot(x, _slab(operands, call, start, dtype))
         return jax.lax.dynamic_update_slice_in_dim(y, part.astype(y.dtype), start, axis=1)
 
-    return _over_slabs(call, write, _zeros(x, operands.kernel)).astype(call.result)
+    return _over_slabs(call, write, _zeros(x, _values(operands))).astype(call.result)
 
 
 def gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.Array:
@@ -68,7 +70,7 @@ def gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.Ar
         weight = _slab(operands, call, start, np.dtype(np.float32))
         return dx + oracle.dot(jnp.where(new, columns, 0), weight.T)
 
-    return _over_slabs(call, add, _zeros(gradient, operands.kernel.T))
+    return _over_slabs(call, add, _zeros(gradient, _values(operands).T))
 
 
 def _over_slabs(
@@ -86,7 +88,8 @@ def _over_slabs(
         start = jnp.minimum(i * height, call.out_features - height)
         return step(start, start + jnp.arange(height) >= i * height, carry)
 
-    return jax.lax.fori_loop(0, math.ceil(call.out_features / height), body, carry)
+    result: jax.Array = jax.lax.fori_loop(0, math.ceil(call.out_features / height), body, carry)
+    return result
 
 
 def _slab(operands: Operands, call: Call, start: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -94,19 +97,25 @@ def _slab(operands: Operands, call: Call, start: jax.Array, dtype: np.dtype) -> 
     height = slab_height(call.out_features, call.in_features)
     # Sliced as bits, and tied to the loop's index: XLA converts a narrow array that a loop slices as a whole, before
     # the loop, and copies one that it can reinterpret there.
-    kernel, start = jax.lax.optimization_barrier((operands.kernel, start))
+    kernel, start = jax.lax.optimization_barrier((_values(operands), start))
     bits = jax.lax.bitcast_convert_type(kernel, _BITS[kernel.dtype.itemsize])
     values = _decoded(jax.lax.dynamic_slice_in_dim(bits, start, height), kernel.dtype)
-    if operands.scale_inv is not None and call.block is not None:
-        rows = (start + jnp.arange(height)) // call.block[0]
-        scales = jnp.take(operands.scale_inv.astype(jnp.float32), rows, axis=0, mode="clip")
-        values = values * expand(scales, values.shape, (1, call.block[1]))
+    if isinstance(operands.kernel, ScaledArray):
+        block = operands.kernel.block
+        rows = (start + jnp.arange(height)) // block[0]
+        scales = jnp.take(decode_scales(operands.kernel.scale_inv), rows, axis=0, mode="clip")
+        values = values * expand(scales, values.shape, (1, block[1]))
     if call.weight is not None and dtype != call.weight:
         info = jnp.finfo(call.weight)
         bound = dtypes.largest(call.weight)
         values = jnp.where(jnp.isfinite(values), jnp.clip(values, -bound, bound), values)
         return jax.lax.reduce_precision(values, info.nexp, info.nmant)
     return dtypes.saturating_cast(values, dtype)
+
+
+def _values(operands: Operands) -> jax.Array:
+    """The kernel, scales apart."""
+    return operands.kernel.values if isinstance(operands.kernel, ScaledArray) else operands.kernel
 
 
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -123,7 +132,8 @@ def _decoded(bits: jax.Array, dtype: np.dtype) -> jax.Array:
         # the backend flushes their subnormals; its conversion from float16 is exact.
         magnitude = (bits & 0x7F).astype(jnp.uint16)
         half = jnp.where(magnitude == 0x7F, jnp.uint16(0x7E00), magnitude << 7) | (bits & 0x80).astype(jnp.uint16) << 8
-        return jax.lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * jnp.float32(256)
+        result: jax.Array = jax.lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * jnp.float32(256)
+        return result
     return jax.lax.bitcast_convert_type(bits, dtype).astype(jnp.float32)
 
 
@@ -157,27 +167,28 @@ def multiplies_bfloat16() -> bool:
 
 
 def _refuses(call: Call) -> str | None:
-    if dtypes.is_narrow(call.kernel):
+    if call.kernel.narrow:
         return None
-    if call.kernel.itemsize > 4:
+    kernel = call.kernel.values
+    if kernel.itemsize > 4:
         return "there are no slabs of float64"
-    if call.kernel != call.weight and (call.weight == np.float32 or _few_rows(call)):
+    if kernel != call.weight and (call.weight == np.float32 or _few_rows(call)):
         return None
-    if call.kernel == call.weight == jnp.float16:
+    if kernel == call.weight == jnp.float16:
         return None  # XLA widens these to float32 itself, all at once
-    if call.kernel == call.weight == jnp.bfloat16 and call.rows == 1 and not multiplies_bfloat16():
+    if kernel == call.weight == jnp.bfloat16 and call.rows == 1 and not multiplies_bfloat16():
         return None
     return "the kernel has the dtype of the product"
 
 
 def _refuses_two_rows(call: Call) -> str | None:
-    if call.rows != 1 or call.kernel != jnp.bfloat16 or call.weight != jnp.bfloat16 or call.block is not None:
+    if call.rows != 1 or call.kernel.values != jnp.bfloat16 or call.weight != jnp.bfloat16 or call.block is not None:
         return "this is not one row and a bfloat16 kernel"
     return None if multiplies_bfloat16() else "this processor has no instructions for bfloat16"
 
 
 def _two_rows(call: Call, operands: Operands) -> jax.Array:
-    return _dot(operands.x.astype(jnp.bfloat16), operands.kernel).astype(call.result)
+    return _dot(oracle.wide_rows(operands.x).astype(jnp.bfloat16), _values(operands)).astype(call.result)
 
 
 SLABS = Implementation("slabs", "widen the kernel a cache-sized slab at a time", _refuses, one_by_one(product))

@@ -5,53 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from .. import dtypes
-from ..errors import UnknownImplementation, UnknownTarget, UnsupportedCast
-from ..slots import DEFAULT_BLOCK, Block, as_block
+from ..blocks import DEFAULT_BLOCK, Block, as_block, block_sides
+from ..errors import UnknownImplementation, UnsupportedCast
+from ..formats import Format, as_format
+from ..targets import HOPPER, Target, targeting
 from . import cpu, hopper, xla
 from .calls import Call, Implementation
 from .oracle import ORACLE
-
-HOPPER = (9, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What a program is compiled for.
-
-    platform    "cpu", "cuda", "rocm" or "tpu"
-    capability  CUDA's compute capability, (9, 0) for H100 and H200; None: not known
-    """
-
-    platform: str
-    capability: tuple[int, int] | None = None
-
-    @classmethod
-    def parse(cls, text: str | Target) -> Target:
-        """The target that `cpu`, `tpu`, `cuda` or `cuda:9.0` names; `here` is what this process computes on.
-
-        >>> Target.parse("cuda:9.0")
-        Target(platform='cuda', capability=(9, 0))
-        """
-        if isinstance(text, Target):
-            return text
-        if text == "here":
-            return here()
-        platform, _, capability = text.partition(":")
-        if platform not in ("cpu", "cuda", "rocm", "tpu"):
-            raise UnknownTarget(f"{text!r} is no target. Write here, cpu, tpu, rocm, cuda, or cuda:9.0 (H100, H200).")
-        try:
-            return cls(platform, _capability(capability) if capability else None)
-        except ValueError:
-            raise UnknownTarget(f"{text!r} is no target: a compute capability is written 9.0.") from None
-
-    def __str__(self) -> str:
-        return self.platform + (":{}.{}".format(*self.capability) if self.capability else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +45,8 @@ _HOPPER = (xla.DOT, hopper.ROWS, hopper.COLUMNS, *_ANY[1:])
 IMPLEMENTATIONS = {one.name: one for one in (*_CPU, *_HOPPER, ORACLE)}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Override:
-    implementation: str | None = None
-    target: Target | None = None
-
-
 # Part of the keys under which jax caches traces: a function traced outside the context is traced again within.
-_override = jax.make_user_context(_Override())
+_override = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
@@ -107,34 +68,13 @@ def matmul_override(implementation: str | None = None, target: str | Target | No
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise UnknownImplementation(f"no implementation {implementation!r}, there are: {', '.join(IMPLEMENTATIONS)}.")
-    before = _override.value
-    chosen = _Override(
-        implementation or before.implementation, before.target if target is None else Target.parse(target)
-    )
-    with _override(chosen):
+    with _override(implementation or _override.value), targeting(target):
         yield
-
-
-def here() -> Target:
-    """What programs are compiled for: the target of `matmul_override`, the mesh in use, or JAX's default device."""
-    if _override.value.target is not None:
-        return _override.value.target
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None and "NVIDIA" in device.device_kind:
-        known = ("H100", "H200", "H800", "H20", "GH200")
-        return Target("cuda", HOPPER if any(name in device.device_kind for name in known) else None)
-    platform = jax.default_backend()
-    if platform != "gpu":
-        return Target(platform)
-    device = jax.local_devices()[0]
-    if "rocm" in device.client.platform_version.lower():
-        return Target("rocm")
-    return Target("cuda", _capability(device.compute_capability))
 
 
 def choose(call: Call, target: Target) -> tuple[Implementation, Choice]:
     """The first implementation for `target` that takes the call, and what to say about it."""
-    if (forced := _override.value.implementation) is not None:
+    if (forced := _override.value) is not None:
         one = IMPLEMENTATIONS[forced]
         if why := one.refuses(call):
             raise UnsupportedCast(f"{forced!r}, which matmul_override asks for, does not take this call: {why}.")
@@ -159,19 +99,31 @@ def describe(
     rows: int | None,
     kernel_shape: tuple[int, ...],
     x: np.dtype,
-    kernel: np.dtype,
-    block: Block | None,
-    compute: np.dtype | None,
+    kernel: Format,
+    compute: Format | None,
 ) -> Call:
-    """The call that `scaled_matmul` makes of operands of these shapes and dtypes."""
+    """The call that `scaled_matmul` makes of operands of these shapes and formats.
+
+    kernel  complete where it is narrow; of a plain kernel that is quantised on the way, its block may stand for the
+            one that `compute` leaves open
+    """
     out_features, in_features = kernel_shape
-    both_narrow = compute is not None and dtypes.is_narrow(compute)
-    narrow = dtypes.is_narrow(kernel)
-    if both_narrow and not narrow:
-        kernel, narrow = np.dtype(compute), True
-    weight = None if both_narrow or (narrow and compute is None) else compute or x
-    values = np.dtype(compute if both_narrow else weight or x)
-    return Call(rows, out_features, in_features, values, kernel, block if narrow else None, weight, x)
+    both_narrow = compute is not None and compute.narrow
+    if both_narrow and not kernel.narrow:
+        assert compute is not None
+        kernel = compute.completed(kernel.block)
+    narrow = kernel.narrow
+    weight = None if both_narrow or (narrow and compute is None) else (compute.values if compute else x)
+    if compute is not None and compute.narrow:  # a named format says how activations are quantised, else the kernel's
+        operand = (compute if compute.block is not None else kernel).of_rows(compute.values)
+    else:
+        operand = Format(weight or x)
+    if narrow:
+        assert kernel.block is not None
+        kernel = dataclasses.replace(kernel, block=block_sides(kernel.block, (out_features, in_features)))
+    else:
+        kernel = Format(kernel.values)
+    return Call(rows, out_features, in_features, operand, kernel, weight, x)
 
 
 def matmul_plan(
@@ -179,15 +131,17 @@ def matmul_plan(
     kernel_shape: tuple[int, int],
     *,
     x: DTypeLike = "bf16",
-    kernel: DTypeLike = "f8_e4m3fn",
+    kernel: Any = "f8_e4m3fn",
     block: Block = DEFAULT_BLOCK,
-    compute: DTypeLike | None = None,
+    compute: Any = None,
     target: str | Target = "here",
 ) -> Choice:
-    """Which implementation `scaled_matmul` takes for operands of these shapes and dtypes, and why.
+    """Which implementation `scaled_matmul` takes for operands of these shapes and formats, and why.
 
     rows          all leading axes of x together
     kernel_shape  (out, in)
+    kernel        a dtype, in blocks of `block`, or a format
+    compute       as for `scaled_matmul`
     target        "here", "cpu", "cuda", "cuda:9.0", …
 
     >>> matmul_plan(512, (4096, 4096), target="cuda:9.0", compute="f8_e4m3fn").implementation
@@ -195,13 +149,6 @@ def matmul_plan(
     >>> matmul_plan(1, (4096, 4096), target="cuda:8.0").implementation
     'fused reduction'
     """
-    call = describe(
-        rows, kernel_shape, dtypes.as_dtype(x), dtypes.as_dtype(kernel), as_block(block),
-        None if compute is None else dtypes.as_dtype(compute),
-    )  # fmt: skip
+    format = as_format(kernel).completed(as_block(block))
+    call = describe(rows, kernel_shape, dtypes.as_dtype(x), format, None if compute is None else as_format(compute))
     return choose(call, Target.parse(target))[1]
-
-
-def _capability(text: str) -> tuple[int, int]:
-    major, _, minor = text.partition(".")
-    return int(major), int(minor)

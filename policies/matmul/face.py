@@ -6,48 +6,53 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from .. import dtypes
-from ..blocks import check_grid, dequantize, grid_shape, quantize
+from ..blocks import DEFAULT_BLOCK, Block, as_block, check_grid, grid_shape
 from ..errors import UnsupportedCast
-from ..slots import DEFAULT_BLOCK, Block, as_block
+from ..formats import F32, Format, ScaledArray, as_format, quantize, quantize_rows, scaled_array, stored_format
+from ..targets import Target, here
 from . import cpu, oracle
-from .activations import quantize_rows, widen_rows
 from .calls import Call, Implementation, Operands
-from .dispatch import Target, choose, describe, here
+from .dispatch import choose, describe
 from .portable import unless_portable
 from .shards import vary_alike
 
-Pair = tuple[ArrayLike, ArrayLike | None]
+Kernel = jax.Array | ScaledArray
+Pair = ScaledArray | tuple[ArrayLike, ArrayLike | None]
 
 
 def scaled_matmul(
     x: ArrayLike,
-    kernel: ArrayLike,
+    kernel: ArrayLike | ScaledArray,
     scale_inv: ArrayLike | None = None,
     *,
     block: Block = DEFAULT_BLOCK,
-    compute: DTypeLike | None = None,
+    compute: Any = None,
 ) -> jax.Array:
     """`x @ (kernel * scale_inv).T` in x's dtype, accumulated in float32.
 
     x          (..., in)   f32, bf16 or f16
-    kernel     (out, in)   any float, or int8 with scales; (out, in) as checkpoints store it
+    kernel     (out, in)   any float, or int8 with scales; (out, in) as checkpoints store it; or a ScaledArray, which
+                           knows its scales and block
     scale_inv  (ceil(out/block[0]), ceil(in/block[1]))  what each block is multiplied by; None is the identity
     result     (..., out)  x's dtype
 
-    compute says which dtypes meet in the matmul:
+    compute says in which formats the two meet in the matmul:
 
-    None             a narrow kernel as stored, scaled inside the product, with activations as they are (W8A16); a plain
-                     kernel in x's dtype
-    a float8 type    both narrow (W8A8): each row of x quantised per 128 columns as it comes, a plain kernel by `block`
-    f32, bf16, f16   the weight and x cast to it
+    None                  a narrow kernel as stored, scaled inside the product, with activations as they are (W8A16); a
+                          plain kernel in x's dtype
+    a float8 type         both narrow (W8A8): each row of x is quantised as the kernel's format says, by default per 128
+                          columns; a plain kernel by `block`
+    a format, or its name the same, each row of x quantised as that format says
+    f32, bf16, f16        the weight and x cast to it
 
     What carries it out depends on the device and the shapes: see `matmul_plan`.
 
@@ -59,57 +64,67 @@ def scaled_matmul(
       InvalidScale: where the grid of scales does not fit the kernel.
       UnsupportedCast: where shapes or dtypes cannot be multiplied.
     """
-    return scaled_matmuls(x, [(kernel, scale_inv)], block=block, compute=compute)[0]
+    pair = kernel if isinstance(kernel, ScaledArray) and scale_inv is None else (kernel, scale_inv)
+    return scaled_matmuls(x, [pair], block=block, compute=compute)[0]
 
 
 def scaled_matmuls(
-    x: ArrayLike, pairs: Sequence[Pair], *, block: Block = DEFAULT_BLOCK, compute: DTypeLike | None = None
+    x: ArrayLike, pairs: Sequence[Pair | Any], *, block: Block = DEFAULT_BLOCK, compute: Any = None
 ) -> tuple[jax.Array, ...]:
     """`scaled_matmul` of one x with several kernels, which on some devices are launched as one.
 
-    pairs  (kernel, scale_inv) each, as for `scaled_matmul`; their numbers of rows may differ
+    pairs  a ScaledArray or (kernel, scale_inv) each, as for `scaled_matmul`; their numbers of rows may differ
 
     >>> [y.shape for y in scaled_matmuls(jnp.ones((2, 4)), [(jnp.ones((3, 4)), None), (jnp.ones((5, 4)), None)])]
     [(2, 3), (2, 5)]
     """
-    x = jnp.asarray(x)
-    arrays = tuple((jnp.asarray(kernel), None if scale is None else jnp.asarray(scale)) for kernel, scale in pairs)
-    compute, block = None if compute is None else dtypes.as_dtype(compute), as_block(block)
-    for kernel, scale_inv in arrays:
-        _check(x, kernel, scale_inv, block, compute)
-    if not arrays:
-        return ()
-    return _matmuls(x, arrays, block, compute, here())
+    x, block = jnp.asarray(x), as_block(block)
+    format = None if compute is None else as_format(compute)
+    _check_compute(format)
+    kernels = tuple(_kernel(x, pair, block) for pair in pairs)
+    return _matmuls(x, kernels, block, format, here()) if kernels else ()
+
+
+def _kernel(x: jax.Array, pair: Pair | Any, block: Block) -> Kernel:
+    """One kernel, checked against x."""
+    if isinstance(pair, ScaledArray):
+        assert pair.format.block is not None
+        _check(x, pair.values, pair.scale_inv, pair.format.block)
+        return pair
+    kernel, scale_inv = jnp.asarray(pair[0]), pair[1]
+    _check(x, kernel, scale_inv, block)
+    return kernel if scale_inv is None else scaled_array(kernel, scale_inv, block)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "compute", "target"))
 def _matmuls(
     x: jax.Array,
-    pairs: tuple[tuple[jax.Array, jax.Array | None], ...],
+    kernels: tuple[Kernel, ...],
     block: Block,
-    compute: np.dtype | None,
+    compute: Format | None,
     target: Target,
 ) -> tuple[jax.Array, ...]:
     """`scaled_matmuls` of operands that fit; compiled, so that a shape is traced once wherever it is called from."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    calls, kernels, scales = [], [], []
-    for kernel, scale_inv in pairs:
-        if scale_inv is not None and not dtypes.is_narrow(kernel.dtype):
-            kernel, scale_inv = dequantize(kernel, scale_inv, block), None
-        elif scale_inv is None and dtypes.is_narrow(kernel.dtype):
-            scale_inv = jnp.ones(grid_shape(kernel.shape, block), jnp.float32)
-        calls.append(describe(_known(rows.shape[0]), kernel.shape, x.dtype, kernel.dtype, block, compute))
-        kernels.append(kernel)
-        scales.append(scale_inv)
+    calls, arrays = [], list[Kernel]()
+    for kernel in kernels:
+        if isinstance(kernel, ScaledArray) and not kernel.format.narrow:
+            kernel = kernel.dequantize()
+        elif not isinstance(kernel, ScaledArray) and dtypes.is_narrow(kernel.dtype):
+            ones = jnp.ones(grid_shape(kernel.shape, block), jnp.float32)
+            kernel = ScaledArray(kernel, ones, stored_format(kernel.dtype, block, F32))
+        format = kernel.format if isinstance(kernel, ScaledArray) else Format(kernel.dtype, block)
+        calls.append(describe(_known(rows.shape[0]), kernel.shape, x.dtype, format, compute))
+        arrays.append(kernel)
     group = _Group(tuple(calls), target)
-    if all(call.weight is not None and not dtypes.is_narrow(call.kernel) for call in calls):
-        results = _plain(group, rows, tuple(kernels))
+    if all(call.weight is not None and not call.kernel.narrow for call in calls):
+        results = _plain(group, rows, tuple(arrays))
     else:
-        results = _scaled(group, *vary_alike((rows, tuple(kernels), tuple(scales))))
+        results = _scaled(group, *vary_alike((rows, tuple(arrays))))
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in results)
 
 
-def _known(rows: int) -> int | None:
+def _known(rows: Any) -> int | None:
     """A number of rows, None for a symbol."""
     return rows if isinstance(rows, int) else None
 
@@ -121,28 +136,28 @@ class _Group:
     calls: tuple[Call, ...]
     target: Target
 
-    def run(self, x: jax.Array, kernels: tuple[jax.Array, ...], scales: tuple[jax.Array | None, ...]):
+    def run(self, x: jax.Array, kernels: tuple[Kernel, ...]) -> list[jax.Array]:
         """The products, by whatever the platform of the lowering calls for; a batch of x becomes rows of it."""
 
         @jax.custom_batching.custom_vmap
-        def products(x, kernels, scales):
+        def products(x: jax.Array, kernels: tuple[Kernel, ...]) -> list[jax.Array]:
             gpu = self.target if self.target.platform == "cuda" else Target("cuda")
-            return jax.lax.platform_dependent(
-                x, kernels, scales,
-                cpu=self._on(Target("cpu")), cuda=self._on(gpu), default=self._on(Target("tpu")),
-            )  # fmt: skip
+            results: list[jax.Array] = jax.lax.platform_dependent(
+                x, kernels, cpu=self._on(Target("cpu")), cuda=self._on(gpu), default=self._on(Target("tpu"))
+            )
+            return results
 
         @products.def_vmap
-        def batched(size, batched, x, kernels, scales):
+        def batched(size: int, batched: Any, x: jax.Array, kernels: tuple[Kernel, ...]) -> Any:
             if not any(jax.tree.leaves(batched[1:])):
                 calls = tuple(dataclasses.replace(call, rows=_known(size * x.shape[1])) for call in self.calls)
                 rows = x.reshape(size * x.shape[1], x.shape[2])
-                results = _Group(calls, self.target).run(rows, kernels, scales)
+                results = _Group(calls, self.target).run(rows, kernels)
                 return [y.reshape(size, x.shape[1], y.shape[-1]) for y in results], [True] * len(results)
-            leaves, tree = jax.tree.flatten((x, kernels, scales))
+            leaves, tree = jax.tree.flatten((x, kernels))
             mapped = [leaf for leaf, is_mapped in zip(leaves, jax.tree.leaves(batched), strict=True) if is_mapped]
 
-            def one(slices):
+            def one(slices: Any) -> Any:
                 rest = iter(slices)
                 flags = zip(leaves, jax.tree.leaves(batched), strict=True)
                 return products(*jax.tree.unflatten(tree, [next(rest) if m else leaf for leaf, m in flags]))
@@ -150,9 +165,10 @@ class _Group:
             results = jax.lax.map(one, mapped)
             return results, [True] * len(results)
 
-        return products(x, kernels, scales)
+        results: list[jax.Array] = products(x, kernels)
+        return results
 
-    def _on(self, target: Target):
+    def _on(self, target: Target) -> Callable[..., list[jax.Array]]:
         """The products as `target` carries them out."""
         chosen = [choose(call, target)[0] for call in self.calls]
         products = functools.partial(self._products, chosen)
@@ -161,43 +177,49 @@ class _Group:
         anywhere = [choose(call, Target(target.platform))[0] for call in self.calls]
         return unless_portable(products, functools.partial(self._products, anywhere))
 
-    def _products(self, chosen: list[Implementation], x, kernels, scales) -> list[jax.Array]:
+    def _products(self, chosen: list[Implementation], x: jax.Array, kernels: tuple[Kernel, ...]) -> list[jax.Array]:
         """The products, each by the implementation chosen for it; neighbours that share one in a single run."""
         if not all(one.opaque for one in chosen):
             # Tied to x, a kernel is nothing that XLA could cast once, outside a decoding loop, and carry along.
-            x, kernels, scales = jax.lax.optimization_barrier((x, kernels, scales))
+            x, kernels = jax.lax.optimization_barrier((x, kernels))
         results: list[jax.Array] = []
-        operands = self.operands(x, kernels, scales, chosen[0].quantize)
+        operands = self.operands(x, kernels, chosen[0].quantize)
         for one, group in itertools.groupby(zip(chosen, self.calls, operands, strict=True), key=lambda each: each[0]):
             _, calls, arrays = zip(*group, strict=True)
             results += one.run(calls, arrays)
         return results
 
-    def operands(self, x, kernels, scales, quantize_x=quantize_rows) -> tuple[Operands, ...]:
-        """The operands of each call, quantised where the calls say so."""
-        call = self.calls[0]
-        values, x_scales = quantize_x(x, call.x) if dtypes.is_narrow(call.x) else (x, None)
-        pairs = []
-        for kernel, scale_inv, call in zip(kernels, scales, self.calls, strict=True):
-            if call.weight is None and not dtypes.is_narrow(kernel.dtype):
-                assert call.block is not None
-                kernel, scale_inv = quantize(kernel, call.kernel, call.block)
-            pairs.append((kernel, scale_inv))
-        return tuple(Operands(values, x_scales, *pair) for pair in pairs)
+    def operands(
+        self,
+        x: jax.Array,
+        kernels: tuple[Kernel, ...],
+        quantize_x: Callable[[jax.Array, Format], ScaledArray] = quantize_rows,
+    ) -> tuple[Operands, ...]:
+        """The operands of each call, quantised where the calls say so; activations once for all calls that agree."""
+        rows: dict[Format, Kernel] = {}
+        for call in self.calls:
+            if call.x not in rows:
+                rows[call.x] = quantize_x(x, call.x) if call.x.narrow else x
+        quantised = [
+            quantize(kernel, call.kernel) if call.weight is None and not isinstance(kernel, ScaledArray) else kernel
+            for kernel, call in zip(kernels, self.calls, strict=True)
+        ]
+        return tuple(Operands(rows[call.x], kernel) for call, kernel in zip(self.calls, quantised, strict=True))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _plain(group: _Group, x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Products with plain kernels."""
-    return tuple(group.run(x, kernels, (None,) * len(kernels)))
+    return tuple(group.run(x, kernels))
 
 
 @_plain.defjvp
-def _plain_jvp(group, primals, tangents):
+def _plain_jvp(group: _Group, primals: Any, tangents: Any) -> Any:
     x, kernels = primals
     dx, dkernels = tangents
     results = []
     for call, kernel, dkernel in zip(group.calls, kernels, dkernels, strict=True):
+        assert call.weight is not None
         cast = functools.partial(dtypes.saturating_cast, dtype=call.weight)
         weight, dweight = jax.jvp(cast, (kernel,), (dkernel,))
         dtype = call.weight
@@ -207,36 +229,34 @@ def _plain_jvp(group, primals, tangents):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scaled(
-    group: _Group, x: jax.Array, kernels: tuple[jax.Array, ...], scales: tuple[jax.Array | None, ...]
-) -> tuple[jax.Array, ...]:
+def _scaled(group: _Group, x: jax.Array, kernels: tuple[Kernel, ...]) -> tuple[jax.Array, ...]:
     """Products with narrow kernels, or with kernels and activations that are made narrow on the way."""
-    return tuple(group.run(x, kernels, scales))
+    return tuple(group.run(x, kernels))
 
 
-def _scaled_forward(group, x, kernels, scales):
+def _scaled_forward(group: _Group, x: jax.Array, kernels: tuple[Kernel, ...]) -> Any:
     # A frozen kernel needs nothing of x but its dtype.
-    frozen = all(dtypes.is_narrow(kernel.dtype) for kernel in kernels)
-    return _scaled(group, x, kernels, scales), (x[:, :0] if frozen else x, kernels, scales)
+    frozen = all(isinstance(kernel, ScaledArray) for kernel in kernels)
+    return _scaled(group, x, kernels), (x[:, :0] if frozen else x, kernels)
 
 
-def _scaled_backward(group, residuals, gradients):
+def _scaled_backward(group: _Group, residuals: Any, gradients: Any) -> Any:
     """dx = gradient @ weight.  Narrow kernels are frozen; rounding, which has no slope, is passed straight through."""
-    x, kernels, scales = residuals
+    x, kernels = residuals
     rows = gradients[0].shape[0]
     like = jnp.zeros((rows, group.calls[0].in_features), x.dtype) if x.shape[1] == 0 else x
     dx = jnp.zeros(like.shape, jnp.float32)
     dkernels: list[jax.Array | None] = []
     for call, gradient, kernel, operands in zip(
-        group.calls, gradients, kernels, group.operands(like, kernels, scales), strict=True
+        group.calls, gradients, kernels, group.operands(like, kernels), strict=True
     ):
         dx = dx + _gradient_of_x(call, gradient, operands)
-        if dtypes.is_narrow(kernel.dtype):
+        if isinstance(kernel, ScaledArray):
             dkernels.append(None)
             continue
-        rounded = widen_rows(operands.x, operands.x_scales)
+        rounded = oracle.wide_rows(operands.x).astype(jnp.float32)
         dkernels.append(oracle.dot(gradient.astype(jnp.float32).T, rounded.T).astype(kernel.dtype))
-    return dx.astype(x.dtype), tuple(dkernels), None
+    return dx.astype(x.dtype), tuple(dkernels)
 
 
 _scaled.defvjp(_scaled_forward, _scaled_backward)
@@ -248,16 +268,14 @@ def _gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.A
     def widened(gradient: jax.Array, operands: Operands) -> jax.Array:
         # Of 16-bit gradients the product with a 16-bit weight is as exact as they are.
         dtype = call.weight or np.dtype(jnp.bfloat16 if gradient.dtype == jnp.bfloat16 else np.float32)
-        return oracle.dot(gradient.astype(dtype), oracle.wide_weight(operands, call.block, dtype).T)
+        return oracle.dot(gradient.astype(dtype), oracle.wide_weight(operands.kernel, dtype).T)
 
-    return jax.lax.platform_dependent(
-        gradient, operands, cpu=functools.partial(cpu.gradient_of_x, call), default=widened
-    )
+    by_slab = functools.partial(cpu.gradient_of_x, call)
+    result: jax.Array = jax.lax.platform_dependent(gradient, operands, cpu=by_slab, default=widened)
+    return result
 
 
-def _check(
-    x: jax.Array, kernel: jax.Array, scale_inv: ArrayLike | None, block: Block, compute: np.dtype | None
-) -> None:
+def _check(x: jax.Array, kernel: jax.Array, scale_inv: ArrayLike | None, block: Block) -> None:
     if not dtypes.is_activation(x.dtype):
         raise UnsupportedCast(f"activations are f32, bf16 or f16, found {x.dtype}. Cast x first.")
     if x.ndim < 1 or kernel.ndim != 2 or x.shape[-1] != kernel.shape[1]:
@@ -267,11 +285,14 @@ def _check(
         )
     if not dtypes.is_floating(kernel.dtype) and (scale_inv is None or not dtypes.is_narrow(kernel.dtype)):
         raise UnsupportedCast(f"a kernel is a float, or int8 with scales, found {kernel.dtype}.")
-    if (
-        compute is not None
-        and not dtypes.is_activation(compute)
-        and (compute.kind == "i" or not dtypes.is_narrow(compute))
-    ):
-        raise UnsupportedCast(f"compute is None, f32, bf16, f16 or a float8 type, found {dtypes.dtype_name(compute)}.")
     if scale_inv is not None:
         check_grid(kernel.shape, jnp.shape(scale_inv), block)
+
+
+def _check_compute(compute: Format | None) -> None:
+    if compute is None or dtypes.is_activation(compute.values):
+        return
+    if compute.values.kind == "i" or not compute.narrow:
+        raise UnsupportedCast(
+            f"compute is None, f32, bf16, f16 or a float8 type, found {dtypes.dtype_name(compute.values)}."
+        )

@@ -38,7 +38,8 @@ slots of a pipeline stand side by side."""
 
 def row_tile(rows: int) -> int:
     """Rows of x in a tile: the least of 8, 16, … 128 that holds them all, or 128."""
-    return min(max(8, 2 ** math.ceil(math.log2(max(rows, 1)))), TILE)
+    tile: int = min(max(8, 2 ** math.ceil(math.log2(max(rows, 1)))), TILE)
+    return tile
 
 
 def splits(tiles: int, steps: int, tile: int, processors: int = 132) -> int:
@@ -103,12 +104,16 @@ def products(
                 k = part * length + index[0]
                 scale = scale_gmem[local * TILE // block[0], k * TILE // block[1]]
                 kernel_tile = kernel_smem.at[mine]
-                if not row_scales:
-                    return total + warpgroup.product(warpgroup.load_kernel(kernel_tile, x.dtype), x_smem) * scale
-                partial = warpgroup.product(kernel_tile, x_smem)
-                first = row_scales[0].at[0, pl.ds(0, tile)]
-                by_row = warpgroup.load(first, plgpu.Layout.WGMMA.reduce(0)) * scale
-                return total + partial * lax.broadcast_in_dim(by_row, partial.shape, [1])
+                added: jax.Array
+                if row_scales:
+                    partial = warpgroup.product(kernel_tile, x_smem)
+                    first = row_scales[0].at[0, pl.ds(0, tile)]
+                    by_row = warpgroup.load(first, plgpu.Layout.WGMMA.reduce(0)) * scale
+                    added = partial * lax.broadcast_in_dim(by_row, partial.shape, [1])
+                else:
+                    added = warpgroup.product(warpgroup.load_kernel(kernel_tile, x.dtype), x_smem) * scale
+                summed: jax.Array = total + added
+                return summed
 
             def context(evaluate: Any) -> None:
                 total = evaluate(warpgroup.zeros(tile))

@@ -9,12 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import dtypes
+from ..formats import E4M3, F32, ROW_BLOCK, Format, amax_rule
 from . import warpgroup
 from .shards import vary
 
@@ -33,19 +32,18 @@ def quantize(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Arr
     scales  (in/128, rows)  float32
     """
     rows, columns = x.shape
-    largest = dtypes.largest(jnp.float8_e4m3fn)
-    floor = dtypes.smallest_normal(np.float32)
+    format = Format(E4M3, ROW_BLOCK, F32)
 
     def body(
         x_gmem: Any, values_gmem: Any, scales_gmem: Any, *, x_smem: Any, values_smem: Any, scales_smem: Any, ready: Any
-    ):
+    ) -> None:
         m, k = lax.axis_index("row_tile"), lax.axis_index("column_block")
         tile = (pl.ds(m * ROWS, ROWS), pl.ds(k * COLUMNS, COLUMNS))
         plgpu.copy_gmem_to_smem(x_gmem.at[tile], x_smem, ready)
         plgpu.barrier_wait(ready)
         wide = warpgroup.load(x_smem, plgpu.Layout.WGMMA).astype(jnp.float32)
         amax = jnp.max(jnp.abs(wide), axis=1)
-        scales = jnp.where(amax == 0, 1.0, jnp.maximum(amax / largest, floor))
+        scales = amax_rule(amax, format, False)
         scales_smem[...] = scales
         values_smem[...] = (wide / lax.broadcast_in_dim(scales, wide.shape, [0])).astype(jnp.float8_e4m3fn)
         plgpu.commit_smem()
@@ -72,4 +70,5 @@ def quantize(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Arr
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **settings,
     )
-    return vary(run(x), x)
+    result: tuple[jax.Array, jax.Array] = vary(run(x), x)
+    return result

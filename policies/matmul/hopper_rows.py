@@ -53,7 +53,9 @@ def product(
     tiles, steps = (rows // TILE, kernel.shape[0] // TILE), columns // TILE
     operand = warpgroup.tiled(x.dtype, TILE)
 
-    def body(x_gmem: Any, x_scales_gmem: Any, kernel_gmem: Any, scale_gmem: Any, out_gmem: Any, *, out_smem: Any):
+    def body(
+        x_gmem: Any, x_scales_gmem: Any, kernel_gmem: Any, scale_gmem: Any, out_gmem: Any, *, out_smem: Any
+    ) -> None:
         def pipeline(step: Any, context: Any) -> Any:
             specs = [
                 plgpu.BlockSpec((TILE, TILE), lambda k: (0, k), transforms=operand, memory_space=plgpu.SMEM),
@@ -112,4 +114,5 @@ def product(
         interpret=interpret,
     )
     operands = x, x_scales, kernel, scale_inv.astype(jnp.float32)
-    return vary(run(*operands), operands)
+    y: jax.Array = vary(run(*operands), operands)
+    return y

@@ -29,14 +29,19 @@ def unless_portable(kernel: Callable[..., Any], portable: Callable[..., Any]) ->
     return call
 
 
-@_choice.def_abstract_eval
 def _abstract(*_: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr) -> list[Any]:
     return list(kernel.out_avals)
 
 
-@_choice.def_impl
+_choice.def_abstract_eval(_abstract)
+
+
 def _run(*operands: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr) -> list[Any]:
-    return jaxpr_as_fun(kernel)(*operands)
+    result: list[Any] = jaxpr_as_fun(kernel)(*operands)
+    return result
+
+
+_choice.def_impl(_run)
 
 
 def _lower(context: Any, *operands: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr) -> Any:

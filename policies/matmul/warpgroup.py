@@ -40,7 +40,8 @@ def load_kernel(ref: Any, dtype: Any) -> jax.Array:
     wide = narrow.astype(jnp.float16)
     if dtype != jnp.float16:
         wide = wide.astype(jnp.float32).astype(dtype)
-    return plgpu.layout_cast(wide, plgpu.Layout.WGMMA)
+    result: jax.Array = plgpu.layout_cast(wide, plgpu.Layout.WGMMA)
+    return result
 
 
 def product(a: Any, b: Any) -> jax.Array:
@@ -52,14 +53,17 @@ def product(a: Any, b: Any) -> jax.Array:
 
     def multiply(accumulator: Any) -> jax.Array:
         plgpu.wgmma(accumulator, a, plgpu.transpose_ref(b, (1, 0)))
-        return accumulator[...]
+        result: jax.Array = accumulator[...]
+        return result
 
-    return pl.run_scoped(multiply, plgpu.ACC((ROWS, b.shape[0]), jnp.float32))
+    result: jax.Array = pl.run_scoped(multiply, plgpu.ACC((ROWS, b.shape[0]), jnp.float32))
+    return result
 
 
 def zeros(columns: int) -> jax.Array:
     """(64, columns) float32 in registers, where `product` leaves its results."""
-    return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
+    result: jax.Array = plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
+    return result
 
 
 def store_transposed(ref: Any, values: jax.Array) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 
 from .. import dtypes
 from ..blocks import expand
+from ..formats import ScaledArray, decode_scales
 from . import oracle
-from .activations import ACTIVATION_BLOCK
 from .calls import Call, Implementation, Operands, one_by_one
 
 FEW_ROWS = 32
@@ -23,8 +23,8 @@ FEW_ROWS = 32
 
 def _reduction(call: Call, operands: Operands) -> jax.Array:
     """(1, out): a multiplication and a sum, which become one fused kernel."""
-    weight = oracle.wide_weight(operands, call.block, call.weight or np.dtype(np.float32)).astype(jnp.float32)
-    x = oracle.wide_rows(operands)
+    weight = oracle.wide_weight(operands.kernel, call.weight or np.dtype(np.float32)).astype(jnp.float32)
+    x = oracle.wide_rows(operands.x)
     x = (x if call.weight is None else x.astype(call.weight)).astype(jnp.float32)
     return jnp.sum(x * weight, axis=1, dtype=jnp.float32)[None].astype(call.result)
 
@@ -37,20 +37,22 @@ def _refuses_reduction(call: Call) -> str | None:
 
 def _by_block(call: Call, operands: Operands) -> jax.Array:
     """(rows, out): a dot for each block of columns on values as they are, its sums scaled in float32 and added up."""
-    assert call.block is not None
-    assert operands.scale_inv is not None
+    assert isinstance(operands.kernel, ScaledArray)
+    height, wide = operands.kernel.block
     width = _width(call)
     # Narrow values are exact in 16 bits, and so are their products in float32.
-    dtype = call.x if dtypes.is_activation(call.x) else np.dtype(jnp.bfloat16)
+    dtype = call.x.values if dtypes.is_activation(call.x.values) else np.dtype(jnp.bfloat16)
     across = call.in_features // width
-    x = operands.x.astype(dtype).reshape(operands.x.shape[0], across, width)
-    kernel = operands.kernel.astype(dtype).reshape(call.out_features, across, width)
+    values = operands.x.values if isinstance(operands.x, ScaledArray) else operands.x
+    x = values.astype(dtype).reshape(values.shape[0], across, width)
+    kernel = operands.kernel.values.astype(dtype).reshape(call.out_features, across, width)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     partial = jnp.einsum("rbw,obw->bro", x, kernel, precision=precision, preferred_element_type=jnp.float32)
-    scales = expand(operands.scale_inv.astype(jnp.float32), kernel.shape[:2], (call.block[0], call.block[1] // width))
+    scales = expand(decode_scales(operands.kernel.scale_inv), kernel.shape[:2], (height, wide // width))
     partial = partial * scales.T[:, None, :]
-    if operands.x_scales is not None:
-        partial = partial * operands.x_scales.T[:, :, None]
+    if isinstance(operands.x, ScaledArray):
+        by_row = expand(decode_scales(operands.x.scale_inv), (values.shape[0], across), (1, _x_width(call) // width))
+        partial = partial * by_row.T[:, :, None]
     return partial.sum(axis=0).astype(call.result)
 
 
@@ -58,11 +60,17 @@ def _width(call: Call) -> int:
     """Columns over which neither scale changes."""
     assert call.block is not None
     width = min(call.block[1], call.in_features)
-    return int(np.gcd(width, ACTIVATION_BLOCK)) if dtypes.is_narrow(call.x) else width
+    return int(np.gcd(width, _x_width(call))) if call.x.narrow else width
+
+
+def _x_width(call: Call) -> int:
+    """Columns of activations that share a scale."""
+    assert call.x.block is not None
+    return call.in_features if call.x.block[1] == -1 else call.x.block[1]
 
 
 def _refuses_by_block(call: Call) -> str | None:
-    if call.block is None or not dtypes.is_narrow(call.kernel):
+    if call.block is None or not call.kernel.narrow:
         return "the kernel has no blocks"
     if call.weight is not None:
         return f"the weight is rounded to {dtypes.dtype_name(call.weight)} before the product"
@@ -80,8 +88,8 @@ def _refuses_by_block(call: Call) -> str | None:
 def _widened(call: Call, operands: Operands) -> jax.Array:
     """(rows, out): the kernel widened, then a dot."""
     dtype = call.weight or np.dtype(np.float32)
-    x, weight = oracle.wide_rows(operands).astype(dtype), oracle.wide_weight(operands, call.block, dtype)
-    if call.weight is not None or call.x == jnp.float32 or call.mode == "W8A8":
+    x, weight = oracle.wide_rows(operands.x).astype(dtype), oracle.wide_weight(operands.kernel, dtype)
+    if call.weight is not None or call.x.values == jnp.float32 or call.mode == "W8A8":
         return oracle.dot(x, weight).astype(call.result)
     # TF32 on NVIDIA GPUs, which x in 16 bits loses nothing to.  A weight in bfloat16 would cost as much accuracy as the
     # result does, and float16 has not the range of the scales.
@@ -93,7 +101,8 @@ def _widened(call: Call, operands: Operands) -> jax.Array:
 def _dot(call: Call, operands: Operands) -> jax.Array:
     """(rows, out) with a plain kernel."""
     assert call.weight is not None
-    x, weight = operands.x.astype(call.weight), dtypes.saturating_cast(operands.kernel, call.weight)
+    x = oracle.wide_rows(operands.x).astype(call.weight)
+    weight = oracle.wide_weight(operands.kernel, call.weight)
 
     def rounded_within(x: jax.Array, weight: jax.Array) -> jax.Array:
         """GPUs sum in float32 and write 16 bits; asked for float32, they write that, and a further kernel rounds it."""
@@ -104,7 +113,10 @@ def _dot(call: Call, operands: Operands) -> jax.Array:
         return oracle.dot(x, weight).astype(call.result)
 
     if call.result == call.weight and call.result.itemsize == 2:
-        return jax.lax.platform_dependent(x, weight, cuda=rounded_within, rocm=rounded_within, default=rounded_after)
+        rounded: jax.Array = jax.lax.platform_dependent(
+            x, weight, cuda=rounded_within, rocm=rounded_within, default=rounded_after
+        )
+        return rounded
     return rounded_after(x, weight)
 
 
@@ -123,5 +135,5 @@ WIDENED = Implementation(
 )
 DOT = Implementation(
     "dot", "XLA's own product of a plain kernel",
-    lambda call: "the kernel is narrow" if dtypes.is_narrow(call.kernel) else None, one_by_one(_dot),
+    lambda call: "the kernel is narrow" if call.kernel.narrow else None, one_by_one(_dot),
 )  # fmt: skip

@@ -46,7 +46,7 @@ import numpy as np  # noqa: E402
 import perparam  # noqa: E402
 from perparam.loaders import CheckpointWarning, open_checkpoint  # noqa: E402
 from perparam.loaders.safetensors_file import read_header  # noqa: E402
-from perparam.policies import Found  # noqa: E402
+from perparam.policies import ArrayInfo, Format  # noqa: E402
 
 SLOW, HUNG = 1.0, 5.0
 """Seconds of the processor that a reader may take, and seconds on the clock after which it is interrupted."""
@@ -261,17 +261,14 @@ def _read_policy(one: mutations.Input, folder: pathlib.Path, readers: _Readers) 
 @functools.cache
 def tree() -> dict[str, Any]:
     """The shapes of a Qwen3 of 18 layers, FP8 and about 400 paths, as nested mappings."""
-    narrow, wide = np.dtype(checkpoints.F8), np.dtype(np.float32)
+    narrow, wide = Format(np.dtype(checkpoints.F8), (128, 128)), Format(np.dtype(np.float32))
 
-    def pair(rows: int, columns: int) -> dict[str, Found]:
+    def pair(rows: int, columns: int) -> dict[str, ArrayInfo]:
         grid = checkpoints.grid((rows, columns), (128, 128))
-        return {
-            "kernel": Found((rows, columns), narrow, (128, 128)),
-            "scale_inv": Found(grid, wide, (128, 128)),
-        }
+        return {"kernel": ArrayInfo((rows, columns), narrow), "scale_inv": ArrayInfo(grid, wide)}
 
-    def norm(size: int) -> dict[str, Found]:
-        return {"scale": Found((size,), wide)}
+    def norm(size: int) -> dict[str, ArrayInfo]:
+        return {"scale": ArrayInfo((size,), wide)}
 
     attention = {f"{one}_proj": pair(256, 256) for one in "qkvo"} | {"q_norm": norm(64), "k_norm": norm(64)}
     mlp = {"gate_proj": pair(512, 256), "up_proj": pair(512, 256), "down_proj": pair(256, 512)}
@@ -279,10 +276,10 @@ def tree() -> dict[str, Any]:
         "input_layernorm": norm(256), "self_attn": attention, "post_attention_layernorm": norm(256), "mlp": mlp,
     }  # fmt: skip
     return {
-        "embed_tokens": {"embedding": Found((1000, 256), wide)},
+        "embed_tokens": {"embedding": ArrayInfo((1000, 256), wide)},
         "layers": {str(i): layer for i in range(18)},
         "norm": norm(256),
-        "lm_head": {"kernel": Found((1000, 256), wide)},
+        "lm_head": {"kernel": ArrayInfo((1000, 256), wide)},
     }
 
 

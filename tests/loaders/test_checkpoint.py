@@ -39,7 +39,7 @@ def refusal(folder, kind=InvalidCheckpoint) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_paths_shapes_and_dtypes_are_those_of_the_files(case):
     stored = checkpoints.read(GOLDEN / case)
-    found = open_checkpoint(GOLDEN / case).found
+    found = open_checkpoint(GOLDEN / case).infos
     names = {checkpoints.checkpoint_name(path): one for path, one in found.items()}
     tied = json.loads((GOLDEN / case / "config.json").read_text())["tie_word_embeddings"]
     assert names.keys() == stored.keys() - ({"lm_head.weight"} if tied else set())
@@ -245,7 +245,7 @@ def test_a_narrow_norm_is_refused(folder):
 
 def test_biases_are_there_exactly_where_config_says(folder):
     with_bias = fields(attention_bias=True)
-    found = open_checkpoint(write(folder, with_bias, tensors(with_bias))).found
+    found = open_checkpoint(write(folder, with_bias, tensors(with_bias))).infos
     assert found["layers/1/self_attn/o_proj/bias"].shape == (56,)
     assert "unused: model.layers.0.self_attn.q_proj.bias" in refusal(write(folder, fields(), tensors(with_bias)))
     assert "missing: model.layers.0.self_attn.q_proj.bias (72,)" in refusal(write(folder, with_bias, tensors(fields())))
@@ -289,7 +289,7 @@ def listed(*modules, **changes):
 )
 def test_modules_listed_as_unquantised_that_are_pass_in_silence(folder, name, places):
     config = listed("lm_head", name)
-    found = open_checkpoint(write(folder, config, tensors(config, plain=places))).found
+    found = open_checkpoint(write(folder, config, tensors(config, plain=places))).infos
     assert found["layers/1/mlp/gate_proj/kernel"].dtype == BF16
 
 
@@ -300,7 +300,7 @@ def test_a_listed_module_that_is_quantised_warns_with_its_name(folder):
     with pytest.warns(CheckpointWarning, match=expected) as caught:
         checkpoint = open_checkpoint(folder)
     assert str(folder) in str(caught[0].message)
-    assert checkpoint.found["layers/0/mlp/down_proj/kernel"].dtype == F8
+    assert checkpoint.infos["layers/0/mlp/down_proj/kernel"].dtype == F8
 
 
 def test_an_unlisted_module_that_is_not_quantised_warns_with_its_name(folder):
@@ -308,7 +308,7 @@ def test_an_unlisted_module_that_is_not_quantised_warns_with_its_name(folder):
     expected = r"does not list modules that are not quantised: layers/1/self_attn/k_proj\. The tensors decide\."
     with pytest.warns(CheckpointWarning, match=expected):
         checkpoint = open_checkpoint(folder)
-    assert checkpoint.found["layers/1/self_attn/k_proj/kernel"].dtype == BF16
+    assert checkpoint.infos["layers/1/self_attn/k_proj/kernel"].dtype == BF16
 
 
 def test_quantised_modules_without_quantization_config_warn(folder):
@@ -318,7 +318,7 @@ def test_quantised_modules_without_quantization_config_warn(folder):
         CheckpointWarning, match=r"no quantization_config, but these are quantised .*layers/1/mlp/gate_proj"
     ):
         checkpoint = open_checkpoint(write(folder, config, stored))
-    assert checkpoint.found["layers/1/mlp/gate_proj/kernel"].block == (128, 128)
+    assert checkpoint.infos["layers/1/mlp/gate_proj/kernel"].block == (128, 128)
 
 
 def test_a_config_that_is_not_implemented_is_refused_with_its_file(folder):

@@ -11,13 +11,11 @@ import checkpoints
 import numpy as np
 import pytest
 from checkpoints import fields, tensors, write
-from flax import nnx
 
 import perparam
 from perparam import get_policy
 from perparam.loaders.compare import TEXT, Compared, Comparison, MissingPackage, compare
 from perparam.policies.errors import InvalidPolicy, InvalidTokens, PerparamError
-from perparam.policies.plan import explain
 
 MODULE = importlib.import_module("perparam.loaders.compare")
 IDS = np.random.default_rng(0).integers(0, 61, 19)
@@ -111,10 +109,10 @@ def test_a_last_window_of_one_token_has_no_next_one(folder, monkeypatch):
 def test_bytes_are_those_of_the_plan(found, folder):
     for row in found.rows:
         policy, model = get_policy(POLICIES[row.name]), perparam.load_model(folder, POLICIES[row.name])
-        plan = explain(policy, perparam.checkpoint_tree(folder), model.config.dtype)
+        plan = perparam.get_policy(policy).explain(perparam.checkpoint_tree(folder))
         assert (row.bytes, row.kv_bytes) == (plan.total_bytes, plan.kv_bytes)
         assert row.bytes == sum(leaf.nbytes for leaf in checkpoints.arrays(model).values())
-        assert row.bytes == explain(policy, nnx.state(model), model.config.dtype).total_bytes
+        assert row.bytes == perparam.get_policy(policy).explain(model).total_bytes
     assert found.rows[0].bytes == 2 * found.rows[2].bytes > 2 * found.rows[1].bytes
     assert found.rows[0].kv_bytes == 2 * found.rows[2].kv_bytes > 0
 

@@ -29,6 +29,7 @@ from perparam.loaders.safetensors_writer import size_in_bytes
 from perparam.loaders.save import shard_sizes
 from perparam.models.config import Quantization, Yarn
 from perparam.policies.errors import InvalidCheckpoint, InvalidScale, InvalidSize, SaveFailed, UnsupportedExport
+from perparam.policies.resolved import resolve
 
 TESTS = pathlib.Path(__file__).parent.parent
 INDEX = "model.safetensors.index.json"
@@ -215,7 +216,8 @@ def test_a_size_beyond_all_floats_is_read_or_refused(size):
 
 def test_the_sizes_of_shards_are_known_before_they_are_written(fp8, tmp_path):
     for policy in (None, BLOCK64):
-        sizes = shard_sizes(open_checkpoint(fp8), perparam.get_policy(policy), "12KB")
+        checkpoint = open_checkpoint(fp8)
+        sizes = shard_sizes(checkpoint, resolve(perparam.get_policy(policy), checkpoint.tree), "12KB")
         convert_checkpoint(fp8, tmp_path / "saved", policy, max_shard_size="12KB")
         for file, size in sizes.items():
             data = (tmp_path / "saved" / file).read_bytes()

@@ -8,7 +8,7 @@ import checkpoints
 import jax
 import numpy as np
 import pytest
-from checkpoints import BF16, BLOCK, F8, fields, tensors, write
+from checkpoints import BLOCK, F8, fields, tensors, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +17,8 @@ from perparam import Policy
 from perparam.loaders import slabs
 from perparam.loaders.placement import Placement
 from perparam.loaders.progress import Progress
-from perparam.policies.errors import InvalidCheckpoint, InvalidScale
-from perparam.policies.storage import plan_storage, run_steps
-from perparam.policies.trees import Found
+from perparam.policies import ArrayInfo, Format, InvalidCheckpoint, InvalidScale, resolve
+from perparam.policies.store import stored_arrays
 
 POLICIES = {
     "kept": None,
@@ -44,13 +43,17 @@ def small_slabs(monkeypatch):
     monkeypatch.setattr(slabs, "COPIED", 512)
 
 
+def info(array, block=None) -> ArrayInfo:
+    return ArrayInfo(array.shape, Format(np.dtype(array.dtype), block))
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_slabs_give_what_the_whole_tree_gives(folder, small_slabs, name):
     policy = perparam.get_policy(POLICIES[name])
     found = perparam.load_params(folder, policy)
     whole = checkpoints.arrays(perparam.load_model(folder))
-    there = {path: Found(one.shape, one.dtype, BLOCK if one.dtype == F8 else None) for path, one in whole.items()}
-    wanted = run_steps(plan_storage(policy, there)[0], whole)
+    there = {path: info(one, BLOCK if one.dtype == F8 else None) for path, one in whole.items()}
+    wanted = stored_arrays(resolve(policy, there), whole)
     assert found.keys() == wanted.keys()
     for path, array in wanted.items():
         assert found[path].dtype == array.dtype, path
@@ -93,17 +96,18 @@ class _Rows:
 def test_any_shape_blocks_and_slabs(shape, found_block, block, slab, seed):
     rng = np.random.default_rng(seed)
     kernel, scales = checkpoints.narrow_pair(rng, shape, found_block)
-    found = {"a/kernel": Found(shape, F8, found_block), "a/scale_inv": Found(scales.shape, BF16)}
-    steps, _ = plan_storage(Policy({"kernel": "f8_e4m3fn"}, block=block), found)
-    wanted = run_steps(steps, {"a/kernel": kernel, "a/scale_inv": scales})
-    source, step = _Rows(kernel), steps["a/kernel"]
-    to = [Placement(wanted[path].shape, wanted[path].dtype) for path in ("a/kernel", "a/scale_inv")]
+    found = {"a/kernel": info(kernel, found_block), "a/scale_inv": info(scales)}
+    resolved = resolve(Policy({"kernel": "f8_e4m3fn"}, block=block), found)
+    wanted = stored_arrays(resolved, {"a/kernel": kernel, "a/scale_inv": scales})
+    source = _Rows(kernel)
+    to = {path: Placement(array.shape, array.dtype) for path, array in wanted.items()}
     before, slabs.CONVERTED = slabs.CONVERTED, slab
     try:
-        slabs.run(slabs.Job("a/kernel", step, source, _Rows(scales)), *to, lambda count: None)
+        sources = {"a/kernel": source, "a/scale_inv": _Rows(scales)}
+        slabs.run(resolved.params["a/kernel"], sources, to, lambda count: None)
     finally:
         slabs.CONVERTED = before
-    for array, path in zip(to, ("a/kernel", "a/scale_inv"), strict=True):
+    for path, array in to.items():
         assert np.asarray(array.array()).tobytes() == np.asarray(wanted[path]).tobytes()
     starts, stops = zip(*source.asked, strict=True)
     assert (*starts[1:], shape[0]) == stops  # each row once, in order
@@ -198,11 +202,11 @@ def test_a_file_that_changes_its_length_meanwhile_is_refused(folder, tmp_path, m
     copy = shutil.copytree(folder, tmp_path / "copy")
     run = slabs.run
 
-    def grow(job, *rest):
-        if "layers/1" in job.path:
-            with open(job.kernel.file, "ab") as file:
+    def grow(param, sources, *rest):
+        if "layers/1" in param.path:
+            with open(sources[param.path].file, "ab") as file:
                 file.write(b"\0")
-        return run(job, *rest)
+        return run(param, sources, *rest)
 
     monkeypatch.setattr("perparam.loaders.load.run", grow)
     with pytest.raises(InvalidCheckpoint, match=r"it had \d+ bytes when it was opened and has \d+ now"):

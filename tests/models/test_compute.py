@@ -115,8 +115,8 @@ def test_norms_and_biases_may_compute_wider_than_the_activations(kept, exact):
 
 def test_a_rule_by_path_changes_only_what_it_names(kept):
     layer = kept.with_policy(Policy(compute={"layers/0/mlp/**/kernel": "f8_e4m3fn", "default": "f32"})).layers[0]
-    assert layer.mlp.up_proj.compute == layer.mlp.down_proj.compute == F8
-    assert layer.self_attn.q_proj.compute == layer.input_layernorm.compute == np.float32
+    assert layer.mlp.up_proj.compute.values == layer.mlp.down_proj.compute.values == F8
+    assert layer.self_attn.q_proj.compute.values == layer.input_layernorm.compute == np.float32
 
 
 def test_a_kernel_computed_in_bfloat16_between_float32_activations_rounds_once_a_matmul(kept, exact):

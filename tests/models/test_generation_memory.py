@@ -16,7 +16,7 @@ import perparam
 from perparam import Policy, Qwen3, Qwen3Config
 from perparam.models import Linear, attention, generation
 from perparam.models.sampling import GREEDY, Sampling, row_keys
-from perparam.policies.blocks import dequantize
+from perparam.policies import dequantize
 
 CONFIG = Qwen3Config(
     vocab_size=320, hidden_size=512, intermediate_size=768, num_hidden_layers=1, num_attention_heads=10,

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from perparam.models import tensor_parallel
 from perparam.models.sharding import scales_sharding, shardings
+from perparam.policies import ArrayInfo, Format
 from perparam.policies.errors import InvalidSharding, UnmatchedRule
-from perparam.policies.trees import Found
 
 TESTS = pathlib.Path(__file__).parent.parent
 
@@ -122,8 +122,8 @@ def one_device_mesh(*names):
 class TestRefusal:
     config: ClassVar = None
     stored: ClassVar = {
-        "a/kernel": Found((6, 8), np.dtype(np.float32)),
-        "norm/scale": Found((8,), np.dtype(np.float32)),
+        "a/kernel": ArrayInfo((6, 8), Format(np.dtype(np.float32))),
+        "norm/scale": ArrayInfo((8,), Format(np.dtype(np.float32))),
     }
 
     @pytest.mark.parametrize("layout", ["tensor", 4, {}, {"a/kernel": P("t")}, [None]], ids=repr)

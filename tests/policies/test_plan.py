@@ -43,7 +43,7 @@ class TestRows:
     def test_every_column_of_every_row(self):
         kernel = {
             "shape": (200, 300),
-            "found": F32,
+            "current": F32,
             "storage": F8,
             "compute": None,
             "storage_rule": "kernel",
@@ -56,7 +56,7 @@ class TestRows:
         }
         made = kernel | {
             "shape": (2, 3),
-            "found": None,
+            "current": None,
             "storage": BF16,
             "storage_rule": "scale_inv",
             "storage_source": "p.yaml:3",
@@ -68,7 +68,7 @@ class TestRows:
         }
         bias = {
             "shape": (200,),
-            "found": F32,
+            "current": F32,
             "storage": BF16,
             "compute": F32,
             "storage_rule": "default",
@@ -81,7 +81,7 @@ class TestRows:
         }
         embedding = bias | {
             "shape": (10, 4),
-            "found": BF16,
+            "current": BF16,
             "storage_rule": "embedding",
             "storage_source": "p.yaml:4",
             "change": "kept",
@@ -89,7 +89,7 @@ class TestRows:
             "bytes": 80,
         }
         # Integers are never cast: the defaults, which reach everything, do not decide for them.
-        steps = dict.fromkeys(bias) | {"shape": (3,), "found": np.dtype("int32"), "storage": np.dtype("int32")}
+        steps = dict.fromkeys(bias) | {"shape": (3,), "current": np.dtype("int32"), "storage": np.dtype("int32")}
         steps |= {"change": "kept", "bytes_before": 12, "bytes": 12}
         plan = Policy.loads(YAML, "p.yaml").explain(TREE)
         expected = {
@@ -99,7 +99,16 @@ class TestRows:
             "embed/embedding": embedding,
             "steps": steps,
         }
-        assert rows_of(plan) == {path: {"path": path, "matmul": None, **row} for path, row in expected.items()}
+        rows = rows_of(plan)
+        formats = {path: (row.pop("format"), row.pop("compute_format")) for path, row in rows.items()}
+        assert rows == {path: {"path": path, "matmul": None, **row} for path, row in expected.items()}
+        assert formats == {
+            "dense/bias": ("bf16", "f32"),
+            "dense/kernel": ("f8_e4m3fn", None),
+            "dense/scale_inv": ("bf16", None),
+            "embed/embedding": ("bf16", "f32"),
+            "steps": ("i32", None),
+        }
         assert (plan.activations, plan.output) == (F32, np.dtype("float16"))
 
     def test_scales_follow_their_kernel(self):
@@ -127,12 +136,12 @@ class TestRows:
         assert rows["lm_head/kernel"]["storage_rule"] == "lm_head/kernel?"
         assert rows["lm_head/kernel"]["storage_source"] == "fp8_weight_only.yaml:3"
 
-    def test_a_found_pair_has_two_rows(self):
+    def test_a_stored_pair_has_two_rows(self):
         stored = Policy(params={"kernel": "f8_e4m3fn"}).store(TREE)
         rows = rows_of(Policy(compute="bf16").explain(stored))
         kernel, scales = rows["dense/kernel"], rows["dense/scale_inv"]
-        assert (kernel["found"], kernel["storage"], kernel["change"], kernel["bytes"]) == (F8, F8, "kept", 60_000)
-        assert (scales["found"], scales["storage"], scales["change"], scales["bytes"]) == (F32, F32, "kept", 24)
+        assert (kernel["current"], kernel["storage"], kernel["change"], kernel["bytes"]) == (F8, F8, "kept", 60_000)
+        assert (scales["current"], scales["storage"], scales["change"], scales["bytes"]) == (F32, F32, "kept", 24)
         assert scales["compute"] is scales["compute_rule"] is None
 
     def test_a_dissolved_scale_says_so_and_takes_nothing(self):
@@ -231,9 +240,11 @@ class TestJson:
         assert read["rows"][1] == {
             "path": "dense/kernel",
             "shape": [200, 300],
-            "found": "f32",
+            "current": "f32",
             "storage": "f8_e4m3fn",
+            "format": "f8_e4m3fn",
             "compute": None,
+            "compute_format": None,
             "storage_rule": "kernel",
             "storage_source": "p.yaml:2",
             "compute_rule": "kernel",
@@ -276,7 +287,7 @@ class TestTable:
         assert lines[0].split() == [
             "path",
             "shape",
-            "found",
+            "current",
             "storage",
             "compute",
             "rule",
@@ -292,7 +303,7 @@ class TestTable:
         assert lines[2].split() == "layers/0-27/mlp/up_proj/scale_inv ×28 1×1 – f32 made – | – 112 B".split()
         assert lines[4:] == [
             "28 parameters and 28 grids of scales: 28 made, 28 quantised",
-            "stored in 1008 B (f8_e4m3fn 896 B, f32 112 B), found in 3.5 KiB",
+            "stored in 1008 B (f8_e4m3fn 896 B, f32 112 B), now in 3.5 KiB",
             "largest: layers/0/mlp/up_proj/kernel, 32 B",
             "activations bf16, output f32",
         ]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perparam import Policy
-from perparam.policies import InvalidPolicy, ParamSpec, PerparamError, UnknownDtype
+from perparam.policies import Format, InvalidPolicy, ParamSpec, PerparamError, UnknownDtype
 
 FP8 = {"kernel": "f8_e4m3fn", "scale_inv": None, "default": "f32"}
 
@@ -100,7 +100,7 @@ class TestConstructor:
             Policy(params={"kernel": "fp32"})
 
     def test_output_is_one_dtype(self):
-        with pytest.raises(InvalidPolicy, match="output: what a model returns has one dtype"):
+        with pytest.raises(InvalidPolicy, match="output: the slot holds one dtype"):
             Policy(output={"kernel": "f32"})
 
     @pytest.mark.parametrize("block", [128, [128], [128, 0], [1.0, 2], (True, 2), "128x128", [1, 2, 3], {"a": 1}])
@@ -256,8 +256,9 @@ class TestScope:
 
     def test_a_spec_is_resolved_by_the_whole_path(self):
         bf16, f8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
-        assert self.policy.at("b").spec("kernel") == ParamSpec(storage=bf16, compute=np.dtype("float32"))
-        assert self.policy.at("a").spec("kernel") == ParamSpec(f8, scale=np.dtype("float32"), block=(128, 128))
+        f32 = np.dtype("float32")
+        assert self.policy.at("b").spec("kernel") == ParamSpec(Format(bf16), Format(f32))
+        assert self.policy.at("a").spec("kernel") == ParamSpec(Format(f8, (128, 128), f32))
 
     def test_scopes_nest(self):
         assert self.policy.at("layers", 0).at("mlp") == self.policy.at("layers", "0", "mlp")
@@ -269,6 +270,6 @@ class TestScope:
 
     def test_a_narrow_spec_knows_its_scales_and_its_block(self):
         policy = Policy(params={"kernel": "int8", "scale_inv": "bf16"}, block=(32, 16))
-        assert self.policy.at("a").spec("kernel").scale == np.dtype("float32")
-        spec = policy.at("a").spec("kernel")
-        assert (spec.scale, spec.block) == (np.dtype(ml_dtypes.bfloat16), (32, 16))
+        assert self.policy.at("a").spec("kernel").storage.scale == np.dtype("float32")
+        storage = policy.at("a").spec("kernel").storage
+        assert (storage.scale, storage.block) == (np.dtype(ml_dtypes.bfloat16), (32, 16))

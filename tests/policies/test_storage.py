@@ -233,9 +233,14 @@ class TestTrees:
         assert list(stored) == ["layers", "embedding", "embedding_scale_inv"]
         assert stored["embedding_scale_inv"].shape == GRID
 
-    def test_where_scales_have_no_place_it_says_so(self):
-        with pytest.raises(UnsupportedCast, match=r"a: scales cannot be added to or taken from a list. Use a mapping"):
-            Policy(params={"a/0": F8}).store({"a": [jnp.asarray(WEIGHT)]})
+    def test_where_scales_have_no_place_beside_it_a_kernel_becomes_a_scaled_array(self):
+        policy = Policy(params={"a/0": F8}, block=BLOCK)
+        (stored,) = policy.store({"a": [jnp.asarray(WEIGHT)]})["a"]
+        kernel, scale_inv = reference_quantize(WEIGHT, F8, BLOCK)
+        assert (bits(stored.values), bits(stored.scale_inv)) == (bits(kernel), bits(scale_inv))
+        assert stored.block == BLOCK
+        (back,) = Policy("f32").store({"a": [stored]})["a"]  # it knows its block
+        np.testing.assert_array_equal(back, reference_dequantize(kernel, scale_inv, BLOCK, np.float32))
 
     def test_paths_that_cannot_be_told_apart_are_refused(self):
         with pytest.raises(UnsupportedCast, match=r"a/kernel: two parameters of the tree have this path. Rename one"):

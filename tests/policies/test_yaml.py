@@ -36,9 +36,9 @@ def test_the_example_of_the_design_is_read():
 def test_rules_know_their_file_and_line():
     policy = Policy.loads(EXAMPLE, "policy.yaml")
     assert [rule.source for rule in policy.params.rules] == ["policy.yaml:2", "policy.yaml:3"]
-    assert policy.params.default_source == "policy.yaml:4"
-    assert policy.compute.default_source == "policy.yaml:8"
-    assert Policy.loads("\nparams: f32", "p").params.default_source == "p:2"
+    assert policy.params.default.source == "policy.yaml:4"
+    assert policy.compute.default.source == "policy.yaml:8"
+    assert Policy.loads("\nparams: f32", "p").params.default.source == "p:2"
 
 
 @pytest.mark.parametrize("null", ["null", "~", "", "Null", "NULL"])
@@ -196,7 +196,7 @@ ERRORS = {
     "an output by name": (
         "output:\n  kernel: f32\n",
         InvalidPolicy,
-        ["p.yaml:1: output: what a model returns has one dtype", "Write f32, say."],
+        ["p.yaml:1: output: the slot holds one dtype", "Write f32, say."],
     ),
     "scales in compute": (
         "compute:\n  kernel: null\n  scale_inv: bf16\n",

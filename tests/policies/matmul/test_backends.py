@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from matmuls import FP8, W8A8_ERROR, W8A16_ERROR, Case, exact, marks, relative_error, takers, widened
 
 from perparam.policies import UnsupportedCast
+from perparam.policies.formats import scaled_array
 from perparam.policies.matmul import matmul_override, quantize_rows, scaled_matmul, scaled_matmuls
 from perparam.policies.matmul.calls import Operands
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS
@@ -99,8 +100,8 @@ class TestEveryImplementation:
     @takers(*(Case(rows, x="float32", compute=FP8) for rows in (8, 70)))
     def test_the_same_quantised_activations_give_what_the_oracle_gives(self, name, case):
         x, kernel, scale_inv = case.operands()
-        values, x_scales = quantize_rows(jnp.asarray(x), dtype(FP8))
-        operands = Operands(values, x_scales, jnp.asarray(kernel), jnp.asarray(scale_inv))
+        rows = quantize_rows(jnp.asarray(x), dtype(FP8))
+        operands = Operands(rows, scaled_array(kernel, scale_inv, case.sides))
         runs = [jax.jit(lambda o, run=IMPLEMENTATIONS[one].run: run((case.call,), (o,))) for one in (name, "oracle")]
         (found,), (want,) = (run(operands) for run in runs)
         assert found.dtype == want.dtype == np.float32

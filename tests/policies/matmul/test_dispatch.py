@@ -11,7 +11,8 @@ from matmuls import FP8, Case
 
 from perparam.policies import PerparamError, UnknownImplementation, UnknownTarget, UnsupportedCast
 from perparam.policies.matmul import IMPLEMENTATIONS, Target, cpu, matmul_override, matmul_plan, scaled_matmul
-from perparam.policies.matmul.dispatch import candidates, here
+from perparam.policies.matmul.dispatch import candidates
+from perparam.policies.targets import here
 
 GENERAL = ["cuda", "cuda:8.0", "cuda:10.0", "rocm", "tpu"]
 

@@ -9,10 +9,10 @@ import pytest
 from helpers import dtype
 from matmuls import FP8, Case
 
+from perparam.models.shapes import ROWS, SHAPES
 from perparam.policies.matmul import hopper
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS
 from perparam.policies.matmul.hopper_columns import TILE, row_tile, splits, stages
-from perparam.policies.matmul.shapes import ROWS, SHAPES
 
 PROCESSORS = 132
 """Streaming multiprocessors of H100 and H200."""

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from matmuls import FP8, Case
 
+from perparam.models.shapes import SHAPES, linears
 from perparam.policies.blocks import grid_shape
 from perparam.policies.matmul import matmul_override, scaled_matmul, scaled_matmuls
-from perparam.policies.matmul.shapes import SHAPES, linears
 
 
 def shapes_of(case: Case):

@@ -6,9 +6,9 @@ import pytest
 from helpers import dtype
 from matmuls import FP8, W8A8_ERROR, W8A16_ERROR, Case, relative_error
 
+from perparam.models.shapes import SHAPES
 from perparam.policies.matmul import matmul_override, scaled_matmul
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS
-from perparam.policies.matmul.shapes import SHAPES
 
 NAMES = [name for name, one in IMPLEMENTATIONS.items() if not one.opaque]
 BOUNDS = {None: W8A16_ERROR, FP8: W8A8_ERROR}

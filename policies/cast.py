@@ -11,42 +11,46 @@ from flax import nnx
 
 from . import dtypes
 from .errors import InvalidPolicy, UnsupportedCast
-from .policy import Policy
-from .resolution import Answer, resolve
-from .slots import is_scale, scale_path
+from .formats import ScaledArray
+from .paths import is_scale, scale_path
+from .resolved import decide
+from .rules import PolicyRules, Rule
 from .trees import map_parameters, parameters, rebox, unbox
 
 
-def cast(policy: Policy, tree: Any, slot: str, path: str | None = None) -> Any:
+def cast(policy: PolicyRules, tree: Any, slot: str, path: str | None = None) -> Any:
     """See `Policy.cast`."""
     if slot not in ("params", "compute"):
         raise InvalidPolicy(
             f"cast to slot {slot!r}: parameters are cast to 'params' or 'compute', results by cast_output."
         )
     if path is not None:
-        dtype = getattr(policy, slot).dtype(path)
+        rule = policy.slot(slot).rule(path)
         tree = jnp.asarray(tree) if isinstance(tree, (int, float)) else tree
-        return rebox(tree, _cast_leaf(path, unbox(tree), Answer(dtype, slot), slot, paired=is_scale(path)))
+        return rebox(tree, _cast_leaf(path, unbox(tree), rule, slot, paired=is_scale(path)))
     if isinstance(tree, nnx.Module):
         graphdef, state = nnx.split(tree)
         return nnx.merge(graphdef, cast(policy, state, slot))
     flat = parameters(tree)
-    answers = resolve(slot, getattr(policy, slot), flat)
+    rules = decide(slot, policy.slot(slot), flat)
 
     def visit(path: str, leaf: Any) -> Any:
         paired = is_scale(path) or scale_path(path) in flat
-        return rebox(leaf, _cast_leaf(path, unbox(leaf), answers[path], slot, paired))
+        return rebox(leaf, _cast_leaf(path, unbox(leaf), rules[path], slot, paired))
 
     return map_parameters(visit, tree)
 
 
-def _cast_leaf(path: str, value: Any, answer: Answer, slot: str, paired: bool) -> Any:
-    if answer.dtype is None or paired or not dtypes.is_floating(value.dtype) or value.dtype == answer.dtype:
+def _cast_leaf(path: str, value: Any, rule: Rule | None, slot: str, paired: bool) -> Any:
+    if rule is None or rule.format is None or paired or isinstance(value, ScaledArray):
         return value
-    if dtypes.is_narrow(answer.dtype):
+    dtype = rule.format.values
+    if not dtypes.is_floating(value.dtype) or value.dtype == dtype:
+        return value
+    if rule.format.narrow:
         raise UnsupportedCast(
             f"{path}: a plain {dtypes.dtype_name(np.dtype(value.dtype))} array cannot be cast to "
-            f"{dtypes.dtype_name(answer.dtype)} ({slot}, rule {answer.rule!r}) without scales, which a cast "
+            f"{dtypes.dtype_name(dtype)} ({slot}, rule {rule.key!r}) without scales, which a cast "
             "cannot add. "
             "Use policy.store(tree), perparam.init or perparam.quantize."
         )
@@ -55,7 +59,7 @@ def _cast_leaf(path: str, value: Any, answer: Answer, slot: str, paired: bool) -
             f"{path}: a {dtypes.dtype_name(np.dtype(value.dtype))} array without its {scale_path(path)!r} has lost its "
             "magnitude. Give the tree with both."
         )
-    return dtypes.saturating_cast(value, answer.dtype)
+    return dtypes.saturating_cast(value, dtype)
 
 
 def cast_floats(tree: Any, dtype: np.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""Policies as text: YAML files and jmp's one-line form.
+"""Policies as text: YAML files and jmp's one-line form, read into `{slot: rules}` for the constructor.
 
 YAML is read node by node through PyYAML's safe loader, which keeps the line of every rule for errors and plans and
 runs nothing.
@@ -6,7 +6,6 @@ runs nothing.
 
 from __future__ import annotations
 
-import difflib
 import os
 import pathlib
 import re
@@ -14,19 +13,17 @@ from typing import Any
 
 import yaml
 
-from . import dtypes
 from .errors import InvalidPolicy, MissingFile, shown
-from .policy import Policy
-from .slots import located, make_slot
+from .rules import PolicyRules, located, read_slot, unknown_slot
+from .slots import SLOTS
 
-SLOTS = ("params", "compute", "output", "kv_cache", "block")
 _SHORT = {"p": "params", "c": "compute", "o": "output"}
 _LARGEST = 1 << 16  # characters; a policy is a page, and a hostile file should not cost a minute
 _NEEDS_QUOTES = re.compile(r"\s*([*{&!%@`\[][^:]*?)\s*:(\s|$)")
 
 
-def load(path: str | os.PathLike[str]) -> Policy:
-    """The policy in the YAML file at `path`."""
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The slots that the YAML file at `path` writes."""
     try:
         with open(path, encoding="utf-8") as file:
             return loads(file.read(_LARGEST + 1), os.fspath(path))
@@ -36,8 +33,8 @@ def load(path: str | os.PathLike[str]) -> Policy:
         raise InvalidPolicy(f"{os.fspath(path)}: cannot be read as UTF-8 text: {error}.") from error
 
 
-def loads(text: str, name: str) -> Policy:
-    """The policy that YAML `text` writes; errors and rules call it `name`."""
+def loads(text: str, name: str) -> dict[str, Any]:
+    """The slots, and the block, that YAML `text` writes; errors and rules call the text `name`."""
     if len(text) > _LARGEST:
         raise InvalidPolicy(f"{name}: longer than {_LARGEST} characters. A policy is a short map.")
     try:
@@ -50,37 +47,30 @@ def loads(text: str, name: str) -> Policy:
         raise InvalidPolicy(f"{name}: not readable as YAML: {str(error).partition(chr(10))[0]}.") from error
     if root is None:
         raise InvalidPolicy(f"{name}: empty. A policy that changes nothing is written {{}}.")
-    slots: dict[str, Any] = {}
-    for key, value, source in _entries(root, name):
+    read: dict[str, Any] = {}
+    for key, node, source in _entries(root, name):
         with located(source):
+            if key == "block":
+                read[key] = PolicyRules({}, _block(node)).block
+                continue
             if key not in SLOTS:
                 raise unknown_slot(key)
-        if isinstance(value, yaml.MappingNode):
-            rules, sources = {}, {}
-            for pattern, dtype, rule_source in _entries(value, name):
+        sources: dict[str, str] = {}
+        if isinstance(node, yaml.MappingNode) and not _is_format(node):
+            value: Any = {}
+            for pattern, written, rule_source in _entries(node, name):
                 with located(rule_source):
-                    rules[pattern] = _scalar(pattern, dtype)
+                    value[pattern] = _format(pattern, written, name)
                 sources[pattern] = rule_source
-            if key in ("params", "compute"):
-                slots[key] = make_slot(key, rules, sources)
-                continue
-            plain: Any = rules
-        elif isinstance(value, yaml.SequenceNode):
-            plain = [_integer(item) for item in value.value]
         else:
             with located(source):
-                plain = _integer(value) if key == "block" else _scalar(key, value)
-        with located(source):
-            slots[key] = make_slot(key, plain, default_source=source) if key in ("params", "compute") else plain
-            Policy(**{key: slots[key]})  # checked here, where the line is known
-    return Policy(**slots)
-
-
-def unknown_slot(key: str) -> InvalidPolicy:
-    """The error for a slot that no policy has, with the nearest that one has."""
-    near = difflib.get_close_matches(key, SLOTS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return InvalidPolicy(f"unknown slot {key!r}. A policy has {', '.join(SLOTS)}.{hint}")
+                value = _format(key, node, name)
+        if sources and SLOTS[key].by_parameter:  # errors have the lines of their rules
+            read[key] = read_slot(SLOTS[key], value, sources)
+        else:
+            with located(source):
+                read[key] = read_slot(SLOTS[key], value, default_source=source)
+    return read
 
 
 def _entries(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node, str]]:
@@ -105,18 +95,38 @@ def _entries(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node, str]]:
     return entries
 
 
-def _scalar(key: str, node: yaml.Node) -> str | None:
-    """A dtype's name, or None for null."""
+def _is_format(node: yaml.MappingNode) -> bool:
+    """Whether a mapping writes one format, and not rules: one of its keys is `dtype`."""
+    return any(isinstance(key, yaml.ScalarNode) and key.value == "dtype" for key, _ in node.value)
+
+
+def _format(key: str, node: yaml.Node, name: str) -> Any:
+    """What a rule's value writes: a name, None for null, or a mapping of `dtype`, `block` and `scale`."""
+    if isinstance(node, yaml.MappingNode) and _is_format(node):
+        parts = _entries(node, name)
+        return {part: _block(each) if part == "block" else _name(f"{key}: {part}", each) for part, each, _ in parts}
+    return _name(key, node)
+
+
+def _name(key: str, node: yaml.Node) -> str | None:
+    """A name, or None for null."""
     kind = node.tag.rpartition(":")[2]
     if not isinstance(node, yaml.ScalarNode) or kind not in ("str", "null"):
         raise InvalidPolicy(f"{key}: expected the name of a dtype or null, found {_text(node)}.")
     return node.value if kind == "str" else None
 
 
+def _block(node: yaml.Node) -> Any:
+    """The sides of a block as they are written; what is no list stays as it is, for the error."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_integer(item) for item in node.value]
+    return _integer(node)
+
+
 def _integer(node: yaml.Node) -> int | str | None:
     if node.tag == "tag:yaml.org,2002:null":
         return None
-    if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"\d{1,9}", node.value, re.ASCII):
+    if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"-1|\d{1,9}", node.value, re.ASCII):
         return int(node.value)
     return _text(node)
 
@@ -138,31 +148,25 @@ def _yaml_problem(text: str, line: int, error: yaml.MarkedYAMLError) -> str:
     return f"not YAML: {error.problem or error.context}. The line reads {shown(written.strip())}."
 
 
-def parse(line: str) -> Policy:
-    """The policy of `params=f32,compute=bf16,output=f32`; each slot may be left out, `p`, `c` and `o` are short."""
+def parse(line: str) -> dict[str, str | None]:
+    """The slots of `params=f32,compute=bf16,output=f32`; each may be left out, `p`, `c` and `o` are short."""
     slots: dict[str, str | None] = {}
     for part in line.split(","):
         key, equals, dtype = (word.strip() for word in part.partition("="))
         slot = _SHORT.get(key, key)
-        if not equals or slot not in SLOTS[:4]:
+        if not equals or slot not in SLOTS:
             raise InvalidPolicy(
                 f"{line!r}: {part!r} is not slot=dtype. Write params=f32,compute=bf16,output=f32, or p=,c=,o=."
             )
         if slot in slots:
             raise InvalidPolicy(f"{line!r}: {slot} is written twice. Keep one.")
         slots[slot] = None if dtype == "null" else dtype
-    return Policy(**slots)
+    return slots
 
 
-def dumps(policy: Policy) -> str:
+def dumps(policy: PolicyRules) -> str:
     """The YAML of `policy`; null slots are left out."""
-    plain: dict[str, Any] = {"params": policy.params.plain(), "compute": policy.compute.plain()}
-    plain["output"] = make_slot("output", policy.output).plain()
-    plain["kv_cache"] = policy.kv_cache and dtypes.dtype_name(policy.kv_cache)
-    plain["block"] = policy.block and list(policy.block)
-    return yaml.safe_dump({slot: value for slot, value in plain.items() if value is not None}, sort_keys=False)
-
-
-def dump(policy: Policy, path: str | os.PathLike[str]) -> None:
-    """Writes `dumps(policy)` to `path`."""
-    pathlib.Path(path).write_text(dumps(policy), encoding="utf-8")
+    written = policy.plain()
+    if policy.block is not None:
+        written["block"] = list(policy.block)
+    return yaml.safe_dump(written, sort_keys=False)

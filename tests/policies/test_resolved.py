@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from perparam import Policy, apply, init
 from perparam.policies import InvalidPolicy, ShadowedRule, UnmatchedRule
-from perparam.policies.resolution import resolve
+from perparam.policies.resolved import decide
 
 PATHS = (
     "embed/embedding",
@@ -67,17 +67,17 @@ def add_default(slot: dict, default: str | None, place: int) -> dict:
 def test_a_slot_answers_as_the_reference_does(slot, default, place, paths):
     slot = add_default(slot, default, place)
     try:
-        answers = resolve("params", Policy(params=slot).params, paths)
-        got = {path: answer.dtype and {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[answer.dtype.name]
-               for path, answer in answers.items()}  # fmt: skip
+        rules = decide("params", Policy(params=slot).params, paths)
+        got = {path: rule and rule.dtype and {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[rule.dtype.name]
+               for path, rule in rules.items()}  # fmt: skip
     except (ShadowedRule, UnmatchedRule) as error:
         got = type(error)
     assert got == reference_resolve(slot, paths)
 
 
 def answers(slot, *paths):
-    found = resolve("params", Policy(params=slot).params, paths or PATHS)
-    return {path: answer.dtype and answer.dtype.name for path, answer in found.items()}
+    rules = decide("params", Policy(params=slot).params, paths or PATHS)
+    return {path: rule and rule.dtype and rule.dtype.name for path, rule in rules.items()}
 
 
 class TestFirstMatch:
@@ -158,7 +158,7 @@ class TestStrictness:
 
     def test_a_rule_matches_nothing_in_an_empty_tree(self):
         with pytest.raises(UnmatchedRule, match="matches none of 0 parameters"):
-            resolve("params", Policy(params={"kernel": "f32"}).params, [])
+            decide("params", Policy(params={"kernel": "f32"}).params, [])
 
     @pytest.mark.parametrize("error", [UnmatchedRule, ShadowedRule])
     def test_the_errors_are_value_errors_of_the_policy(self, error):

@@ -1,0 +1,84 @@
+"""Targets: the device that a program is compiled for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+
+from .errors import UnknownTarget
+
+HOPPER = (9, 0)
+"""The compute capability of H100 and H200."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a program is compiled for.
+
+    platform    "cpu", "cuda", "rocm" or "tpu"
+    capability  CUDA's compute capability, (9, 0) for H100 and H200; None: not known
+    """
+
+    platform: str
+    capability: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: str | Target) -> Target:
+        """The target that `cpu`, `tpu`, `cuda` or `cuda:9.0` names; `here` is what this process computes on.
+
+        >>> Target.parse("cuda:9.0")
+        Target(platform='cuda', capability=(9, 0))
+
+        Raises:
+          UnknownTarget: for any other text.
+        """
+        if isinstance(text, Target):
+            return text
+        if text == "here":
+            return here()
+        platform, _, capability = text.partition(":")
+        if platform not in ("cpu", "cuda", "rocm", "tpu"):
+            raise UnknownTarget(f"{text!r} is no target. Write here, cpu, tpu, rocm, cuda, or cuda:9.0 (H100, H200).")
+        try:
+            return cls(platform, _capability(capability) if capability else None)
+        except ValueError:
+            raise UnknownTarget(f"{text!r} is no target: a compute capability is written 9.0.") from None
+
+    def __str__(self) -> str:
+        return self.platform + (":{}.{}".format(*self.capability) if self.capability else "")
+
+
+# Part of the keys under which jax caches traces: a function traced outside the context is traced again within.
+_override = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def targeting(target: str | Target | None) -> Iterator[None]:
+    """A context in which programs are traced as for `target`; None changes nothing."""
+    with _override(_override.value if target is None else Target.parse(target)):
+        yield
+
+
+def here() -> Target:
+    """What programs are compiled for: the target of `targeting`, the mesh in use, or JAX's default device."""
+    if isinstance(_override.value, Target):
+        return _override.value
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None and "NVIDIA" in device.device_kind:
+        known = ("H100", "H200", "H800", "H20", "GH200")
+        return Target("cuda", HOPPER if any(name in device.device_kind for name in known) else None)
+    platform = jax.default_backend()
+    if platform != "gpu":
+        return Target(platform)
+    device = jax.local_devices()[0]
+    if "rocm" in device.client.platform_version.lower():
+        return Target("rocm")
+    return Target("cuda", _capability(device.compute_capability))
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)
