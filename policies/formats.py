@@ -42,7 +42,7 @@ ROW_BLOCK: Block = (1, 128)
 # Rules for scales.
 
 
-def amax_rule(amax: Float[Array, ...], format: Format, exact: bool) -> Float[Array, ...]:
+def amax_rule(amax: Float[Array, "..."], format: Format, exact: bool) -> Float[Array, "..."]:
     """Float32 scales `amax / largest(values)`, at least the smallest normal number; 1 for a block of zeros.
 
     Scales in f32, bf16 and f16 are rounded to nearest.  In e8m0 and e4m3, whose steps are coarse, they are rounded
@@ -63,7 +63,7 @@ def amax_rule(amax: Float[Array, ...], format: Format, exact: bool) -> Float[Arr
     return jnp.minimum(scales, jnp.float32(most))
 
 
-def least_rule(amax: Float[Array, ...], format: Format, exact: bool) -> Float[Array, ...]:
+def least_rule(amax: Float[Array, "..."], format: Format, exact: bool) -> Float[Array, "..."]:
     """`amax_rule`, but a block of zeros has the smallest scale: among the scales of keys and values, which attention
     compares, it must not stand out."""
     return jnp.where(amax == 0, jnp.float32(dtypes.smallest_normal(F32)), amax_rule(amax, format, exact))
