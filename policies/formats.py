@@ -69,6 +69,18 @@ def least_rule(amax: Float[Array, "..."], format: Format, exact: bool) -> Float[
     return jnp.where(amax == 0, jnp.float32(dtypes.smallest_normal(F32)), amax_rule(amax, format, exact))
 
 
+def shared_exponent_rule(amax: Float[Array, "..."], format: Format, exact: bool) -> Float[Array, "..."]:
+    """`2 ** (floor(log2(amax)) - emax)`, emax the exponent of the largest value: OCP's rule, exact by construction.
+
+    Values between `largest(values)` and the next power of two saturate.  A block of zeros has scale 1, and no scale is
+    below 2**-126: CPUs flush what is smaller.  Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
+    """
+    emax = math.frexp(dtypes.largest(format.values))[1] - 1
+    exponent = (jax.lax.bitcast_convert_type(amax, jnp.int32) >> 23) - emax  # amax is no negative number: no sign bit
+    scales = jax.lax.bitcast_convert_type(jnp.maximum(exponent, 1) << 23, jnp.float32)
+    return jnp.where(amax == 0, 1.0, jnp.where(jnp.isfinite(amax), scales, jnp.nan))
+
+
 ScaleRule = Callable[[jax.Array, "Format", bool], jax.Array]
 """`rule(amax, format, exact)`: float32 scales, each a value of `format.scale`, from the largest magnitude of a block.
 
@@ -226,6 +238,13 @@ def register_format(name: str, format: Format) -> Format:
         raise InvalidPolicy(f"{name!r}: a named format needs narrow values, a block and the dtype of its scales.")
     FORMATS[name] = format
     return format
+
+
+MXFP8 = register_format(
+    "mxfp8",
+    Format(E4M3, (1, 32), E8M0, shared_exponent_rule, activations=Format(E4M3, (1, 32), E8M0, shared_exponent_rule)),
+)
+"""OCP's MXFP8 with e4m3 values: a power of two for every 32 values of a row, of kernels and of activations."""
 
 
 def stored_format(values: np.dtype, block: Block, scale: np.dtype) -> Format:
