@@ -60,7 +60,7 @@ def amax_rule(amax: Float[Array, "..."], format: Format, exact: bool) -> Float[A
     most = largest_scale(format.values, format.scale)
     if dtypes.is_activation(format.scale) and _nearest(_LARGEST_F32 / largest, format.scale) <= most:
         return scales  # no weight has a larger one
-    return jnp.minimum(scales, jnp.float32(most))
+    return jnp.where(jnp.isfinite(scales), jnp.minimum(scales, jnp.float32(most)), scales)
 
 
 def least_rule(amax: Float[Array, "..."], format: Format, exact: bool) -> Float[Array, "..."]:
@@ -110,18 +110,18 @@ def _rounded(scales: jax.Array, dtype: np.dtype) -> jax.Array:
     """Positive float32 `scales` rounded to `dtype`, as float32."""
     if dtype == F32:
         return scales
+    if dtypes.is_activation(dtype):
+        return dtypes.saturating_cast(scales, dtype).astype(jnp.float32)
     if dtype == E8M0:
         bits = jax.lax.bitcast_convert_type(scales, jnp.uint32) + jnp.uint32(0x7FFFFF)
-        return jax.lax.bitcast_convert_type(jnp.minimum(bits >> 23, 255) << 23, jnp.float32)
-    nearest = dtypes.saturating_cast(scales, dtype)
-    if dtypes.is_activation(dtype):
-        return nearest.astype(jnp.float32)
-    code = jax.lax.bitcast_convert_type(nearest, jnp.uint8)
-    above = jnp.minimum(code + jnp.uint8(1), np.array(dtypes.largest(dtype), dtype).view(np.uint8))
-    below = nearest.astype(jnp.float32) < scales
-    return jnp.where(
-        jnp.isnan(scales), jnp.nan, jax.lax.bitcast_convert_type(jnp.where(below, above, code), dtype).astype(F32)
-    )
+        rounded = jax.lax.bitcast_convert_type(bits >> 23 << 23, jnp.float32)
+    else:
+        nearest = dtypes.saturating_cast(scales, dtype)
+        code = jax.lax.bitcast_convert_type(nearest, jnp.uint8)
+        largest = np.array(dtypes.largest(dtype), dtype).view(np.uint8)
+        above = jax.lax.bitcast_convert_type(jnp.minimum(code + jnp.uint8(1), largest), dtype)
+        rounded = jnp.where(nearest.astype(jnp.float32) < scales, above, nearest).astype(jnp.float32)
+    return jnp.where(jnp.isfinite(scales), rounded, jnp.nan)
 
 
 def encode_scales(scales: jax.Array, dtype: np.dtype) -> jax.Array:

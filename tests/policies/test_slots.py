@@ -1,0 +1,108 @@
+"""Slots are a table: one entry, and the code that reads it, are a new slot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from perparam import Policy
+from perparam.policies import SLOTS, ArrayInfo, InvalidPolicy, Slot, UnknownDtype, UnmatchedRule, resolve
+from perparam.policies.dtypes import is_activation
+
+TREE = {"dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "norm": {"scale": jnp.ones(4)}}
+
+
+def check_grads(where, format, kind):
+    if not is_activation(format.values):
+        raise UnknownDtype(f"{where}: gradients are f32, bf16 or f16.")
+
+
+@pytest.fixture
+def grads(monkeypatch):
+    """The table with one more entry."""
+    monkeypatch.setitem(SLOTS, "grads", Slot("grads", True, check_grads, "as they are computed"))
+
+
+def cast_gradients(policy, gradients):
+    """The consumer: gradients in the dtypes of the slot."""
+    params = resolve(policy, gradients, slots=("grads",)).params
+
+    def cast(keys, leaf):
+        rule = params["/".join(key.key for key in keys)].rules["grads"]
+        return leaf if rule is None or rule.format is None else leaf.astype(rule.format.values)
+
+    return jax.tree_util.tree_map_with_path(cast, gradients)
+
+
+@pytest.mark.usefixtures("grads")
+class TestANewSlot:
+    def test_its_consumer_reads_it(self):
+        policy = Policy(params="f32", grads={"kernel": "bf16", "norm/*": None, "default": "f16"})
+        cast = jax.tree.map(lambda leaf: leaf.dtype.name, cast_gradients(policy, TREE))
+        assert cast == {"dense": {"kernel": "bfloat16", "bias": "float16"}, "norm": {"scale": "float32"}}
+
+    def test_it_is_written_compared_and_hashed(self):
+        policy = Policy(compute="bf16", grads={"kernel": "bf16", "default": "f32"})
+        text = "compute: bf16\ngrads:\n  kernel: bf16\n  default: f32\n"
+        assert policy.dumps() == text
+        assert Policy.loads(text) == policy == eval(repr(policy))
+        assert policy != Policy(compute="bf16") != Policy(compute="bf16", grads="f32")
+        assert len({policy, Policy.loads(text), Policy(compute="bf16")}) == 2
+        assert Policy.parse("c=bf16,grads=f32") == Policy(compute="bf16", grads="f32")
+
+    def test_its_rules_are_as_strict_as_all_others(self):
+        policy = Policy.loads("grads:\n  kernal: bf16\n", "p.yaml")
+        for ask in (policy.explain, lambda tree: cast_gradients(policy, tree)):
+            with pytest.raises(
+                UnmatchedRule, match=r"p.yaml:2: 'kernal' \(grads\) matches none of 3.*\n.*dense/kernel"
+            ):
+                ask(TREE)
+
+    def test_its_entry_says_what_it_accepts(self):
+        with pytest.raises(UnknownDtype, match=r"^p.yaml:2: grads: kernel: gradients are f32, bf16 or f16"):
+            Policy.loads("grads:\n  kernel: f8_e4m3fn\n", "p.yaml")
+
+    def test_nothing_else_changes(self):
+        policy = Policy({"kernel": "f8_e4m3fn"}, grads="bf16")
+        plan, other = (p.explain(TREE) for p in (policy, Policy({"kernel": "f8_e4m3fn"})))
+        assert plan == other
+
+
+def test_without_its_entry_a_slot_is_unknown():
+    with pytest.raises(
+        InvalidPolicy, match=r"unknown slot 'grads'. A policy has params, compute, output, kv_cache, block"
+    ):
+        Policy(grads="bf16")
+
+
+class TestResolution:
+    def test_only_the_slots_that_are_asked_for_are_read(self):
+        policy = Policy({"kernel": "f8_e4m3fn", "nothing": "f32"}, {"kernel": "bf16"})
+        param = resolve(policy, TREE, slots=("compute",)).params["dense/kernel"]
+        assert (param.change, param.compute.values.name) == ("kept", "bfloat16")
+        with pytest.raises(UnmatchedRule, match=r"'nothing' \(params\)"):
+            resolve(policy, TREE, slots=("params",))
+
+    def test_it_says_what_is_stored_and_which_rule_said_so(self):
+        policy = Policy.loads("params:\n  kernel: {dtype: int8, block: [1, -1]}\n  default: bf16\n", "p.yaml")
+        resolved = resolve(policy, TREE)
+        assert {path: (info.shape, info.dtype.name) for path, info in resolved.stored.items()} == {
+            "dense/bias": ((4,), "bfloat16"),
+            "dense/kernel": ((4, 4), "int8"),
+            "dense/scale_inv": ((4, 1), "float32"),
+            "norm/scale": ((4,), "bfloat16"),
+        }
+        rules = {
+            path: (param.rules["params"].key, param.rules["params"].source) for path, param in resolved.params.items()
+        }
+        assert rules["dense/kernel"] == ("kernel", "p.yaml:2")
+        assert rules["norm/scale"] == ("default", "p.yaml:3")
+
+    def test_a_resolved_tree_resolves_to_itself(self):
+        policy = Policy({"kernel": "f8_e4m3fn", "default": "bf16"})
+        stored = resolve(policy, TREE).stored
+        assert all(isinstance(info, ArrayInfo) for info in stored.values())
+        again = resolve(policy, dict(stored))
+        assert {param.change for param in again.params.values()} == {"kept"}
+        assert again.stored == stored
+        assert np.sum([info.bytes for info in stored.values()]) == policy.explain(TREE).total_bytes
