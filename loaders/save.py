@@ -18,7 +18,7 @@ from ..models.config import Quantization, Qwen3Config
 from ..models.config_json import unused_fields
 from ..models.json_file import read_json
 from ..models.qwen3 import Qwen3
-from ..policies.dtypes import dtype_name, is_narrow
+from ..policies.dtypes import dtype_name, is_activation, is_narrow
 from ..policies.errors import InvalidCheckpoint, InvalidPolicy, UnsupportedExport
 from ..policies.paths import is_scale, scale_path
 from ..policies.policy import Policy
@@ -199,6 +199,11 @@ def _quantization(stored: Mapping[str, ArrayInfo], names: Mapping[str, str]) -> 
                 f"{path}: {dtype_name(one.dtype)} has no place in this layout, whose dtypes are "
                 f"{', '.join(map(dtype_name, NAMES))}. Save under a policy that stores it as one of them."
             )
+        if is_scale(path) and not is_activation(one.dtype):
+            raise UnsupportedExport(
+                f"{path}: {dtype_name(one.dtype)} has no place in this layout, whose scales are f32, bf16 or f16. Save "
+                "under a policy with such scales, or use Orbax."
+            )
         if path in narrow and not path.endswith("/kernel"):
             raise UnsupportedExport(
                 f"{path}: {dtype_name(one.dtype)}, but in this layout only kernels are quantised: others would read it "
@@ -207,6 +212,11 @@ def _quantization(stored: Mapping[str, ArrayInfo], names: Mapping[str, str]) -> 
     if not narrow:
         return None
     blocks = sorted({one.block for one in narrow.values() if one.block is not None})
+    if len(blocks) == 1 and -1 in blocks[0]:
+        raise UnsupportedExport(
+            f"kernels in blocks of {list(blocks[0])}, -1 for a whole axis: config.json has one block of two numbers. "
+            "Save under a policy with such a block, or use Orbax."
+        )
     if len(blocks) != 1:
         raise UnsupportedExport(
             f"kernels in blocks of {blocks}: config.json names one. Save under a policy with a block."

@@ -8,7 +8,7 @@ import checkpoints
 import jax
 import numpy as np
 import pytest
-from checkpoints import BLOCK, F8, fields, tensors, write
+from checkpoints import BF16, BLOCK, F8, fields, tensors, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -185,6 +185,38 @@ def test_an_error_in_the_middle_is_the_callers(tmp_path, small_slabs):
     with pytest.raises(InvalidScale, match=r"layers/1/mlp/up_proj/scale_inv: .* at block \(2, 1\)"):
         perparam.load_model(folder)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("perparam")]
+
+
+@pytest.mark.parametrize("policy", [None, "f32", {"params": {"**/*_proj/kernel": {"dtype": "int8", "block": [1, -1]}}}])
+def test_a_scale_of_zero_is_accepted_where_its_block_is_all_zeros(tmp_path, small_slabs, policy):
+    """Writers that do not clamp make such."""
+    stored = tensors(fields())
+    name, (height, width) = "model.layers.1.mlp.up_proj.weight", BLOCK
+    stored[name][2 * height : 3 * height, width : 2 * width] = 0
+    stored[f"{name}_scale_inv"][2, 1] = 0
+    path, model = "layers/1/mlp/up_proj", perparam.load_model(write(tmp_path / "zeros", fields(), stored), policy)
+    wide = np.asarray(checkpoints.arrays(model.with_policy("f32"))[f"{path}/kernel"])
+    assert (wide[2 * height : 3 * height, width : 2 * width] == 0).all()
+    assert np.isfinite(wide).all()
+    if policy is None:
+        saved = perparam.save_model(model, tmp_path / "saved")
+        assert checkpoints.read(saved)[f"{name}_scale_inv"][2, 1] == 0
+    stored[name][2 * height, width] = 1
+    with pytest.raises(
+        InvalidScale, match=rf"{path}/scale_inv: scales are positive finite .* at block \(2, 1\), and 1"
+    ):
+        perparam.load_model(write(tmp_path / "wrong", fields(), stored), policy)
+
+
+def test_whole_axis_blocks_are_quantised_over_all_slabs(folder, small_slabs):
+    for block in ([1, -1], [-1, 1], [-1, -1]):
+        policy = {"params": {"**/*_proj/kernel": {"dtype": "int8", "block": block}}}
+        path = "layers/0/mlp/down_proj"
+        wide = np.asarray(perparam.load_params(folder, "f32")[f"{path}/kernel"])
+        loaded = perparam.load_params(folder, policy)
+        values, scale_inv = perparam.quantize(wide, "int8", tuple(block), scale_dtype=BF16)  # as the pair had
+        assert np.asarray(loaded[f"{path}/kernel"]).tobytes() == np.asarray(values).tobytes()
+        assert np.asarray(loaded[f"{path}/scale_inv"]).tobytes() == np.asarray(scale_inv).tobytes()
 
 
 def test_the_block_of_bad_weights_is_named_whatever_the_slabs(tmp_path, small_slabs):
