@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from .blocks import Block, as_block
+from .dtypes import dtype_name
 from .errors import InvalidPolicy, UnknownDtype
 from .formats import Format
 from .paths import is_scale, scale_path
@@ -252,12 +253,12 @@ class PolicyRules:
         rule, scales = self.params.rule(path), self.params.rule(scale_path(path))
         named = None if rule is None or rule.format is None else rule.format.scale
         asked = None if scales is None else scales.dtype
-        if named is not None and asked not in (None, named):
+        if named is not None and asked is not None and asked != named:
             assert rule is not None
             assert scales is not None
             raise InvalidPolicy(
-                f"{scales.where}{scales.key!r} (params) asks {asked} scales of {path!r}, but its format ({rule.key!r}) "
-                f"has {named} ones. Write null for the scales, or leave the scale out of the format."
+                f"{scales.where}{scales.key!r} (params) asks {dtype_name(asked)} scales of {path!r}, but its format "
+                f"({rule.key!r}) has {dtype_name(named)} ones. Write null for the scales, or leave the scale out of the format."
             )
         return named or asked
 
