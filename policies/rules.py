@@ -258,7 +258,8 @@ class PolicyRules:
             assert scales is not None
             raise InvalidPolicy(
                 f"{scales.where}{scales.key!r} (params) asks {dtype_name(asked)} scales of {path!r}, but its format "
-                f"({rule.key!r}) has {dtype_name(named)} ones. Write null for the scales, or leave the scale out of the format."
+                f"({rule.key!r}) has {dtype_name(named)} ones. Write null for the scales, or leave the scale out of "
+                "the format."
             )
         return named or asked
 
