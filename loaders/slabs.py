@@ -20,8 +20,9 @@ import numpy as np
 
 from ..policies import store
 from ..policies.blocks import Block, block_sides
-from ..policies.formats import Format, decode_scales, encode_scales
+from ..policies.formats import Format
 from ..policies.resolved import ResolvedParam
+from ..policies.scales import decode_scales, encode_scales
 from .progress import Progress
 
 CONVERTED = 2**20

@@ -17,8 +17,9 @@ import numpy as np
 
 from ..policies.dtypes import is_narrow, saturating_cast
 from ..policies.errors import InvalidTokens
-from ..policies.formats import F32, Format, least_rule, quantize_rows
+from ..policies.formats import Format, quantize_rows
 from ..policies.matmul.portable import unless_portable
+from ..policies.scales import F32, least_rule
 from ..policies.targets import here
 from . import flash
 

@@ -16,11 +16,12 @@ from flax import nnx
 from jax.nn import initializers
 
 from ..policies.dtypes import saturating_cast
-from ..policies.formats import F32, Format, ScaledArray, decode_scales, quantize, stored_format
+from ..policies.formats import Format, ScaledArray, quantize, stored_format
 from ..policies.matmul import scaled_matmul, scaled_matmuls
 from ..policies.policy import Policy
 from ..policies.presets import get_policy
 from ..policies.resolved import too_flat
+from ..policies.scales import F32, decode_scales
 from ..policies.scope import Scope
 from ..policies.trees import Narrow
 

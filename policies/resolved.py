@@ -16,10 +16,11 @@ import numpy as np
 from . import dtypes
 from .blocks import DEFAULT_BLOCK, Block, check_grid
 from .errors import InvalidPolicy, InvalidScale, PerparamError, ShadowedRule, UnmatchedRule, UnpairedScale
-from .formats import F32, Format, stored_format
+from .formats import Format, stored_format
 from .paths import is_scale, scale_path
 from .patterns import Pattern
 from .rules import PolicyRules, Rule, SlotRules
+from .scales import F32
 from .scope import ParamSpec
 from .slots import SLOTS
 from .trees import ArrayInfo, describe

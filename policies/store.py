@@ -10,8 +10,9 @@ import numpy as np
 from . import dtypes
 from .blocks import block_sides
 from .errors import InvalidScale
-from .formats import Format, ScaledArray, decode_scales, encode_scales, quantize
+from .formats import Format, ScaledArray, quantize
 from .resolved import Resolved, ResolvedParam, change
+from .scales import decode_scales, encode_scales
 from .trees import parameters, replace_parameters
 
 

@@ -17,7 +17,8 @@ from jax.typing import ArrayLike
 from .. import dtypes
 from ..blocks import DEFAULT_BLOCK, Block, as_block, check_grid, grid_shape
 from ..errors import UnsupportedCast
-from ..formats import F32, Format, ScaledArray, as_format, quantize, quantize_rows, scaled_array, stored_format
+from ..formats import Format, ScaledArray, as_format, quantize, quantize_rows, scaled_array, stored_format
+from ..scales import F32
 from ..targets import Target, here
 from . import cpu, oracle
 from .calls import Call, Implementation, Operands

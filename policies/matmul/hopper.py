@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from .. import dtypes
 from ..blocks import Block
-from ..formats import E4M3, F32, ROW_BLOCK, Format, ScaledArray, decode_scales
+from ..formats import ROW_BLOCK, Format, ScaledArray
+from ..scales import E4M3, F32, decode_scales
 from .calls import Call, Implementation, Operands
 
 SIDE = 128

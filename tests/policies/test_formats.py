@@ -27,7 +27,7 @@ from perparam.policies import (
     register_format,
     scaled_matmul,
 )
-from perparam.policies.formats import largest_scale
+from perparam.policies.scales import largest_scale
 
 F8, E8M0 = "float8_e4m3fn", "float8_e8m0fnu"
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)

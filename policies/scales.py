@@ -1,0 +1,124 @@
+"""Scales: how they are made of the largest magnitude of a block, rounded to a dtype, and read back."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float
+
+from . import dtypes
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
+F32 = np.dtype(np.float32)
+
+
+def amax_rule(amax: Float[Array, "..."], values: np.dtype, scale: np.dtype, exact: bool) -> Float[Array, "..."]:
+    """Float32 scales `amax / largest(values)`, at least the smallest normal number; 1 for a block of zeros.
+
+    Scales in f32, bf16 and f16 are rounded to nearest.  In e8m0 and e4m3, whose steps are coarse, they are rounded
+    up, so that no value of the block saturates.
+    """
+    largest = dtypes.largest(values)
+    # XLA on the CPU turns a division by anything constant along its inner loop into a product with the reciprocal,
+    # which is an ulp off in half of all cases.  Behind a barrier the divisor is an array of its own, and the quotient
+    # correctly rounded, with and without jit.
+    divisor = jax.lax.optimization_barrier(jnp.where(amax < 0, 1.0, jnp.float32(largest))) if exact else largest
+    floor = max(dtypes.smallest_normal(F32), dtypes.smallest_normal(scale))
+    scales = jnp.where(amax == 0, 1.0, jnp.maximum(amax / divisor, floor))
+    scales = _rounded(scales, scale)
+    most = largest_scale(values, scale)
+    if dtypes.is_activation(scale) and _nearest(_LARGEST_F32 / largest, scale) <= most:
+        return scales  # no weight has a larger one
+    return jnp.where(jnp.isfinite(scales), jnp.minimum(scales, jnp.float32(most)), scales)
+
+
+def least_rule(amax: Float[Array, "..."], values: np.dtype, scale: np.dtype, exact: bool) -> Float[Array, "..."]:
+    """`amax_rule`, but a block of zeros has the smallest scale: among the scales of keys and values, which attention
+    compares, it must not stand out."""
+    return jnp.where(amax == 0, jnp.float32(dtypes.smallest_normal(F32)), amax_rule(amax, values, scale, exact))
+
+
+def shared_exponent_rule(
+    amax: Float[Array, "..."], values: np.dtype, scale: np.dtype, exact: bool
+) -> Float[Array, "..."]:
+    """`2 ** (floor(log2(amax)) - emax)`, emax the exponent of the largest value: OCP's rule, exact by construction.
+
+    Values between `largest(values)` and the next power of two saturate.  A block of zeros has scale 1, and no scale is
+    below 2**-126: CPUs flush what is smaller.  Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
+    """
+    emax = math.frexp(dtypes.largest(values))[1] - 1
+    exponent = (jax.lax.bitcast_convert_type(amax, jnp.int32) >> 23) - emax  # amax is no negative number: no sign bit
+    scales = jax.lax.bitcast_convert_type(jnp.maximum(exponent, 1) << 23, jnp.float32)
+    return jnp.where(amax == 0, 1.0, jnp.where(jnp.isfinite(amax), scales, jnp.nan))
+
+
+ScaleRule = Callable[[jax.Array, np.dtype, np.dtype, bool], jax.Array]
+"""`rule(amax, values, scale, exact)`: float32 scales, each a number of dtype `scale`, for blocks of dtype `values`.
+
+amax   (...) float32, the largest magnitude of each block
+exact  whether the quotient has to be correctly rounded on CPUs too, at the price of a barrier to fusion
+"""
+
+_LARGEST_F32 = float(np.finfo(F32).max)
+
+
+@functools.cache
+def largest_scale(values: np.dtype, scale: np.dtype) -> float:
+    """The largest number of dtype `scale` whose product with the largest of dtype `values` is finite in float32."""
+    largest, overflow = dtypes.largest(values), 2.0**128 - 2.0**103  # from here on float32 rounds to infinity
+    code = np.array(min(_LARGEST_F32 / largest, dtypes.largest(scale)), scale).view(f"u{scale.itemsize}")
+    while float(code.view(scale).astype(F32)) * largest >= overflow:
+        code = code - code.dtype.type(1)
+    return float(code.view(scale).astype(F32))
+
+
+def _nearest(number: float, dtype: np.dtype) -> float:
+    """`number` rounded to `dtype`."""
+    return float(np.array(min(number, dtypes.largest(dtype))).astype(F32).astype(dtype).astype(F32))
+
+
+def _rounded(scales: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Positive float32 `scales` rounded to `dtype`, as float32."""
+    if dtype == F32:
+        return scales
+    if dtypes.is_activation(dtype):
+        return dtypes.saturating_cast(scales, dtype).astype(jnp.float32)
+    if dtype == E8M0:
+        bits = jax.lax.bitcast_convert_type(scales, jnp.uint32) + jnp.uint32(0x7FFFFF)
+        rounded = jax.lax.bitcast_convert_type(bits >> 23 << 23, jnp.float32)
+    else:
+        nearest = dtypes.saturating_cast(scales, dtype)
+        code = jax.lax.bitcast_convert_type(nearest, jnp.uint8)
+        largest = np.array(dtypes.largest(dtype), dtype).view(np.uint8)
+        above = jax.lax.bitcast_convert_type(jnp.minimum(code + jnp.uint8(1), largest), dtype)
+        rounded = jnp.where(nearest.astype(jnp.float32) < scales, above, nearest).astype(jnp.float32)
+    return jnp.where(jnp.isfinite(scales), rounded, jnp.nan)
+
+
+def encode_scales(scales: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Float32 `scales`, which are values of `dtype`, in `dtype`."""
+    if dtype != E8M0:
+        return dtypes.saturating_cast(scales, dtype)
+    bits = jax.lax.bitcast_convert_type(scales, jnp.uint32)
+    return jax.lax.bitcast_convert_type((bits >> 23).astype(jnp.uint8), E8M0)
+
+
+def decode_scales(scale_inv: jax.Array) -> jax.Array:
+    """Scales as float32, exactly; 2**-127, which is subnormal there, is zero on CPUs, which flush subnormals."""
+    if scale_inv.dtype != E8M0:
+        return scale_inv.astype(jnp.float32)
+    code = jax.lax.bitcast_convert_type(scale_inv, jnp.uint8).astype(jnp.uint32)
+    bits = jnp.where(code == 255, jnp.uint32(0x7FC00000), jnp.where(code == 0, jnp.uint32(1 << 22), code << 23))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def can_scale(dtype: np.dtype) -> bool:
+    """Whether the scales of a format may have `dtype`."""
+    return dtypes.is_activation(dtype) or dtype in (E8M0, E4M3)
