@@ -17,7 +17,7 @@ import numpy as np
 
 from ..policies.dtypes import is_narrow, saturating_cast
 from ..policies.errors import InvalidTokens
-from ..policies.formats import Format, quantize_rows
+from ..policies.formats import Format, quantize_in_one_pass
 from ..policies.matmul.portable import unless_portable
 from ..policies.scales import F32, least_rule
 from ..policies.targets import here
@@ -115,7 +115,7 @@ class Kept:
         dtype = np.dtype(dtype)
         if not is_narrow(dtype):
             return Kept(*as_cached(saturating_cast(k, dtype), saturating_cast(v, dtype)), None, None, dtype)
-        (k, key_scales), (v, value_scales) = (quantize_rows(x, head_format(dtype)) for x in (k, v))
+        (k, key_scales), (v, value_scales) = (quantize_in_one_pass(x, head_format(dtype)) for x in (k, v))
         if dtype.kind != "i":
             k, v = (jax.lax.bitcast_convert_type(x, jnp.uint8) for x in (k, v))
         key_scales, value_scales = (scales[..., 0].transpose(0, 2, 1) for scales in (key_scales, value_scales))

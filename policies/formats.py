@@ -308,33 +308,36 @@ def quantize_rows(x: Float[Array, "*b columns"], dtype: Any) -> ScaledArray:
     x      (..., columns)  f32, bf16 or f16
     dtype  a narrow dtype, which means float32 scales for 128 columns, or a Format whose block is (1, columns)
 
-    The same bits as `quantize` on a CPU.  Elsewhere there are no barriers to fusion, which are there for CPUs: one
-    reduction and what follows it.
+    On a CPU the same bits as `quantize`; elsewhere `quantize_in_one_pass`.
     """
     format = as_format(dtype)
     if format.block is None:
         format = Format(format.values, ROW_BLOCK, F32)
-    assert format.block is not None
-    assert format.scale is not None
-    width, scale_dtype = format.block[1], format.scale
 
     def exactly(x: jax.Array) -> ScaledArray:
         flat = quantize(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), format)
         grid = (*x.shape[:-1], flat.scale_inv.shape[-1])
         return ScaledArray(flat.values.reshape(x.shape), flat.scale_inv.reshape(grid), format)
 
-    def in_one_pass(x: jax.Array) -> ScaledArray:
-        columns = x.shape[-1]
-        side = max(columns, 1) if width == -1 else width
-        padding = [(0, 0)] * (x.ndim - 1) + [(0, -columns % side)]
-        wide = jnp.pad(x.astype(jnp.float32), padding)
-        blocks = wide.reshape(*x.shape[:-1], wide.shape[-1] // side, side)
-        scales = format.rule(jnp.max(jnp.abs(blocks), axis=-1), format.values, scale_dtype, False)
-        values = dtypes.saturating_cast(blocks / scales[..., None], format.values)
-        return ScaledArray(values.reshape(wide.shape)[..., :columns], encode_scales(scales, scale_dtype), format)
-
-    result: ScaledArray = jax.lax.platform_dependent(x, cpu=exactly, default=in_one_pass)
+    one_pass = functools.partial(quantize_in_one_pass, format=format)
+    result: ScaledArray = jax.lax.platform_dependent(x, cpu=exactly, default=one_pass)
     return result
+
+
+def quantize_in_one_pass(x: Float[Array, "*b columns"], format: Format) -> ScaledArray:
+    """`quantize_rows` without barriers to fusion: one reduction and what follows it.
+
+    On a CPU a quotient may be an ulp of float32 off, and so a value that is nearly a tie may round the other way.
+    """
+    assert format.block is not None
+    assert format.scale is not None
+    columns = x.shape[-1]
+    side = block_sides(format.block, (1, columns))[1]
+    wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -columns % side)])
+    blocks = wide.reshape(*x.shape[:-1], wide.shape[-1] // side, side)
+    scales = format.rule(jnp.max(jnp.abs(blocks), axis=-1), format.values, format.scale, False)
+    values = dtypes.saturating_cast(blocks / scales[..., None], format.values)
+    return ScaledArray(values.reshape(wide.shape)[..., :columns], encode_scales(scales, format.scale), format)
 
 
 def dequantize(

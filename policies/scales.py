@@ -25,24 +25,23 @@ def amax_rule(amax: Float[Array, "..."], values: np.dtype, scale: np.dtype, exac
     Scales in f32, bf16 and f16 are rounded to nearest.  In e8m0 and e4m3, whose steps are coarse, they are rounded
     up, so that no value of the block saturates.
     """
+    return jnp.where(amax == 0, 1.0, least_rule(amax, values, scale, exact))
+
+
+def least_rule(amax: Float[Array, "..."], values: np.dtype, scale: np.dtype, exact: bool) -> Float[Array, "..."]:
+    """`amax_rule`, but a block of zeros has the smallest scale: among the scales of keys and values, which attention
+    compares, it must not stand out."""
     largest = dtypes.largest(values)
     # XLA on the CPU turns a division by anything constant along its inner loop into a product with the reciprocal,
     # which is an ulp off in half of all cases.  Behind a barrier the divisor is an array of its own, and the quotient
     # correctly rounded, with and without jit.
     divisor = jax.lax.optimization_barrier(jnp.where(amax < 0, 1.0, jnp.float32(largest))) if exact else largest
     floor = max(dtypes.smallest_normal(F32), dtypes.smallest_normal(scale))
-    scales = jnp.where(amax == 0, 1.0, jnp.maximum(amax / divisor, floor))
-    scales = _rounded(scales, scale)
+    scales = _rounded(jnp.maximum(amax / divisor, floor), scale)
     most = largest_scale(values, scale)
     if dtypes.is_activation(scale) and _nearest(_LARGEST_F32 / largest, scale) <= most:
         return scales  # no weight has a larger one
     return jnp.where(jnp.isfinite(scales), jnp.minimum(scales, jnp.float32(most)), scales)
-
-
-def least_rule(amax: Float[Array, "..."], values: np.dtype, scale: np.dtype, exact: bool) -> Float[Array, "..."]:
-    """`amax_rule`, but a block of zeros has the smallest scale: among the scales of keys and values, which attention
-    compares, it must not stand out."""
-    return jnp.where(amax == 0, jnp.float32(dtypes.smallest_normal(F32)), amax_rule(amax, values, scale, exact))
 
 
 def shared_exponent_rule(
