@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from .errors import InvalidPolicy, InvalidScale
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 Block = tuple[int, int]
 """(rows, columns) over which one scale holds; -1 is the whole axis."""

@@ -18,18 +18,20 @@ import difflib
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float
 
 from . import dtypes
 from .blocks import DEFAULT_BLOCK, Block, as_block, block_amax, block_sides, check_grid, expand, grid_shape
 from .errors import InvalidPolicy, UnknownDtype, UnsupportedCast
 from .scales import E4M3, E8M0, F32, ScaleRule, amax_rule, can_scale, decode_scales, encode_scales, shared_exponent_rule
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 ROW_BLOCK: Block = (1, 128)
 """The block in which activations are quantised where a format names none: a row, 128 columns (DeepSeek-V3)."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from .. import dtypes
 from ..formats import ScaledArray
 from .calls import Call, Implementation, Operands, one_by_one
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 def dot(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
