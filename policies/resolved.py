@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,7 @@ Decisions = Mapping[str, Rule | None]
 """The rule that decided, by slot; None where nothing did."""
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """What a model's config says that its parameters do not."""
 
@@ -187,7 +188,8 @@ def resolve(
         params[path] = ResolvedParam(path, current, format, rules, scale_rules)
         if (compute := rules.get("compute")) is not None:
             _check_compute(path, current.shape, compute)
-    return _with_model(policy, params, config or getattr(tree, "config", None))
+    own = getattr(tree, "config", None)  # of any module: only a config that answers is asked
+    return _with_model(policy, params, config or (own if isinstance(own, ModelConfig) else None))
 
 
 def _with_model(policy: PolicyRules, params: Mapping[str, ResolvedParam], config: ModelConfig | None) -> Resolved:
@@ -218,11 +220,16 @@ def _before_and_after(
             storing.block, storing.scale(path)
         )
     scale, block = storing.scale(path) or scales.dtype, current_block(path, info, policy)
-    current = stored_format(info.dtype, block, scales.dtype)
+    known = info.format.scale is not None  # a ScaledArray says itself what it is
+    current = info.format if known else stored_format(info.dtype, block, scales.dtype)
     if asked is None:  # as it is, but for a rule that names its scales
         requested = stored_format(info.dtype, block, scale)
     else:
         requested = asked.completed(storing.block or block, scale)
+    if (asked is None or requested != asked) and requested.represents_as(
+        current, info.shape
+    ):  # what is left open is what is there
+        requested = current
     return ArrayInfo(info.shape, current), requested
 
 

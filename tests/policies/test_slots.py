@@ -4,9 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from perparam import Policy
-from perparam.policies import SLOTS, ArrayInfo, InvalidPolicy, Slot, UnknownDtype, UnmatchedRule, resolve
+from perparam.models import Qwen3Config
+from perparam.policies import (
+    FORMATS,
+    SLOTS,
+    ArrayInfo,
+    InvalidPolicy,
+    Slot,
+    UnknownDtype,
+    UnmatchedRule,
+    quantize,
+    resolve,
+)
 from perparam.policies.dtypes import is_activation
 
 TREE = {"dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "norm": {"scale": jnp.ones(4)}}
@@ -97,6 +109,24 @@ class TestResolution:
         }
         assert rules["dense/kernel"] == ("kernel", "p.yaml:2")
         assert rules["norm/scale"] == ("default", "p.yaml:3")
+
+    def test_only_a_config_that_knows_a_models_cache_is_asked(self):
+        class Module(nnx.Module):
+            def __init__(self, config):
+                self.config, self.kernel = config, nnx.Param(jnp.ones((4, 4)))
+
+        assert resolve(Policy(), Module({"dtype": "bf16"})).activations is None
+        plan = Policy(kv_cache="int8").explain(
+            Module(nnx.data(Qwen3Config(8, 8, 8, 2, 2, 1, 4, dtype=np.dtype("float32"))))
+        )
+        assert (plan.activations, plan.kv_bytes) == (np.dtype("float32"), 2 * 2 * 1 * (4 + 4))
+
+    def test_a_scaled_array_keeps_its_own_format(self):
+        array = quantize(jnp.ones((4, 64)), {"dtype": "f8_e4m3fn", "block": [1, 32], "scale": "f8_e8m0fnu"})
+        assert array.format != FORMATS["mxfp8"]  # the same parts, made by another rule
+        for policy in (Policy(), Policy({"0": "f8_e4m3fn"}), Policy({"0": None})):
+            assert policy.store((array,))[0].format == array.format
+        assert Policy({"0": "mxfp8"}).store((array,))[0].format == FORMATS["mxfp8"]
 
     def test_a_resolved_tree_resolves_to_itself(self):
         policy = Policy({"kernel": "f8_e4m3fn", "default": "bf16"})
