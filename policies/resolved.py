@@ -226,9 +226,7 @@ def _before_and_after(
         requested = stored_format(info.dtype, block, scale)
     else:
         requested = asked.completed(storing.block or block, scale)
-    if (asked is None or requested != asked) and requested.represents_as(
-        current, info.shape
-    ):  # what is left open is what is there
+    if requested != asked and requested.represents_as(current, info.shape):  # what a rule leaves open stays as it is
         requested = current
     return ArrayInfo(info.shape, current), requested
 
