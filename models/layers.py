@@ -166,7 +166,7 @@ class Embedding(nnx.Module):
         wide = self.activations or (jnp.float32 if self.embedding_scale_inv is not None else rows.dtype)
         if self.embedding_scale_inv is not None:
             table = pair(self.embedding, self.embedding_scale_inv)
-            height, width = table.block
+            height, width = table.block[0], min(table.block[1], table.shape[1])
             scales = jnp.take(decode_scales(table.scale_inv), ids // height, axis=0, mode="clip")
             rows = rows.astype(jnp.float32) * jnp.repeat(scales, width, axis=-1)[..., : rows.shape[-1]]
         compute = wide if self.compute is None or self.compute.narrow else self.compute.values

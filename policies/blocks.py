@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +58,7 @@ def grid_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
             f"blocks cover two axes, found the shape {shape}. Only parameters of two or more dimensions are narrow."
         )
     sides = block_sides(block, shape)
-    return (*shape[:-2], *(math.ceil(dim / side) for dim, side in zip(shape[-2:], sides, strict=True)))
+    return (*shape[:-2], *(-(-dim // side) for dim, side in zip(shape[-2:], sides, strict=True)))
 
 
 def check_grid(shape: tuple[int, ...], grid: tuple[int, ...], block: Block, where: str = "scale_inv") -> None:
@@ -68,7 +67,8 @@ def check_grid(shape: tuple[int, ...], grid: tuple[int, ...], block: Block, wher
     if tuple(grid) != expected:
         raise InvalidScale(
             f"{where}: scales of shape {tuple(grid)} do not fit a kernel of shape {tuple(shape)} in blocks of "
-            f"{tuple(block)}, expected {expected}. Name the block the kernel was quantised with."
+            f"{tuple(block)}, expected {expected}. Name the block the kernel was quantised with. "
+            "A ScaledArray knows its own."
         )
 
 

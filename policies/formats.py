@@ -62,6 +62,17 @@ class Format:
     rule: ScaleRule = amax_rule
     activations: Format | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, np.dtype):
+            raise UnknownDtype(f"{self.values!r} is no np.dtype. Use as_format, which reads names, types and mappings.")
+        if self.block is not None:
+            object.__setattr__(self, "block", as_block(self.block))
+        if self.values.kind == "i" and self.scale == E4M3:
+            raise InvalidPolicy(
+                f"scales in f8_e4m3fn begin at 2**-6, too coarse for {dtypes.dtype_name(self.values)}. "
+                "Write f32, bf16 or f16."
+            )
+
     @property
     def narrow(self) -> bool:
         """Whether the values need scales."""
@@ -75,10 +86,12 @@ class Format:
     def __str__(self) -> str:
         if self.name is not None:
             return self.name
-        dtype = dtypes.dtype_name(self.values)
-        if self.block is None or self.block == DEFAULT_BLOCK:
-            return dtype
-        return f"{dtype} {'×'.join('all' if side == -1 else str(side) for side in self.block)}"
+        words = [dtypes.dtype_name(self.values)]
+        if self.block is not None and self.block != DEFAULT_BLOCK:
+            words.append("×".join("all" if side == -1 else str(side) for side in self.block))
+        if self.scale is not None and not dtypes.is_activation(self.scale):
+            words.append(dtypes.dtype_name(self.scale))
+        return " ".join(words)
 
     def plain(self) -> Any:
         """The format as constructors, `repr` and YAML write it: a name, or a mapping of dtype, block and scale."""
@@ -95,7 +108,7 @@ class Format:
         """The format with what it leaves open filled in: `block`, else (128, 128); `scale`, else float32."""
         if not self.narrow or (self.block is not None and self.scale is not None):
             return self
-        return stored_format(self.values, self.block or block or DEFAULT_BLOCK, self.scale or scale or F32)
+        return dataclasses.replace(self, block=self.block or block or DEFAULT_BLOCK, scale=self.scale or scale or F32)
 
     def parts(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], np.dtype], ...]:
         """Shape and dtype of the arrays that an array of `shape` consists of: its values, then its scales if any."""
@@ -112,7 +125,10 @@ class Format:
 
     def of_rows(self, values: np.dtype) -> Format:
         """The format in which activations of dtype `values` meet a kernel of this format."""
-        return dataclasses.replace(self.activations or Format(values, ROW_BLOCK, F32), values=values)
+        activations = self.activations
+        if activations is None and self.block is not None and self.scale is not None:
+            activations = stored_format(self.values, self.block, self.scale).activations  # a pair knows its parts alone
+        return dataclasses.replace(activations or Format(values, ROW_BLOCK, F32), values=values)
 
 
 FORMATS: dict[str, Format] = {}
@@ -129,6 +145,15 @@ def register_format(name: str, format: Format) -> Format:
         raise InvalidPolicy(f"{name!r} is the name of a format or dtype already. Choose another one.")
     if not format.narrow or format.block is None or format.scale is None:
         raise InvalidPolicy(f"{name!r}: a named format needs narrow values, a block and the dtype of its scales.")
+    same = [
+        other
+        for other, each in FORMATS.items()
+        if (each.values, each.block, each.scale) == (format.values, format.block, format.scale)
+    ]
+    if same:
+        raise InvalidPolicy(
+            f"{name!r}: {same[0]!r} has the same values, block and scales: pairs of the two look alike. Use that name."
+        )
     FORMATS[name] = format
     return format
 
@@ -229,6 +254,11 @@ class ScaledArray:
         """The block in numbers, -1 resolved."""
         assert self.format.block is not None
         return block_sides(self.format.block, self.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
 
     def __iter__(self) -> Iterator[jax.Array]:
         return iter((self.values, self.scale_inv))
@@ -361,6 +391,8 @@ def dequantize(
       UnsupportedCast: for a kernel without scales.
     """
     if isinstance(kernel, ScaledArray):
+        if scale_inv is not None or as_block(block) not in (DEFAULT_BLOCK, kernel.format.block):
+            raise UnsupportedCast("a ScaledArray knows its scales and its block. Give it alone.")
         return kernel.dequantize(dtype)
     if scale_inv is None:
         raise UnsupportedCast("a kernel is dequantised with its scales. Give scale_inv, or a ScaledArray.")

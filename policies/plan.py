@@ -65,7 +65,7 @@ class Plan:
     """What a policy resolved to; `str(plan)` is the table, in which equal layers share a line.
 
     rows         one a parameter, in the tree's order, scales after their kernel
-    activations  the dtype of activations, None where the policy leaves it to the model
+    activations  the dtype of activations, None where neither the policy nor the model names one
     output       the dtype of what the model returns, likewise
     kv_cache     the dtype of keys and values that attention keeps; None for models without such
     kv_bytes     bytes of them for each token, scales included

@@ -189,7 +189,8 @@ def resolve(
         if (compute := rules.get("compute")) is not None:
             _check_compute(path, current.shape, compute)
     own = getattr(tree, "config", None)  # of any module: only a config that answers is asked
-    return _with_model(policy, params, config or (own if isinstance(own, ModelConfig) else None))
+    answers = isinstance(own, ModelConfig) and (own.dtype is None or isinstance(own.dtype, np.dtype))
+    return _with_model(policy, params, config or (own if answers else None))
 
 
 def _with_model(policy: PolicyRules, params: Mapping[str, ResolvedParam], config: ModelConfig | None) -> Resolved:

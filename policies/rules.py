@@ -26,6 +26,7 @@ from .slots import SLOTS, Slot
 
 SlotLike = DTypeLike | Format | Mapping[str, Any] | None
 
+_MOST_REMEMBERED = 1 << 16  # paths
 _MOST_PATTERNS = 256  # a hostile policy should not cost seconds
 
 
@@ -97,11 +98,21 @@ class SlotRules:
                 exact[path].append(i)
         return dict(exact), others
 
-    def reaching(self, path: str) -> list[Rule]:
+    @functools.cached_property
+    def _reached(self) -> dict[str, tuple[Rule, ...]]:
+        """What `reaching` found before: a resolution asks of each path several times."""
+        return {}
+
+    def reaching(self, path: str) -> tuple[Rule, ...]:
         """The rules that reach `path`, in their order."""
-        exact, others = self._places
-        places = [*exact.get(path, ()), *(i for i in others if self.rules[i].reaches(path))]
-        return [self.rules[i] for i in sorted(places)]
+        reached = self._reached.get(path)
+        if reached is None:
+            exact, others = self._places
+            places = [*exact.get(path, ()), *(i for i in others if self.rules[i].reaches(path))]
+            reached = tuple(self.rules[i] for i in sorted(places))
+            if len(self._reached) < _MOST_REMEMBERED:
+                self._reached[path] = reached
+        return reached
 
     def rule(self, path: str) -> Rule | None:
         """What decides for the parameter at `path`: the first rule that reaches it, or the default."""
@@ -170,7 +181,7 @@ def located(source: str | None) -> Iterator[None]:
     try:
         yield
     except (InvalidPolicy, UnknownDtype) as error:
-        if source is None:
+        if source is None or str(error).startswith(f"{source.rpartition(':')[0]}:"):  # located already
             raise
         raise type(error)(f"{source}: {error}") from error
 

@@ -16,6 +16,7 @@ import numpy as np
 from . import dtypes
 from .errors import InvalidPolicy, UnknownDtype
 from .formats import Format, as_format
+from .scales import amax_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Slot:
             raise UnknownDtype(
                 f"{where}: a parameter cannot be {dtypes.dtype_name(format.values)}. "
                 "Write a float (f32, bf16, f16), a narrow type with scales (f8_e4m3fn, f8_e5m2, …, int8), or null."
+            )
+        if format.name is None and (format.rule is not amax_rule or format.activations is not None):
+            raise InvalidPolicy(
+                f"{where}: a Format with a rule or activations of its own has to have a name, by which text and stored "
+                "pairs know it. Register it with register_format."
             )
         self.check(where, format, kind)
         return format
@@ -99,6 +105,11 @@ def _check_compute(where: str, format: Format, kind: str) -> None:
             )
     elif kind == "scales":
         raise InvalidPolicy(f"{where}: scales are always applied in f32. Write null, or leave the rule out.")
+    elif format.name is None and (format.block is not None or format.scale is not None):
+        raise InvalidPolicy(
+            f"{where}: activations are quantised as a named format says, or as the kernel's own. Write a dtype or a "
+            "name, without block and scale."
+        )
     elif not dtypes.is_activation(format.values) and (format.values.kind == "i" or not format.narrow):
         raise UnknownDtype(
             f"{where}: {dtypes.dtype_name(format.values)} is no dtype to compute in. "
@@ -112,7 +123,7 @@ def _check_output(where: str, format: Format, kind: str) -> None:
 
 def _check_kv_cache(where: str, format: Format, kind: str) -> None:
     allowed = dtypes.is_activation(format.values) or format.values in (np.dtype(ml_dtypes.float8_e4m3fn), np.int8)
-    if not allowed or format.block is not None:
+    if not allowed or format.block is not None or format.scale is not None:
         raise UnknownDtype(
             f"kv_cache: {format} is no dtype for keys and values. Write f32, bf16, f16, f8_e4m3fn or int8."
         )

@@ -199,6 +199,12 @@ class _Replacement:
         if type(node) in (list, tuple):
             return type(node)(self.node(child, f"{prefix}{i}") for i, child in enumerate(node))
         here = _leaves(node, path)
+        alone = [where for where in here if where in self.formats and scale_path(where) not in here]
+        if isinstance(node, nnx.Module) and alone:
+            raise UnsupportedCast(
+                f"{alone[0]}: a {type(node).__name__} that exists has no place for scales, and would read its kernels "
+                "without them. Use perparam.init and perparam.apply, or store nnx.state(module)."
+            )
         if gone := [where for where in here if where not in self.flat]:
             raise UnsupportedCast(
                 f"{gone[0]}: the scales cannot be removed from a {type(node).__name__}. Keep them in a mapping, or "

@@ -56,7 +56,7 @@ def loads(text: str, name: str) -> dict[str, Any]:
             if key not in SLOTS:
                 raise unknown_slot(key)
         sources: dict[str, str] = {}
-        if isinstance(node, yaml.MappingNode) and not _is_format(node):
+        if isinstance(node, yaml.MappingNode) and SLOTS[key].by_parameter:
             value: Any = {}
             for pattern, written, rule_source in _entries(node, name):
                 with located(rule_source):
@@ -65,7 +65,7 @@ def loads(text: str, name: str) -> dict[str, Any]:
         else:
             with located(source):
                 value = _format(key, node, name)
-        if sources and SLOTS[key].by_parameter:  # errors have the lines of their rules
+        if sources:  # errors have the lines of their rules
             read[key] = read_slot(SLOTS[key], value, sources)
         else:
             with located(source):
@@ -76,7 +76,7 @@ def loads(text: str, name: str) -> dict[str, Any]:
 def _entries(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node, str]]:
     """Key, value and source of each line of a mapping."""
     source = f"{name}:{node.start_mark.line + 1}"
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.MappingNode) or node.tag != "tag:yaml.org,2002:map":
         raise InvalidPolicy(f"{source}: expected lines of 'name: dtype', found {_text(node)}.")
     entries, seen = [], dict[str, str]()
     for key, value in node.value:
@@ -95,14 +95,9 @@ def _entries(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node, str]]:
     return entries
 
 
-def _is_format(node: yaml.MappingNode) -> bool:
-    """Whether a mapping writes one format, and not rules: one of its keys is `dtype`."""
-    return any(isinstance(key, yaml.ScalarNode) and key.value == "dtype" for key, _ in node.value)
-
-
 def _format(key: str, node: yaml.Node, name: str) -> Any:
     """What a rule's value writes: a name, None for null, or a mapping of `dtype`, `block` and `scale`."""
-    if isinstance(node, yaml.MappingNode) and _is_format(node):
+    if isinstance(node, yaml.MappingNode):
         parts = _entries(node, name)
         return {part: _block(each) if part == "block" else _name(f"{key}: {part}", each) for part, each, _ in parts}
     return _name(key, node)

@@ -65,8 +65,11 @@ def scaled_matmul(
       InvalidScale: where the grid of scales does not fit the kernel.
       UnsupportedCast: where shapes or dtypes cannot be multiplied.
     """
-    pair = kernel if isinstance(kernel, ScaledArray) and scale_inv is None else (kernel, scale_inv)
-    return scaled_matmuls(x, [pair], block=block, compute=compute)[0]
+    if not isinstance(kernel, ScaledArray):
+        return scaled_matmuls(x, [(kernel, scale_inv)], block=block, compute=compute)[0]
+    if scale_inv is not None or as_block(block) not in (DEFAULT_BLOCK, kernel.format.block):
+        raise UnsupportedCast("a ScaledArray knows its scales and its block. Give it alone.")
+    return scaled_matmuls(x, [kernel], compute=compute)[0]
 
 
 def scaled_matmuls(
@@ -184,7 +187,7 @@ class _Group:
             # Tied to x, a kernel is nothing that XLA could cast once, outside a decoding loop, and carry along.
             x, kernels = jax.lax.optimization_barrier((x, kernels))
         results: list[jax.Array] = []
-        operands = self.operands(x, kernels, chosen[0].quantize)
+        operands = self.operands(x, kernels, [one.quantize for one in chosen])
         for one, group in itertools.groupby(zip(chosen, self.calls, operands, strict=True), key=lambda each: each[0]):
             _, calls, arrays = zip(*group, strict=True)
             results += one.run(calls, arrays)
@@ -194,18 +197,23 @@ class _Group:
         self,
         x: jax.Array,
         kernels: tuple[Kernel, ...],
-        quantize_x: Callable[[jax.Array, Format], ScaledArray] = quantize_rows,
+        quantizers: Sequence[Callable[[jax.Array, Format], ScaledArray]] | None = None,
     ) -> tuple[Operands, ...]:
-        """The operands of each call, quantised where the calls say so; activations once for all calls that agree."""
-        rows: dict[Format, Kernel] = {}
-        for call in self.calls:
-            if call.x not in rows:
-                rows[call.x] = quantize_x(x, call.x) if call.x.narrow else x
+        """The operands of each call, quantised where the calls say so; activations once for all calls that agree.
+
+        quantizers  what quantises the activations of each call; None: `quantize_rows`
+        """
+        quantizers = quantizers or [quantize_rows] * len(self.calls)
+        keys = [(call.x, each) for call, each in zip(self.calls, quantizers, strict=True)]
+        rows: dict[Any, Kernel] = {}
+        for format, quantize_x in keys:
+            if (format, quantize_x) not in rows:
+                rows[format, quantize_x] = quantize_x(x, format) if format.narrow else x
         quantised = [
             quantize(kernel, call.kernel) if call.weight is None and not isinstance(kernel, ScaledArray) else kernel
             for kernel, call in zip(kernels, self.calls, strict=True)
         ]
-        return tuple(Operands(rows[call.x], kernel) for call, kernel in zip(self.calls, quantised, strict=True))
+        return tuple(Operands(rows[key], kernel) for key, kernel in zip(keys, quantised, strict=True))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -293,6 +301,8 @@ def _check(x: jax.Array, kernel: jax.Array, scale_inv: ArrayLike | None, block: 
 def _check_compute(compute: Format | None) -> None:
     if compute is None or dtypes.is_activation(compute.values):
         return
+    if compute.narrow and compute.name is None and (compute.block is not None or compute.scale is not None):
+        raise UnsupportedCast("compute is a dtype or a named format: write it without block and scale.")
     if compute.values.kind == "i" or not compute.narrow:
         raise UnsupportedCast(
             f"compute is None, f32, bf16, f16 or a float8 type, found {dtypes.dtype_name(compute.values)}."

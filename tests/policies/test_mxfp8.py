@@ -50,7 +50,7 @@ def wide(weight) -> np.ndarray:
 
 
 class TestCodes:
-    @settings(max_examples=20)
+    @settings(max_examples=10)
     @given(
         seed=st.integers(0, 999),
         shape=st.sampled_from([(3, 32), (2, 31), (2, 33), (4, 5), (1, 100), (2, 3, 40)]),
@@ -164,7 +164,7 @@ def exact(x, weight, both: bool) -> tuple[np.ndarray, np.ndarray]:
 
 def takers():
     """`(implementation, rows, compute)` of those that take such a call."""
-    for rows, compute in itertools.product([1, 5, 40], [None, "mxfp8", "f8_e4m3fn"]):
+    for rows, compute in itertools.product([1, 40], [None, "mxfp8", "f8_e4m3fn"]):
         call = describe(rows, (24, 96), np.dtype("float32"), FORMAT, compute and perparam.policies.as_format(compute))
         for name, one in IMPLEMENTATIONS.items():
             if not one.opaque and one.refuses(call) is None:

@@ -364,7 +364,7 @@ class TestErrors:
             Policy(block=BLOCK).store(tree(layer))
         assert str(caught.value) == (
             f"a/scale_inv: scales of shape {grid} do not fit a kernel of shape (5, 7) in blocks of (2, 3), "
-            "expected (3, 3). Name the block the kernel was quantised with."
+            "expected (3, 3). Name the block the kernel was quantised with. A ScaledArray knows its own."
         )
 
     @trees

@@ -165,7 +165,7 @@ ERRORS = {
     "a map of maps": (
         "params:\n  mlp:\n    kernel: f32\n",
         InvalidPolicy,
-        ["p.yaml:2: mlp: expected the name of a dtype or null, found a map."],
+        ["p.yaml:2: params: mlp: a format has dtype, block and scale, found 'kernel'"],
     ),
     "an unknown dtype": (
         "params:\n  bias: f32\n  kernel: fp32\n",
