@@ -403,8 +403,3 @@ def dequantize(
 def _dequantize(array: ScaledArray, dtype: np.dtype) -> jax.Array:
     weight = array.values.astype(jnp.float32) * expand(decode_scales(array.scale_inv), array.shape, array.block)
     return dtypes.saturating_cast(weight, dtype)
-
-
-def format_bytes(format: Format, shape: tuple[int, ...]) -> int:
-    """Bytes that an array of `shape` takes in `format`, scales included."""
-    return sum(math.prod(part) * dtype.itemsize for part, dtype in format.parts(shape))
