@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import (
-    Qwen3,
     Sampling,
     __version__,
     audit,
@@ -31,6 +30,7 @@ from . import (
 from .loaders import Checkpoint, convert_checkpoint, open_checkpoint, sampling_defaults
 from .loaders.compare import TEXT, check_plot
 from .loaders.save import shard_sizes
+from .models import CausalLM
 from .policies import PerparamError
 from .policies.errors import InvalidText
 from .policies.plan import human_bytes, plan
@@ -153,7 +153,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"{folder}: {human_bytes(costs.total_bytes)} from {human_bytes(costs.total_bytes_before)} in {took:.1f} s")
 
 
-def _sampling(arguments: argparse.Namespace, model: Qwen3) -> Sampling:
+def _sampling(arguments: argparse.Namespace, model: CausalLM) -> Sampling:
     """The checkpoint's own way of sampling, with what the command line changes."""
     source = model.config.source
     names = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")
@@ -211,7 +211,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     ).run()
 
 
-def _folder(model: Qwen3) -> pathlib.Path:
+def _folder(model: CausalLM) -> pathlib.Path:
     """Where a model was loaded from."""
     assert model.config.source is not None
     return model.config.source.parent

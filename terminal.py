@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import jax
 
 from .loaders import Completion, Tokenizer, stream
-from .models import Prefix, Qwen3, Sampling, prefill, reread
+from .models import CausalLM, Prefix, Sampling, prefill, reread
 from .policies import PerparamError
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -34,7 +34,7 @@ class Chat:
 
     def __init__(
         self,
-        model: Qwen3,
+        model: CausalLM,
         tokenizer: Tokenizer,
         *,
         system: str | None = None,

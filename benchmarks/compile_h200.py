@@ -33,12 +33,11 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+import shapes
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models import LAYERS, abstract_model
-from perparam.models import shapes
 from perparam.models.generation import _prefill, bucket
 from perparam.policies.matmul import matmul_override, matmul_plan, scaled_matmuls, warpgroup
 
@@ -193,7 +192,7 @@ def examine_kernels(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def lower_step(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, set[Shape]]:
     """One token of one row through a model with a cache, and the shapes of its narrow kernels."""
-    model = abstract_model(size, mode)
+    model = shapes.abstract_model(size, mode)
     graph, state = nnx.split(model)
     cache = jax.eval_shape(lambda: model.empty_cache(1, SLOTS))
 
@@ -210,7 +209,7 @@ def lower_step(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, s
 
 def lower_prefill(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, set[Shape]]:
     """The program that `prefill` runs for a row of PROMPT tokens, and the shapes of the model's narrow kernels."""
-    graph, state = nnx.split(abstract_model(size, mode))
+    graph, state = nnx.split(shapes.abstract_model(size, mode))
     ids, mask = (jax.ShapeDtypeStruct((1, PROMPT), dtype) for dtype in (jnp.int32, jnp.bool_))
     with matmul_override(target=target):
         return _prefill.lower(graph, *abstract((state, ids, mask)), bucket(PROMPT + 256)), narrow_shapes(state)
@@ -258,13 +257,13 @@ def examine_models(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         compiled, _, seconds = build(lowered)
         program, memory = compiled.as_text(), compiled.memory_analysis()
         launches = collections.Counter(name for computation, _, name in instructions(program) if computation == "ENTRY")
-        temporary, per_layer = memory.temp_size_in_bytes / 2**20, launches.total() / LAYERS[size]
+        temporary, per_layer = memory.temp_size_in_bytes / 2**20, launches.total() / shapes.LAYERS[size]
         faults = remade(program, kernels)
         result = {
             "model": size,
             "mode": mode,
             "target": arguments.target,
-            "layers": LAYERS[size],
+            "layers": shapes.LAYERS[size],
             "arguments GiB": round(memory.argument_size_in_bytes / 2**30, 2),
             "temporary MiB": round(temporary, 2),
             "launches": launches,
@@ -277,7 +276,7 @@ def examine_models(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             faults += [f"over {MOST_LAUNCHES} launches a layer"] * (per_layer > MOST_LAUNCHES)
         else:
             result["of them cuDNN's attention"] = program.count('custom_call_target="__cudnn$fmhaSoftmax"')
-            faults += ["attention without cuDNN"] * (result["of them cuDNN's attention"] != LAYERS[size])
+            faults += ["attention without cuDNN"] * (result["of them cuDNN's attention"] != shapes.LAYERS[size])
         yield result | {"faults": faults}
 
 

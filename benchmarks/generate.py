@@ -256,8 +256,7 @@ def random_model(size: str) -> Any:
     import jax
     import jax.numpy as jnp
     from flax import nnx
-
-    from models import abstract_model
+    from shapes import abstract_model
 
     graph, state = nnx.split(abstract_model(size))
 

@@ -81,13 +81,13 @@ def make(folder: pathlib.Path, gigabytes: float) -> dict[str, pathlib.Path]:
 
 def write_checkpoint(folder: pathlib.Path, fields: dict[str, Any]) -> None:
     """A checkpoint with that config.json and random weights, in three shards or more, a slab of bytes at a time."""
-    from perparam.loaders.names import expected
-    from perparam.models.config import Qwen3Config
+    from perparam.loaders.families import family_of, read_config
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields))
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    for name, (_, shape) in expected(Qwen3Config.from_json(folder / "config.json")).items():
+    config = read_config(folder / "config.json")
+    for name, (_, shape) in family_of(config).tensors(config).items():
         narrow = "quantization_config" in fields and name.endswith("_proj.weight")
         tensors[name] = ("F8_E4M3", shape, math.prod(shape)) if narrow else ("BF16", shape, 2 * math.prod(shape))
         if narrow:

@@ -35,8 +35,8 @@ import numpy as np
 import report
 import timing
 import torch_cuda
+from shapes import ROWS, SHAPES, linears
 
-from perparam.models.shapes import ROWS, SHAPES, linears
 from perparam.policies import matmul_override, matmul_plan, quantize, scaled_matmul
 from perparam.policies.formats import Format
 from perparam.policies.matmul import cpu, dispatch, oracle, quantize_rows

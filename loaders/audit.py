@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from ..models.qwen3 import Qwen3
+from ..models.decoder import CausalLM
 from ..models.tokens import checked_tokens
 from ..policies.blocks import Block, block_amax, expand, split_blocks
 from ..policies.dtypes import largest
@@ -99,18 +99,18 @@ class Audit:
 
 
 def audit(
-    model: Qwen3 | str | os.PathLike[str], policy: Any, tokens: ArrayLike, attention_mask: ArrayLike | None = None
+    model: CausalLM | str | os.PathLike[str], policy: Any, tokens: ArrayLike, attention_mask: ArrayLike | None = None
 ) -> Audit:
     """What `policy` costs a model, beside the same parameters dequantised and computed in float32.
 
-    model           a Qwen3, or the folder of a checkpoint
+    model           a model, or the folder of a checkpoint
     policy          anything `get_policy` takes
     tokens          (batch, length) token ids to compare logits on
     attention_mask  (batch, length), nonzero for real tokens; None: all are real
 
     Both models are held at once, so it takes the memory of the float32 one and of the policy's.
     """
-    model = model if isinstance(model, Qwen3) else load_model(model)
+    model = load_model(model) if isinstance(model, (str, os.PathLike)) else model
     ids, mask = checked_tokens(tokens, attention_mask, model.config.vocab_size)
     if not mask.any():
         raise InvalidTokens(f"tokens: expected real tokens of shape (batch, length), found {ids.shape} with none.")
@@ -134,7 +134,7 @@ def audit(
     )
 
 
-def _logits(model: Qwen3, ids: jax.Array, mask: jax.Array) -> jax.Array:
+def _logits(model: CausalLM, ids: jax.Array, mask: jax.Array) -> jax.Array:
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state: nnx.merge(graphdef, state)(ids, mask).astype(jnp.float32))
     return run(state)

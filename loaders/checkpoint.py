@@ -13,9 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..models.config import Quantization, Qwen3Config
-from ..models.config_json import token_ids
-from ..models.json_file import read_json
+from ..models.config import DecoderConfig, Quantization
 from ..policies.dtypes import dtype_name, is_activation, is_narrow
 from ..policies.errors import InvalidCheckpoint, MissingFile, named, shown
 from ..policies.formats import Format
@@ -23,15 +21,13 @@ from ..policies.paths import is_scale, scale_path
 from ..policies.policy import Policy
 from ..policies.resolved import pair_problems
 from ..policies.trees import ArrayInfo
-from .names import expected, explained, prefixes
-from .safetensors_file import Tensor, read_header
-
-CONFIG, GENERATION, WHOLE, INDEX = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
+from .families import family_of, read_config
+from .families.family import Family
+from .families.names import explained, prefixes
+from .fields import Fields
+from .json_file import read_json
+from .layout import CONFIG, GENERATION, INDEX, WHOLE
+from .safetensors.reader import Tensor, read_header
 
 
 class CheckpointWarning(UserWarning):
@@ -49,9 +45,14 @@ class Checkpoint:
     """
 
     folder: pathlib.Path
-    config: Qwen3Config
+    config: DecoderConfig
     tensors: dict[str, Tensor]
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return family_of(self.config)
 
     @property
     def infos(self) -> dict[str, ArrayInfo]:
@@ -77,7 +78,7 @@ class CheckpointTree(dict[str, Any]):
     config  what the plan asks of the model: its dtype, and the bytes of its cache
     """
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
 
@@ -96,7 +97,7 @@ def _unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> CheckpointTree:
 jax.tree_util.register_pytree_with_keys(CheckpointTree, _flatten, _unflatten)
 
 
-def _infos(tensors: Mapping[str, Tensor], config: Qwen3Config) -> dict[str, ArrayInfo]:
+def _infos(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, ArrayInfo]:
     block = (config.quantization or Quantization()).block
     return {
         path: ArrayInfo(tensor.shape, Format(tensor.dtype, block if scale_path(path) in tensors else None))
@@ -140,17 +141,16 @@ def checkpoint_tree(folder: str | os.PathLike[str]) -> CheckpointTree:
     return open_checkpoint(folder).tree
 
 
-def _config(folder: pathlib.Path) -> Qwen3Config:
-    return generation_ids(folder, Qwen3Config.from_json(folder / CONFIG))
+def _config(folder: pathlib.Path) -> DecoderConfig:
+    return generation_ids(folder, read_config(folder / CONFIG))
 
 
-def generation_ids(folder: pathlib.Path, config: Qwen3Config) -> Qwen3Config:
+def generation_ids(folder: pathlib.Path, config: DecoderConfig) -> DecoderConfig:
     """`config` with the ids that generation_config.json names, where there is one."""
     if not (folder / GENERATION).is_file():
         return config
-    fields = read_json(folder / GENERATION)
-    eos = token_ids(str(folder / GENERATION), "eos_token_id", fields.get("eos_token_id"))
-    pad = token_ids(str(folder / GENERATION), "pad_token_id", fields.get("pad_token_id"))
+    fields = Fields(str(folder / GENERATION), read_json(folder / GENERATION))
+    eos, pad = fields.token_ids("eos_token_id"), fields.token_ids("pad_token_id")
     return dataclasses.replace(
         config,
         eos_token_id=eos or config.eos_token_id,
@@ -197,12 +197,12 @@ def weight_map(index: pathlib.Path) -> dict[str, str]:
     return weights
 
 
-def _placed(tensors: dict[str, Tensor], config: Qwen3Config) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+def _placed(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     """The tensors by path, those that are left out and why, and what is wrong with them."""
     placed: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
     problems = []
-    wanted = expected(config, prefixes(tensors))
+    wanted = family_of(config).tensors(config, prefixes(tensors))
     for name, (path, shape) in wanted.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -232,7 +232,7 @@ def _placed(tensors: dict[str, Tensor], config: Qwen3Config) -> tuple[dict[str, 
     return placed, left_out, problems
 
 
-def _cross_check(folder: pathlib.Path, config: Qwen3Config, tensors: dict[str, Tensor]) -> None:
+def _cross_check(folder: pathlib.Path, config: DecoderConfig, tensors: dict[str, Tensor]) -> None:
     """Warns where `quantization_config` says otherwise than the tensors."""
     narrow = {path for path in tensors if scale_path(path) in tensors and not is_scale(path)}
     if config.quantization is None:

@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
+from ..models.decoder import CausalLM
 from ..models.generation import generate
-from ..models.qwen3 import Qwen3
 from ..models.tokens import checked_tokens
 from ..policies.errors import InvalidTokens, MissingPackage, UnsupportedExport
 from ..policies.plan import human_bytes, plan
@@ -163,7 +163,7 @@ def compare(path: str | os.PathLike[str], policies: Mapping[str, Any] | Sequence
     return Comparison(tuple(rows), len(ids))
 
 
-def _read(first: Qwen3, model: Qwen3, ids: np.ndarray) -> tuple[float, float, float]:
+def _read(first: CausalLM, model: CausalLM, ids: np.ndarray) -> tuple[float, float, float]:
     """Mean loss, divergence from `first` and agreement with it over a text."""
     length = min(WINDOW, len(ids))
     programs = [_program(each) for each in (first, model)]
@@ -180,7 +180,7 @@ def _read(first: Qwen3, model: Qwen3, ids: np.ndarray) -> tuple[float, float, fl
     return float(sums[0] / max(kept, 1)), max(float(sums[1] / count), 0.0), float(sums[2] / count)
 
 
-def _program(model: Qwen3) -> Any:
+def _program(model: CausalLM) -> Any:
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, ids, mask: nnx.merge(graphdef, state)(ids, mask).astype(jnp.float32))
     return lambda ids, mask: run(state, ids, mask)
@@ -200,7 +200,7 @@ def _compared(before: jax.Array, after: jax.Array, ids: jax.Array, mask: jax.Arr
     ])  # fmt: skip
 
 
-def _speed(model: Qwen3, ids: np.ndarray, count: int = 16) -> float:
+def _speed(model: CausalLM, ids: np.ndarray, count: int = 16) -> float:
     """Tokens a second in decoding, one row: what `count` more tokens take."""
     prompt = ids[None, : min(32, len(ids))]
 

@@ -10,8 +10,8 @@ import re
 import sys
 
 from ..policies.errors import InvalidCheckpoint, MissingFile, PerparamError
-from .checkpoint import CONFIG, GENERATION, INDEX, WHOLE, weight_map
-from .names import TOKENIZER
+from .checkpoint import weight_map
+from .layout import CONFIG, GENERATION, INDEX, TOKENIZER, WHOLE
 
 _SMALL = [CONFIG, GENERATION, INDEX, *TOKENIZER]
 _NAME = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?", re.ASCII)

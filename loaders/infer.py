@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..models.config import Qwen3Config
+from ..models.config import DecoderConfig
 from ..policies.paths import is_scale
 from ..policies.policy import Policy
 from ..policies.trees import ArrayInfo
@@ -30,7 +30,7 @@ def infer_policy(folder: str | os.PathLike[str]) -> Policy:
     return describe(checkpoint.infos, checkpoint.config)
 
 
-def describe(infos: Mapping[str, ArrayInfo], config: Qwen3Config) -> Policy:
+def describe(infos: Mapping[str, ArrayInfo], config: DecoderConfig) -> Policy:
     """The policy under which parameters that are stored as `infos` says stay as they are; see `infer_policy`."""
     dtypes = {path: info.dtype for path, info in infos.items()}
     kinds: dict[str, list[str]] = collections.defaultdict(list)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ..models.qwen3 import Qwen3, assemble
+from ..models.decoder import Decoder, assemble
 from ..models.sharding import shardings
 from ..policies.presets import get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .hub import local_folder
 from .placement import Placement
 from .progress import Progress
-from .safetensors_file import Tensor
+from .safetensors.reader import Tensor
 from .slabs import in_turn, run
 
 
@@ -27,8 +27,8 @@ def load_model(
     sharding: Any = None,
     revision: str | None = None,
     progress: bool | None = None,
-) -> Qwen3:
-    """The Qwen3 in a Hugging Face folder, stored and computed as `policy` says.
+) -> Decoder:
+    """The model in a Hugging Face folder, of its family's class, stored and computed as `policy` says.
 
     path      a folder, or the name of a repository on the Hugging Face hub ("Qwen/Qwen3-8B-FP8"), which is downloaded
               into the hub's cache
@@ -51,7 +51,8 @@ def load_model(
     """
     checkpoint = open_checkpoint(local_folder(path, revision, progress=progress))
     resolved = resolve(get_policy(policy), checkpoint.tree)
-    return assemble(checkpoint.config, resolved, _load(checkpoint, resolved, sharding, progress))
+    parameters = _load(checkpoint, resolved, sharding, progress)
+    return assemble(checkpoint.family.model, checkpoint.config, resolved, parameters)
 
 
 def load_params(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from .safetensors_file import aligned_empty
+from .safetensors.reader import aligned_empty
 
 Box = tuple[tuple[int, int], ...]
 

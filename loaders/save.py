@@ -14,10 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..models.config import Quantization, Qwen3Config
-from ..models.config_json import unused_fields
-from ..models.json_file import read_json
-from ..models.qwen3 import Qwen3
+from ..models.config import DecoderConfig, Quantization
+from ..models.decoder import CausalLM
 from ..policies.dtypes import dtype_name, is_activation, is_narrow
 from ..policies.errors import InvalidCheckpoint, InvalidPolicy, UnsupportedExport
 from ..policies.paths import is_scale, scale_path
@@ -26,20 +24,21 @@ from ..policies.presets import get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
 from ..policies.trees import ArrayInfo, parameters
 from .atomic import new_folder
-from .checkpoint import CONFIG, GENERATION, INDEX, Checkpoint, generation_ids, open_checkpoint
+from .checkpoint import Checkpoint, generation_ids, open_checkpoint
+from .families import config_to_json, family_of
+from .families.config_json import unused_fields
 from .infer import describe
+from .json_file import read_json
+from .layout import CONFIG, GENERATION, INDEX, POLICY, TOKENIZER
 from .load import in_file_order
-from .names import TOKENIZER, expected
 from .placement import box_of
 from .progress import Progress
-from .safetensors_writer import NAMES, Tensors, Writer, in_shards, size_in_bytes, tensor_bytes
+from .safetensors.writer import NAMES, Tensors, Writer, in_shards, size_in_bytes, tensor_bytes
 from .slabs import Source, in_turn, run
-
-POLICY = "policy.yaml"
 
 
 def save_model(
-    model: Qwen3,
+    model: CausalLM,
     folder: str | os.PathLike[str],
     policy: Any = None,
     *,
@@ -113,7 +112,7 @@ def shard_sizes(checkpoint: Checkpoint, resolved: Resolved, max_shard_size: int 
 
 def _write(
     folder: str | os.PathLike[str],
-    config: Qwen3Config,
+    config: DecoderConfig,
     params: list[ResolvedParam],
     sources: Mapping[str, Source],
     policy: Policy,
@@ -127,7 +126,7 @@ def _write(
     policy = policy if _holds(policy, stored) else describe(stored, config)
     with new_folder(folder, _ours) as work:
         _carry_over(config, work)
-        fields = {**unused_fields(config.source), **config.to_json()}
+        fields = {**unused_fields(config.source), **config_to_json(config)}
         (work / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         policy.dump(work / POLICY)
         bar = Progress(f"saving {pathlib.Path(folder).name}", sum(param.current.bytes for param in params), progress)
@@ -150,19 +149,19 @@ def _holds(policy: Policy, stored: Mapping[str, ArrayInfo]) -> bool:
     return policy != Policy()
 
 
-def _names(config: Qwen3Config, stored: Mapping[str, ArrayInfo]) -> dict[str, str]:
+def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, str]:
     """What a checkpoint calls every parameter, by path.
 
     Raises:
-      UnsupportedExport: for parameters that a checkpoint of a Qwen3 has no name for.
+      UnsupportedExport: for parameters without a name in the family's checkpoints.
     """
-    wanted = {path: (name, shape) for name, (path, shape) in expected(config).items()}
+    wanted = {path: (name, shape) for name, (path, shape) in family_of(config).tensors(config).items()}
     names = {path: name for path, (name, _) in wanted.items()}
     names |= {scale_path(path): f"{name}_scale_inv" for path, name in names.items()}
     if strange := [path for path in stored if path not in names]:
         raise UnsupportedExport(
-            f"a Qwen3 checkpoint has no name for {len(strange)} parameters: {', '.join(strange[:5])}. Merge what was "
-            "added to the model into its kernels first."
+            f"a {family_of(config).architecture} checkpoint has no name for {len(strange)} parameters: "
+            f"{', '.join(strange[:5])}. Merge added parameters into the model's kernels first."
         )
     for path, (_, shape) in wanted.items():
         if path not in stored or stored[path].shape != shape:
@@ -227,7 +226,7 @@ def _quantization(stored: Mapping[str, ArrayInfo], names: Mapping[str, str]) -> 
     return Quantization(blocks[0], (*tied, *(name.removesuffix(".weight") for name in plain)))
 
 
-def _carry_over(config: Qwen3Config, folder: pathlib.Path) -> None:
+def _carry_over(config: DecoderConfig, folder: pathlib.Path) -> None:
     """Copies what belongs to a model beside its parameters from where it was read."""
     if config.source is None:
         return

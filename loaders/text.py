@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from ..models.decoder import CausalLM
 from ..models.generation import CHUNK, Generated, Prefix, checked_count, decode
-from ..models.json_file import read_json
-from ..models.qwen3 import Qwen3
 from ..models.sampling import GREEDY, Sampling
 from ..policies.errors import InvalidCheckpoint, InvalidText
-from .checkpoint import GENERATION
+from .json_file import read_json
+from .layout import GENERATION
 from .tokenizer import Tokenizer
 
 
@@ -64,7 +64,7 @@ def sampling_defaults(folder: str | os.PathLike[str]) -> Sampling:
 
 
 def complete(
-    model: Qwen3,
+    model: CausalLM,
     tokenizer: Tokenizer,
     prompts: str | Sequence[str],
     max_new_tokens: int = 256,
@@ -91,7 +91,7 @@ def complete(
 
 
 def stream(
-    model: Qwen3,
+    model: CausalLM,
     tokenizer: Tokenizer,
     prompt: str | Prefix,
     max_new_tokens: int = 256,
@@ -181,7 +181,7 @@ class _Run:
 
     def __init__(
         self,
-        model: Qwen3,
+        model: CausalLM,
         tokenizer: Tokenizer,
         prompts: Sequence[str] | Prefix,
         count: int,

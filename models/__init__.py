@@ -1,13 +1,18 @@
-"""Flax NNX modules that read the policy: layers, attention, Qwen3, generation."""
+"""Flax NNX modules that read the policy: layers, decoders, generation."""
 
-from .config import Quantization, Qwen3Config, Yarn
+from .config import DecoderConfig, Quantization
+from .decoder import CausalLM, Decoder
 from .generation import Generated, Prefix, decode, generate, generate_with_logprobs, prefill, reread
 from .layers import Embedding, Linear, RMSNorm
-from .qwen3 import Qwen3
+from .qwen3 import Qwen3, Qwen3Config
+from .rope import Yarn
 from .sampling import History, Sampling
 from .sharding import tensor_parallel
 
 __all__ = [
+    "CausalLM",
+    "Decoder",
+    "DecoderConfig",
     "Embedding",
     "Generated",
     "History",

@@ -18,8 +18,8 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from ..policies.errors import InvalidTokens
-from .attention import EMPTY, KVCache
-from .qwen3 import Qwen3
+from .decoder import CausalLM
+from .kv_cache import EMPTY, KVCache
 from .sampling import GREEDY, History, Kind, Sampling, draw, process, row_keys
 from .tokens import checked_tokens
 
@@ -96,7 +96,7 @@ def bucket(count: int) -> int:
 
 
 def prefill(
-    model: Qwen3,
+    model: CausalLM,
     input_ids: ArrayLike,
     attention_mask: ArrayLike | None = None,
     *,
@@ -126,7 +126,7 @@ def prefill(
     return _extend(graphdef, state, ids, mask, prefix.cache, prefix.tokens)
 
 
-def reread(model: Qwen3, input_ids: ArrayLike, before: Prefix, *, room: int = 256) -> Prefix:
+def reread(model: CausalLM, input_ids: ArrayLike, before: Prefix, *, room: int = 256) -> Prefix:
     """`prefill` of one prompt, of which only what the one in `before` did not begin with is read; `before` stays.
 
     All of it is read where nothing is shared, or the cache has no room for the rest and for `room` tokens more.
@@ -148,7 +148,7 @@ def reread(model: Qwen3, input_ids: ArrayLike, before: Prefix, *, room: int = 25
 
 
 def generate(
-    model: Qwen3,
+    model: CausalLM,
     input_ids: ArrayLike | Prefix,
     attention_mask: ArrayLike | None = None,
     max_new_tokens: int = 20,
@@ -180,7 +180,7 @@ def generate(
 
 
 def generate_with_logprobs(
-    model: Qwen3,
+    model: CausalLM,
     input_ids: ArrayLike | Prefix,
     attention_mask: ArrayLike | None = None,
     max_new_tokens: int = 20,
@@ -221,7 +221,7 @@ def generate_with_logprobs(
 
 
 def decode(
-    model: Qwen3,
+    model: CausalLM,
     input_ids: ArrayLike | Prefix,
     attention_mask: ArrayLike | None = None,
     max_new_tokens: int = 20,
@@ -289,7 +289,7 @@ class _State:
 class _Decoding:
     """What stays the same from token to token."""
 
-    model: Qwen3
+    model: CausalLM
     sampling: Sampling
     eos: np.ndarray
     pad: int
@@ -346,7 +346,7 @@ def _extend(
 
 
 def _read(
-    model: Qwen3, ids: jax.Array, mask: jax.Array, cache: KVCache, tokens: jax.Array, *, first: bool = False
+    model: CausalLM, ids: jax.Array, mask: jax.Array, cache: KVCache, tokens: jax.Array, *, first: bool = False
 ) -> Prefix:
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, ids, cache.length, axis=1)
     hidden, cache = model.hidden(ids, mask, cache, first=first)
@@ -442,7 +442,7 @@ def _unless(done: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.where(done.reshape(-1, *(1,) * (values.ndim - 1)), 0, values)
 
 
-def _prompts(model: Qwen3, input_ids: ArrayLike, attention_mask: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
+def _prompts(model: CausalLM, input_ids: ArrayLike, attention_mask: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask (batch, length) that can be continued."""
     ids, mask = map(np.asarray, checked_tokens(input_ids, attention_mask, model.config.vocab_size))
     if 0 in ids.shape:
@@ -455,7 +455,7 @@ def _prompts(model: Qwen3, input_ids: ArrayLike, attention_mask: ArrayLike | Non
     return ids, mask
 
 
-def _ends(model: Qwen3, eos_token_id: ArrayLike | None) -> np.ndarray:
+def _ends(model: CausalLM, eos_token_id: ArrayLike | None) -> np.ndarray:
     """The ids that end a row, (count,) int32."""
     ids = np.atleast_1d(np.asarray(model.config.eos_token_id if eos_token_id is None else eos_token_id))
     whole = ids.size == 0 or np.issubdtype(ids.dtype, np.integer)
@@ -464,7 +464,7 @@ def _ends(model: Qwen3, eos_token_id: ArrayLike | None) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def _pad(model: Qwen3, eos_token_id: ArrayLike | None) -> int:
+def _pad(model: CausalLM, eos_token_id: ArrayLike | None) -> int:
     """What follows in a row that has ended."""
     if model.config.pad_token_id is not None:
         return model.config.pad_token_id

@@ -13,11 +13,11 @@ from ..policies.errors import InvalidSharding, UnmatchedRule
 from ..policies.paths import is_scale, scale_path
 from ..policies.patterns import Pattern
 from ..policies.trees import ArrayInfo
-from .config import Qwen3Config
+from .config import DecoderConfig
 
 
-def tensor_parallel(config: Qwen3Config, mesh: Mesh) -> dict[str, NamedSharding]:
-    """The shardings, by pattern, that cut a Qwen3 over the last axis of `mesh` (Megatron-LM, arXiv:1909.08053).
+def tensor_parallel(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+    """The shardings, by pattern, that cut a decoder over the last axis of `mesh` (Megatron-LM, arXiv:1909.08053).
 
     Projections into heads and into the wide layer are cut by what they make, those out of them by what they take, the
     embedding and the head by the vocabulary; what does not divide among the devices, and every norm, is copied.
@@ -32,13 +32,13 @@ def tensor_parallel(config: Qwen3Config, mesh: Mesh) -> dict[str, NamedSharding]
     if kv_heads % count == 0:
         rules |= {"**/{k,v}_proj/*": by_rows}
     if config.intermediate_size % count == 0:
-        rules |= {"**/{gate,up}_proj/kernel": by_rows, "**/down_proj/kernel": by_columns}
+        rules |= {"**/{gate,up}_proj/*": by_rows, "**/down_proj/kernel": by_columns}
     if config.vocab_size % count == 0:
         rules |= {"embed_tokens/embedding": by_rows, "lm_head/kernel?": by_rows}
     return {**rules, "default": NamedSharding(mesh, PartitionSpec())}
 
 
-def shardings(layout: Any, config: Qwen3Config, stored: Mapping[str, ArrayInfo]) -> dict[str, Sharding | None]:
+def shardings(layout: Any, config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, Sharding | None]:
     """The sharding of every parameter of `stored`, by path; None: wherever JAX puts it.
 
     layout  None, a `Sharding` for all, a `Mesh` (see `tensor_parallel`), or shardings by pattern, of which the first

@@ -7,7 +7,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from .dtypes import as_dtype, is_dtype_name
 from .errors import InvalidPolicy
@@ -37,7 +37,11 @@ def _is_file(name: str) -> bool:
         return False
 
 
-def get_policy(policy: Any) -> Policy:
+PolicyLike: TypeAlias = Policy | str | os.PathLike[str] | Mapping[str, Any] | None
+"""What `get_policy` accepts, and every `policy=` argument with it."""
+
+
+def get_policy(policy: PolicyLike) -> Policy:
     """The policy that `policy` stands for.
 
     Tried in this order: a Policy, None (changes nothing), a mapping of slots, a path object, the name of a preset, the

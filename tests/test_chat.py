@@ -17,7 +17,7 @@ import perparam
 from perparam import Sampling, load_tokenizer, terminal
 from perparam.loaders import Completion
 from perparam.models import generation
-from perparam.models.attention import EMPTY
+from perparam.models.kv_cache import EMPTY
 
 ANSWERS = {
     "hello": ("Ġworld", "Ġthere", "<|im_end|>"),

@@ -18,7 +18,7 @@ import perparam
 from perparam.__main__ import main
 from perparam.examples.make_checkpoint import DEMO, make_checkpoint
 from perparam.loaders.compare import TEXT
-from perparam.loaders.names import expected
+from perparam.loaders.families import family_of, read_config
 
 POLICY = str(pathlib.Path(__file__).parent.parent / "examples" / "policy.yaml")
 
@@ -50,7 +50,7 @@ def test_plan_prints_the_table_without_reading_weights(folder, capsys, monkeypat
     def refuse(tensor, *_):
         raise AssertionError(f"{tensor.name} was read")
 
-    monkeypatch.setattr("perparam.loaders.safetensors_file.Tensor.read", refuse)
+    monkeypatch.setattr("perparam.loaders.safetensors.reader.Tensor.read", refuse)
     assert main(["plan", folder, "--policy", POLICY]) == 0
     printed = capsys.readouterr().out
     assert printed.strip() == str(perparam.Policy.load(POLICY).explain(perparam.checkpoint_tree(folder)))
@@ -285,7 +285,8 @@ def headers_of_8b(folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
-    for name, (path, shape) in expected(perparam.Qwen3Config.from_json(config)).items():
+    decoder = read_config(config)
+    for name, (path, shape) in family_of(decoder).tensors(decoder).items():
         narrow = path.startswith("layers") and path.endswith("kernel")
         parts = [(name, "F8_E4M3" if narrow else "BF16", shape, 1 if narrow else 2)]
         if narrow:

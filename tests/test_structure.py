@@ -92,7 +92,7 @@ def ring(imports):
     return next((r for r in map(visit, sorted(imports)) if r), None)
 
 
-@pytest.mark.parametrize("layer", ["policies", "loaders"])
+@pytest.mark.parametrize("layer", LAYERS)
 def test_no_modules_import_each_other(layer):
     imports = {path: set(modules_imported(path, layer)) - {path} for path in (ROOT / layer).rglob("*.py")}
     assert sum(map(len, imports.values())) > len(imports) / 2
@@ -127,9 +127,10 @@ def strings(path):
 
 
 def test_policies_name_no_module_of_any_model():
-    from perparam.loaders.names import TABLE
+    from perparam.loaders.families import FAMILIES
 
-    names = {part for entry in TABLE for part in entry.path.split("/")[:-1]} - {"{i}", "layers"}
+    entries = [entry for family in FAMILIES.values() for entry in family.names]
+    names = {part for entry in entries for part in entry.path.split("/")[:-1]} - {"{i}", "layers"}
     assert {"q_proj", "k_norm", "lm_head", "embed_tokens"} <= names
     for path in (ROOT / "policies").rglob("*.py"):
         named = {word for text in strings(path) for word in re.findall(r"\w+", text)} & names

@@ -45,7 +45,8 @@ import numpy as np  # noqa: E402
 
 import perparam  # noqa: E402
 from perparam.loaders import CheckpointWarning, open_checkpoint  # noqa: E402
-from perparam.loaders.safetensors_file import read_header  # noqa: E402
+from perparam.loaders.families import read_config  # noqa: E402
+from perparam.loaders.safetensors.reader import read_header  # noqa: E402
 from perparam.policies import ArrayInfo, Format  # noqa: E402
 
 SLOW, HUNG = 1.0, 5.0
@@ -212,7 +213,7 @@ def failures_of(reader: Callable[[], Any]) -> list[str]:
 def _read_checkpoint(one: mutations.Input, folder: pathlib.Path, readers: _Readers, load: bool) -> None:
     if one.kind == "config":
         for name in (mutations.CONFIG, mutations.GENERATION):
-            readers.call(f"Qwen3Config.from_json({name})", perparam.Qwen3Config.from_json, folder / name)
+            readers.call(f"read_config({name})", read_config, folder / name)
     if one.kind == "safetensors":
         for file in one.files:
             if file.endswith(".safetensors"):

@@ -54,14 +54,14 @@ def test_narrow_kernels_carry_the_block_of_quantization_config(folder):
 
 
 def test_headers_are_enough_for_a_tree_and_a_plan(folder, monkeypatch):
-    from perparam.loaders import safetensors_file
+    from perparam.loaders.safetensors import reader
 
     write(folder, fields(), tensors(fields()), shards=2)
 
     def refuse(*_):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(safetensors_file.Tensor, "read", refuse)
+    monkeypatch.setattr(reader.Tensor, "read", refuse)
     tree = perparam.checkpoint_tree(folder)
     assert perparam.Policy("bf16").explain(tree).total_bytes > 0
     assert perparam.infer_policy(folder).params.rules

@@ -14,7 +14,7 @@ from flax import nnx
 
 import perparam
 from perparam import Policy
-from perparam.loaders.safetensors_file import Tensor
+from perparam.loaders.safetensors.reader import Tensor
 from perparam.policies.errors import InvalidCheckpoint, InvalidScale, MissingFile, UnmatchedRule
 
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
@@ -53,7 +53,7 @@ def assert_same(model, other):
     assert all(bits(found[path]) == bits(wanted[path]) for path in wanted)
 
 
-# Kept.
+# LayerCache.
 
 
 @pytest.mark.parametrize("case", CASES)

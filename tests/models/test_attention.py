@@ -8,7 +8,7 @@ import pytest
 from checkpoints import relative_error
 
 from perparam.models import attention
-from perparam.models.attention import EMPTY, Kept, token_positions
+from perparam.models.kv_cache import EMPTY, LayerCache, token_positions
 
 FLOAT32_ERROR = 1e-6
 """Sums of 8 products, a softmax over 9 scores and a sum of 9 products, each term rounded to 2**-24."""
@@ -31,12 +31,12 @@ SLOTS = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8], [EMPTY, EMPTY, 0, 1, 2, 3, 4, 5, 
 
 def attend(q, k, v, *rest):
     """`attention.attend` of keys and values (b, s, kv, d), as projections give them."""
-    return attention.attend(jnp.asarray(q), Kept.of(jnp.asarray(k), jnp.asarray(v), q.dtype), *rest)[0]
+    return attention.attend(jnp.asarray(q), LayerCache.of(jnp.asarray(k), jnp.asarray(v), q.dtype), *rest)[0]
 
 
 def both(q, k, v, *rest):
     """What `attend` gives, and its weights."""
-    mixed, weights = attention.attend(jnp.asarray(q), Kept.of(jnp.asarray(k), jnp.asarray(v), q.dtype), *rest)
+    mixed, weights = attention.attend(jnp.asarray(q), LayerCache.of(jnp.asarray(k), jnp.asarray(v), q.dtype), *rest)
     return mixed, weights()
 
 
@@ -180,7 +180,7 @@ def test_chunks_give_what_the_whole_gives(monkeypatch, dtype, window, size):
 @pytest.mark.parametrize("kept_in", [jnp.float8_e4m3fn, jnp.int8])
 def test_chunks_of_a_narrow_cache_give_what_the_whole_gives(monkeypatch, kept_in):
     q, k, v, queries, slots, mask = long_inputs()
-    kept = Kept.of(jnp.asarray(k), jnp.asarray(v), np.dtype(kept_in))
+    kept = LayerCache.of(jnp.asarray(k), jnp.asarray(v), np.dtype(kept_in))
     whole, _ = attention.attend(jnp.asarray(q), kept, queries, slots, 5)
     monkeypatch.setattr(attention, "SCORES", scores_of(16))
     found, _ = attention.attend(jnp.asarray(q), kept, queries, slots, 5)
@@ -215,7 +215,7 @@ def test_a_chunk_in_bfloat16_passes_a_gradient(monkeypatch):
 @pytest.mark.parametrize("kept_in", [jnp.float8_e4m3fn, jnp.int8])
 def test_chunks_over_a_narrow_cache_pass_a_gradient(monkeypatch, kept_in):
     q, k, v, queries, slots, _ = long_inputs()
-    kept = Kept.of(jnp.asarray(k), jnp.asarray(v), np.dtype(kept_in))
+    kept = LayerCache.of(jnp.asarray(k), jnp.asarray(v), np.dtype(kept_in))
 
     def gradient():
         return jax.grad(lambda q: attention.attend(q, kept, queries, slots, None)[0].sum())(jnp.asarray(q))

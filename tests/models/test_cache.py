@@ -11,7 +11,7 @@ from flax import nnx
 
 import perparam
 from perparam import Policy
-from perparam.models.attention import EMPTY
+from perparam.models.kv_cache import EMPTY
 from perparam.policies.errors import InvalidTokens
 
 FLOAT32_ERROR = 1e-5

@@ -11,7 +11,7 @@ from checkpoints import relative_error
 
 from perparam import Policy, Qwen3, Qwen3Config
 from perparam.models import attention, flash, generation
-from perparam.models.attention import Kept, token_positions
+from perparam.models.kv_cache import LayerCache, token_positions
 from perparam.policies.matmul import matmul_override
 from perparam.policies.matmul.dispatch import Target
 
@@ -37,7 +37,7 @@ def test_it_is_attention_over_slots(padding, window):
     """With JAX's plain implementation of the same function in cuDNN's place."""
     mask, (q, k, v) = MASKS[padding], inputs(np.float32)
     queries, slots = token_positions(jnp.asarray(mask), jnp.zeros(2, jnp.int32))
-    expected, _ = attention.attend(q, Kept.of(k, v, F32), queries, slots, window)
+    expected, _ = attention.attend(q, LayerCache.of(k, v, F32), queries, slots, window)
     found = flash.attend(q, k, v, jnp.asarray(mask), window, "xla").reshape(expected.shape)
     assert relative_error(found, expected, mask) <= 2e-6
     assert (np.asarray(found)[~mask] == 0).all()

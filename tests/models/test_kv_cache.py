@@ -15,7 +15,7 @@ from flax import nnx
 import perparam
 from perparam import Policy, generate
 from perparam.models import attention, generate_with_logprobs
-from perparam.models.attention import EMPTY, Kept
+from perparam.models.kv_cache import EMPTY, LayerCache
 from perparam.policies import InvalidPolicy, PerparamError, UnknownDtype
 
 FLOAT32 = 2**-24
@@ -142,7 +142,7 @@ def keys_and_values(dtype=np.float32, seed=0, shape=(2, 7, 3, 18)):
 
 def widened(kept):
     """Keys and values (b, t, kv, d) in float64, as attention takes them."""
-    k, v = (np.asarray(kept.read(held)).astype(np.float64) for held in (kept.keys, kept.values))
+    k, v = (np.asarray(kept.typed(held)).astype(np.float64) for held in (kept.keys, kept.values))
     if kept.key_scales is not None:
         k = k * np.asarray(kept.key_scales, np.float64)[:, :, None]
         v = v * np.asarray(kept.value_scales, np.float64)[..., None]
@@ -153,8 +153,8 @@ def widened(kept):
 @pytest.mark.parametrize("given", [np.float32, BF16], ids=["f32", "bf16"])
 def test_narrow_values_are_off_by_half_a_step(dtype, given):
     exact = keys_and_values(given)
-    kept = Kept.of(*map(jnp.asarray, exact), dtype)
-    assert kept.read(kept.keys).dtype == kept.read(kept.values).dtype == kept.dtype == dtype
+    kept = LayerCache.of(*map(jnp.asarray, exact), dtype)
+    assert kept.typed(kept.keys).dtype == kept.typed(kept.values).dtype == kept.dtype == dtype
     assert kept.keys.dtype.itemsize == kept.values.dtype.itemsize == 1
     assert kept.key_scales.dtype == kept.value_scales.dtype == np.float32
     assert kept.key_scales.shape == kept.value_scales.shape == (2, 3, 7)
@@ -175,7 +175,7 @@ def test_narrow_values_are_off_by_half_a_step(dtype, given):
 @pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16], ids=["f32", "bf16", "f16"])
 def test_wide_values_are_rounded_plainly(dtype):
     exact = keys_and_values()
-    kept = Kept.of(*map(jnp.asarray, exact), np.dtype(dtype))
+    kept = LayerCache.of(*map(jnp.asarray, exact), np.dtype(dtype))
     assert kept.key_scales is kept.value_scales is None
     for found, wide in zip(widened(kept), exact, strict=True):
         np.testing.assert_array_equal(found, wide.astype(dtype).astype(np.float64))
@@ -183,7 +183,7 @@ def test_wide_values_are_rounded_plainly(dtype):
 
 def test_a_value_beyond_float16_is_its_largest():
     k = jnp.full((1, 1, 1, 2), 1e6)
-    kept = Kept.of(k, -k, np.dtype(np.float16))
+    kept = LayerCache.of(k, -k, np.dtype(np.float16))
     assert (np.asarray(kept.keys) == 65504).all()
     assert (np.asarray(kept.values) == -65504).all()
 
@@ -191,9 +191,9 @@ def test_a_value_beyond_float16_is_its_largest():
 @pytest.mark.parametrize("dtype", [F8, np.dtype(np.int8)], ids=str)
 def test_a_large_key_disturbs_no_other_token_and_no_other_head(dtype):
     k, v = keys_and_values()
-    before = Kept.of(jnp.asarray(k), jnp.asarray(v), dtype)
+    before = LayerCache.of(jnp.asarray(k), jnp.asarray(v), dtype)
     k[1, 3, 2, 5], v[0, 2, 1, 7] = 1e6, -1e6
-    after = Kept.of(jnp.asarray(k), jnp.asarray(v), dtype)
+    after = LayerCache.of(jnp.asarray(k), jnp.asarray(v), dtype)
     for old, new, changed in (
         (before.keys, after.keys, (1, 2, slice(None), 3)),
         (before.values, after.values, (0, 1, 2)),
@@ -209,25 +209,25 @@ def test_a_large_key_disturbs_no_other_token_and_no_other_head(dtype):
 @pytest.mark.parametrize("dtype", [F8, np.dtype(np.int8)], ids=str)
 def test_zeros_stay_zeros_and_tiny_values_stay_finite(dtype):
     zeros = jnp.zeros((1, 2, 1, 4))
-    kept = Kept.of(zeros, zeros, dtype)
+    kept = LayerCache.of(zeros, zeros, dtype)
     for found in widened(kept):
         assert (found == 0).all()
     assert (np.asarray(kept.key_scales) > 0).all()
     tiny = jnp.asarray(np.full((1, 2, 1, 4), 1e-38, np.float32))
-    for found in widened(Kept.of(tiny, -tiny, dtype)):
+    for found in widened(LayerCache.of(tiny, -tiny, dtype)):
         assert np.isfinite(found).all()
         assert (np.abs(found) <= 2e-38).all()
     huge = jnp.full((1, 2, 1, 4), 3e38)
-    for found in widened(Kept.of(huge, huge, dtype)):
+    for found in widened(LayerCache.of(huge, huge, dtype)):
         np.testing.assert_allclose(found, 3e38, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), F8, np.dtype(np.int8)], ids=str)
 def test_new_tokens_go_into_their_slots_with_their_scales(dtype):
-    old = Kept.of(*map(jnp.asarray, keys_and_values()), dtype)
+    old = LayerCache.of(*map(jnp.asarray, keys_and_values()), dtype)
     k, v = (jnp.asarray(x[:, :2]) for x in keys_and_values(seed=1))
-    found = widened(old.put(Kept.of(k, v, dtype), 3))
-    new = widened(Kept.of(k, v, dtype))
+    found = widened(old.put(LayerCache.of(k, v, dtype), 3))
+    new = widened(LayerCache.of(k, v, dtype))
     for whole, before, piece in zip(found, widened(old), new, strict=True):
         np.testing.assert_array_equal(whole[:, 3:5], piece)
         np.testing.assert_array_equal(whole[:, :3], before[:, :3])
@@ -244,11 +244,11 @@ def test_attention_is_that_over_the_widened_values(dtype, tokens):
     rng = np.random.default_rng(3)
     k, v = (rng.normal(size=(2, 7, 3, 18)).astype(np.float32) for _ in range(2))
     q = jnp.asarray(rng.normal(size=(2, tokens, 6, 18)), jnp.float32)
-    kept = Kept.of(jnp.asarray(k), jnp.asarray(v), dtype)
+    kept = LayerCache.of(jnp.asarray(k), jnp.asarray(v), dtype)
     queries = np.tile(np.arange(7 - tokens, 7, dtype=np.int32), (2, 1))
     slots = np.array([range(7), [EMPTY, 0, 1, 2, 3, 4, 5]], np.int32)
     found, _ = attention.attend(q, kept, queries, slots, 4)
-    wide = Kept.of(*(jnp.asarray(x, jnp.float32) for x in widened(kept)), np.dtype(np.float32))
+    wide = LayerCache.of(*(jnp.asarray(x, jnp.float32) for x in widened(kept)), np.dtype(np.float32))
     expected, _ = attention.attend(q, wide, queries, slots, 4)
     assert relative_error(found, expected) <= 1e-6
 
@@ -269,10 +269,10 @@ def test_small_shares_of_many_tokens_are_not_lost(dtype, kept_in, room):
     slots = 4096
     rng = np.random.default_rng(0)
     v = (0.1 * (1 + 0.5 * rng.uniform(size=(1, slots, 1, 8)))).astype(dtype)
-    kept = Kept.of(jnp.zeros((1, slots, 1, 8), dtype), jnp.asarray(v), kept_in)
+    kept = LayerCache.of(jnp.zeros((1, slots, 1, 8), dtype), jnp.asarray(v), kept_in)
     expected = widened(kept)[1].mean(axis=1).reshape(1, 1, 8).repeat(2, axis=1)
     empty = jnp.zeros((1, slots + room, 1, 8), dtype)
-    kept = Kept.of(empty, empty, kept_in).put(kept, 0)
+    kept = LayerCache.of(empty, empty, kept_in).put(kept, 0)
     positions = np.concatenate([np.arange(slots), np.full(room, EMPTY)]).astype(np.int32)[None]
     q = jnp.ones((1, 2, 1, 8), dtype)
     found, _ = attention.attend(q, kept, np.full((1, 2), slots, np.int32), positions, None)

@@ -13,7 +13,8 @@ from checkpoints import F8, fields, relative_error, tensors, write
 from flax import nnx
 
 import perparam
-from perparam import Policy, Qwen3, Qwen3Config
+from perparam import Policy, Qwen3
+from perparam.loaders.families import read_config
 from perparam.models import Linear
 from perparam.policies.errors import InvalidTokens, ShadowedRule, UnmatchedRule
 
@@ -220,7 +221,7 @@ class Doubled(Linear):
         return super().__call__(x) * self.gain[...].astype(x.dtype)
 
 
-CONFIG = Qwen3Config.from_json(fields(quantization_config=None))
+CONFIG = read_config(fields(quantization_config=None))
 ONE_LAYER = dataclasses.replace(CONFIG, num_hidden_layers=1)
 
 

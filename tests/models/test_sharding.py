@@ -185,4 +185,7 @@ def test_the_pattern_table_is_public_and_names_what_is_there(config_of_8b):
 def config_of_8b():
     from perparam import Qwen3Config
 
-    return Qwen3Config(151936, 4096, 12288, 36, 32, 8, 128)
+    return Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128,
+    )  # fmt: skip

@@ -116,9 +116,11 @@ class TestResolution:
                 self.config, self.kernel = config, nnx.Param(jnp.ones((4, 4)))
 
         assert resolve(Policy(), Module({"dtype": "bf16"})).activations is None
-        plan = Policy(kv_cache="int8").explain(
-            Module(nnx.data(Qwen3Config(8, 8, 8, 2, 2, 1, 4, dtype=np.dtype("float32"))))
-        )
+        config = Qwen3Config(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=4, dtype=np.dtype("float32"),
+        )  # fmt: skip
+        plan = Policy(kv_cache="int8").explain(Module(nnx.data(config)))
         assert (plan.activations, plan.kv_bytes) == (np.dtype("float32"), 2 * 2 * 1 * (4 + 4))
 
     def test_a_scaled_array_keeps_its_own_format(self):

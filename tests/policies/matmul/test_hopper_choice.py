@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from helpers import dtype
 from matmuls import FP8, Case
+from shapes import ROWS, SHAPES
 
-from perparam.models.shapes import ROWS, SHAPES
 from perparam.policies.matmul import hopper
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS
 from perparam.policies.matmul.hopper_columns import TILE, row_tile, splits, stages

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from matmuls import FP8, Case
+from shapes import SHAPES, linears
 
-from perparam.models.shapes import SHAPES, linears
 from perparam.policies.blocks import grid_shape
 from perparam.policies.matmul import matmul_override, scaled_matmul, scaled_matmuls
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from helpers import dtype
 from matmuls import FP8, W8A8_ERROR, W8A16_ERROR, Case, relative_error
+from shapes import SHAPES
 
-from perparam.models.shapes import SHAPES
 from perparam.policies.matmul import matmul_override, scaled_matmul
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS
 

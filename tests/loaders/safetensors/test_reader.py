@@ -13,7 +13,7 @@ from checkpoints import BF16, F8, GOLDEN, file_bytes, safetensors_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perparam.loaders.safetensors_file import aligned_empty, read_header
+from perparam.loaders.safetensors.reader import aligned_empty, read_header
 from perparam.policies.errors import InvalidCheckpoint, MissingFile, PerparamError
 
 RNG = np.random.default_rng(0)

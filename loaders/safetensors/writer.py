@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from ..policies.errors import InvalidSize, SaveFailed, shown
-from .checkpoint import INDEX, WHOLE
+from ...policies.errors import InvalidSize, SaveFailed, shown
+from ..layout import INDEX, WHOLE
 
 NAMES = {
     np.dtype(np.float32): "F32",

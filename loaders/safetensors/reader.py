@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..models.json_file import LARGEST, parse_object
-from ..policies.dtypes import as_dtype
-from ..policies.errors import InvalidCheckpoint, MissingFile, UnknownDtype, shown
+from ...policies.dtypes import as_dtype
+from ...policies.errors import InvalidCheckpoint, MissingFile, UnknownDtype, shown
+from ..json_file import LARGEST, parse_object
 
 ALIGNMENT = 64
 """Bytes; XLA's CPU backend adopts a buffer that is aligned so, and copies any other."""

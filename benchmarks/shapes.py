@@ -1,0 +1,68 @@
+"""Shapes of the published dense Qwen3 models, for tests and benchmarks: of each linear layer, and of whole models."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from perparam import Policy, get_policy
+from perparam.models import Qwen3, Qwen3Config
+
+ROWS = (1, 8, 64, 512, 4096)
+"""A token, small batches of them, and prompts."""
+
+_MODELS = {  # hidden, intermediate, query heads, key and value heads; heads are 128 wide
+    "0.6B": (1024, 3072, 16, 8),
+    "1.7B": (2048, 6144, 16, 8),
+    "4B": (2560, 9728, 32, 8),
+    "8B": (4096, 12288, 32, 8),
+    "14B": (5120, 17408, 40, 8),
+    "32B": (5120, 25600, 64, 8),
+}
+
+
+def linears(model: str) -> dict[str, tuple[int, int]]:
+    """The `(out, in)` of each linear of a layer.
+
+    >>> linears("8B")["down_proj"]
+    (4096, 12288)
+    """
+    hidden, wide, heads, kv_heads = _MODELS[model]
+    return {
+        "q_proj": (128 * heads, hidden),
+        "k_proj": (128 * kv_heads, hidden),
+        "v_proj": (128 * kv_heads, hidden),
+        "o_proj": (hidden, 128 * heads),
+        "gate_proj": (wide, hidden),
+        "up_proj": (wide, hidden),
+        "down_proj": (hidden, wide),
+    }
+
+
+SHAPES = tuple(sorted({shape for model in _MODELS for shape in linears(model).values()}))
+"""`(out, in)` of them all, each once."""
+
+LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
+TIED = ("0.6B", "1.7B", "4B")
+VOCABULARY = 151936
+MODES = {"W8A16": "fp8_weight_only", "W8A8": "fp8_dynamic"}
+"""The preset of each mode of computation."""
+
+
+def abstract_model(size: str, mode: str = "W8A16") -> Qwen3:
+    """A Qwen3 of shapes, stored as its FP8 checkpoint is: FP8 kernels, other parameters in bfloat16."""
+    hidden, intermediate, heads, kv_heads = _MODELS[size]
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=LAYERS[size],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=128,
+        tie_word_embeddings=size in TIED,
+        dtype=np.dtype(jnp.bfloat16),
+        pad_token_id=0,
+    )
+    stored = {"lm_head/kernel?": "bf16", "kernel": "f8_e4m3fn", "default": "bf16"}
+    return Qwen3(config, policy=Policy(stored, get_policy(MODES[mode]).compute, "bf16"), rngs=None)

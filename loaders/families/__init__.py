@@ -1,0 +1,70 @@
+"""Model families by their `model_type`: config.json to configs and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ...models.config import DecoderConfig
+from ...policies.errors import shown
+from ..fields import Fields
+from ..json_file import read_json
+from .config_json import decoder_to_json, read_decoder
+from .family import Family
+from .qwen3 import QWEN3
+
+FAMILIES = {family.model_type: family for family in (QWEN3,)}
+"""Implemented families by `model_type`."""
+
+
+def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DecoderConfig:
+    """The config in a `config.json`, of its family's class.
+
+    source  path of the file, or its contents
+
+    Both the published form (`torch_dtype`, `rope_theta`, `rope_scaling`) and the newer one (`dtype`,
+    `rope_parameters`) are read.
+
+    Raises:
+      MissingFile, InvalidCheckpoint: no such file, not JSON, or a field of the wrong type.
+      UnsupportedConfig: a model type, field or value that is not implemented, by name.
+    """
+    if isinstance(source, Mapping):
+        return _read(Fields("config.json", source))
+    config = _read(Fields(os.fspath(source), read_json(source)))
+    return dataclasses.replace(config, source=pathlib.Path(source).absolute())
+
+
+def config_to_json(config: DecoderConfig) -> dict[str, Any]:
+    """The mapping that a `config.json` holds, as transformers and vLLM read it; `read_config` of it gives `config`.
+
+    Raises:
+      UnsupportedExport: windows that differ between layers, since a config.json names only one.
+    """
+    family = family_of(config)
+    fields = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **decoder_to_json(config),
+        **family.write(config),
+    }
+    return {name: value for name, value in fields.items() if value is not None and value != []}
+
+
+def family_of(config: DecoderConfig) -> Family:
+    """The family of a config."""
+    return next(family for family in FAMILIES.values() if family.config is type(config))
+
+
+def _read(fields: Fields) -> DecoderConfig:
+    model_type = fields.get("model_type", str)
+    family = FAMILIES.get(model_type or "")
+    if family is None:
+        raise fields.unsupported(
+            f"model_type {shown(model_type)} is not implemented. Implemented: {', '.join(sorted(FAMILIES))}."
+        )
+    shared = read_decoder(fields, family.fields, family.head_dim)
+    return family.config(**shared, **family.read(fields))

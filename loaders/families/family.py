@@ -1,0 +1,44 @@
+"""What loading and saving know of one model family."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ...models.config import DecoderConfig
+from ...models.decoder import Decoder
+from ..fields import Fields
+from .names import PREFIXES, Entry, expected_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model family: its classes, its config.json and its name table.
+
+    model_type    as config.json spells it
+    architecture  transformers' class of its causal language model
+    config        class of its configs
+    model         class of its models
+    names         its name table
+    fields        fields of config.json that `read` implements
+    read          reads those fields into arguments of `config`
+    write         writes them from a config
+    head_dim      width of a head where config.json names none; None: hidden_size over the number of heads
+    """
+
+    model_type: str
+    architecture: str
+    config: type[DecoderConfig]
+    model: type[Decoder]
+    names: tuple[Entry, ...]
+    fields: frozenset[str]
+    read: Callable[[Fields], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
+    head_dim: int | None = None
+
+    def tensors(
+        self, config: DecoderConfig, prefixes: tuple[str, str] = PREFIXES[0]
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """`{name in the checkpoint: (path, shape)}` of every tensor of a model, without the scales."""
+        return expected_tensors(self.names, config, prefixes)

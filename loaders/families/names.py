@@ -1,0 +1,120 @@
+"""Name tables: the name of each tensor in a checkpoint, its path in the model, and its shape.
+
+A kernel may have scales: `….weight_scale_inv` beside `….weight`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Container, Sequence
+from typing import Literal
+
+from ...models.config import DecoderConfig
+
+Axis = Literal["vocabulary", "hidden", "intermediate", "queries", "keys", "head"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor, or with `{i}` in its name one tensor a layer.
+
+    name     in the checkpoint
+    path     in the model
+    shape    axes; `axis_sizes` has their sizes
+    present  whether a model of a config has the tensor
+    """
+
+    name: str
+    path: str
+    shape: tuple[Axis, ...]
+    present: Callable[[DecoderConfig], bool] = lambda config: True
+
+
+def norm(module: str, axis: Axis) -> Entry:
+    """The entry of a norm; `module` is its name in the checkpoint."""
+    return Entry(f"{module}.weight", f"{_path(module)}/scale", (axis,))
+
+
+def linear(module: str, out: Axis, features: Axis) -> tuple[Entry, Entry]:
+    """The entries of a projection's kernel and bias; `module` is its name in the checkpoint."""
+    projection = module.rpartition(".")[2]
+    return (
+        Entry(f"{module}.weight", f"{_path(module)}/kernel", (out, features)),
+        Entry(f"{module}.bias", f"{_path(module)}/bias", (out,), lambda config: config.use_bias(projection)),
+    )
+
+
+def _path(module: str) -> str:
+    return module.removeprefix("model.").replace(".", "/")
+
+
+_LAYER = "model.layers.{i}"
+_EMBEDDING = (Entry("model.embed_tokens.weight", "embed_tokens/embedding", ("vocabulary", "hidden")),)
+_ATTENTION = (
+    norm(f"{_LAYER}.input_layernorm", "hidden"),
+    *linear(f"{_LAYER}.self_attn.q_proj", "queries", "hidden"),
+    *linear(f"{_LAYER}.self_attn.k_proj", "keys", "hidden"),
+    *linear(f"{_LAYER}.self_attn.v_proj", "keys", "hidden"),
+    *linear(f"{_LAYER}.self_attn.o_proj", "hidden", "queries"),
+)
+_MLP = (
+    norm(f"{_LAYER}.post_attention_layernorm", "hidden"),
+    *linear(f"{_LAYER}.mlp.gate_proj", "intermediate", "hidden"),
+    *linear(f"{_LAYER}.mlp.up_proj", "intermediate", "hidden"),
+    *linear(f"{_LAYER}.mlp.down_proj", "hidden", "intermediate"),
+)
+_HEAD = (
+    norm("model.norm", "hidden"),
+    Entry("lm_head.weight", "lm_head/kernel", ("vocabulary", "hidden"), lambda config: not config.tie_word_embeddings),
+)
+
+
+def decoder_names(*own: Entry) -> tuple[Entry, ...]:
+    """The name table of a decoder whose layers have the tensors `own` besides those of every decoder."""
+    return (*_EMBEDDING, *_ATTENTION, *own, *_MLP, *_HEAD)
+
+
+def axis_sizes(config: DecoderConfig) -> dict[Axis, int]:
+    """The size of every axis."""
+    return {
+        "vocabulary": config.vocab_size,
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "queries": config.num_attention_heads * config.head_dim,
+        "keys": config.num_key_value_heads * config.head_dim,
+        "head": config.head_dim,
+    }
+
+
+PREFIXES = (("model.", ""), ("", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."))
+"""Prefixes of the names of the body and of the head: in published files, in those of a model without its head, and in
+those of language models that were part of a multimodal model."""
+
+
+def prefixes(names: Container[str]) -> tuple[str, str]:
+    """The entry of PREFIXES under which the embedding stands; the first one where there is no embedding."""
+    return next((each for each in PREFIXES if f"{each[0]}embed_tokens.weight" in names), PREFIXES[0])
+
+
+def expected_tensors(
+    table: Sequence[Entry], config: DecoderConfig, prefixes: tuple[str, str] = PREFIXES[0]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """`{name in the checkpoint: (path, shape)}` of every tensor of a model, without the scales."""
+    sizes, tensors = axis_sizes(config), {}
+    for in_layers, group in itertools.groupby(table, key=lambda entry: "{i}" in entry.name):
+        present = [entry for entry in group if entry.present(config)]
+        for i, entry in itertools.product(range(config.num_hidden_layers if in_layers else 1), present):
+            name = entry.name.format(i=i)
+            name = f"{prefixes[0]}{name[6:]}" if name.startswith("model.") else f"{prefixes[1]}{name}"
+            tensors[name] = (entry.path.format(i=i), tuple(sizes[axis] for axis in entry.shape))
+    return tensors
+
+
+def explained(name: str, config: DecoderConfig) -> str | None:
+    """Why the model has no parameter for a tensor, where the config explains it; else None."""
+    if config.tie_word_embeddings and name.endswith(("lm_head.weight", "lm_head.weight_scale_inv")):
+        return "the head is tied to the embedding"
+    if name.endswith("rotary_emb.inv_freq"):
+        return "frequencies follow from rope_theta"
+    return None

@@ -1,0 +1,1 @@
+"""Safetensors files: their headers, their data, and how they are written."""

@@ -1,0 +1,240 @@
+"""The decoder that all model families share, in Flax NNX, and the protocol of what generation and loading use of one.
+
+Numerics follow transformers' `modeling_llama` and `modeling_qwen3`, rounding points included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from numpy.typing import ArrayLike
+
+from ..policies.modules import fill
+from ..policies.presets import PolicyLike, get_policy
+from ..policies.resolved import Resolved, resolve
+from ..policies.scope import Scope
+from ..policies.store import store
+from ..policies.trees import variables_by_path
+from . import rope, taps
+from .config import DecoderConfig
+from .kv_cache import EMPTY, KVCache, LayerCache, token_positions
+from .layers import Embedding, Linear, RMSNorm, scope_of
+from .tokens import checked_tokens
+from .transformer import Attention, Layer, LinearFactory, Step
+
+
+class CausalLM(Protocol):
+    """A causal language model as generation, saving, the audit and `compare` use it; `Decoder` is one."""
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's shape."""
+        ...
+
+    @property
+    def policy(self) -> Any:
+        """The policy the model was built under."""
+        ...
+
+    @property
+    def activations(self) -> np.dtype:
+        """The dtype of its activations."""
+        ...
+
+    def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> jax.Array:
+        """Logits (b, t, vocabulary)."""
+        ...
+
+    def hidden(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        cache: KVCache | None = None,
+        *,
+        first: bool = False,
+    ) -> tuple[jax.Array, KVCache]:
+        """Hidden states (b, t, hidden) before the last norm, and the cache that includes the call's tokens."""
+        ...
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits (..., vocabulary) of hidden states (..., hidden)."""
+        ...
+
+    def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """A cache for `slots` tokens of each of `batch` rows."""
+        ...
+
+    def with_policy(self, policy: PolicyLike) -> CausalLM:
+        """The same parameters, stored and computed under another policy."""
+        ...
+
+    def as_resolved(self, resolved: Resolved) -> CausalLM:
+        """The same parameters, stored and computed as a resolved policy says."""
+        ...
+
+
+class Decoder(nnx.Module):
+    """A causal language model under a policy: `model(input_ids, attention_mask)` returns logits.
+
+    config  its shape
+    policy  anything `get_policy` accepts; None stores parameters in float32 and computes in the config's dtype
+    linear  class of all projections and of an untied head, for LoRA and the like: called as
+            `linear(in_features, out_features, use_bias=…, policy=…, rngs=…)`
+    rngs    random keys for the initial parameters; None: parameters are shapes, to be filled later
+
+    A model family is a subclass with its own `attention` class and config.
+
+    Raises:
+      UnmatchedRule, ShadowedRule: a rule of the policy that decides none of the model's parameters.
+    """
+
+    attention: ClassVar[type[Attention]] = Attention
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        policy: PolicyLike | Scope = None,
+        linear: LinearFactory = Linear,
+        rngs: nnx.Rngs | None,
+    ):
+        scope = scope_of(policy)
+        activations = scope.activations or config.dtype or np.dtype(np.float32)
+        scope = dataclasses.replace(scope, activations=activations)
+        self.config, self.linear, self.activations = config, linear, activations
+        self.policy, self.kv_cache = scope.policy, scope.policy.kv_cache or activations
+        self.output = scope.policy.output or activations
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, policy=scope.at("embed_tokens"), rngs=rngs)
+        self.layers = nnx.List(
+            Layer(config, i, attention=self.attention, policy=scope.at("layers", i), linear=linear, rngs=rngs)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, policy=scope.at("norm"), rngs=rngs)
+        head = None
+        if not config.tie_word_embeddings:
+            head = linear(config.hidden_size, config.vocab_size, use_bias=False, policy=scope.at("lm_head"), rngs=rngs)
+        self.lm_head = nnx.data(head)
+        if not isinstance(policy, Scope):
+            resolve(scope.policy, self)  # every rule of the policy has to decide something
+
+    def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> jax.Array:
+        """Logits (b, t, vocabulary) in the policy's output dtype, or else the activations' dtype.
+
+        input_ids       (b, t) int32
+        attention_mask  (b, t), nonzero for real tokens, anywhere in a row; None: all are real
+
+        Raises:
+          InvalidTokens: shapes or dtypes that do not fit, ids outside the vocabulary.
+        """
+        hidden, _ = self.hidden(input_ids, attention_mask)
+        return self.logits(hidden)
+
+    def observe(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        *,
+        capture: str | Iterable[str] = (),
+        intervene: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The logits of a call, and the captured intermediate values by path.
+
+        capture    patterns of paths: `embed_tokens`, `layers/3` (the stream after the layer), `layers/3/self_attn` and
+                   `layers/3/mlp` (their additions to the stream), `layers/*/self_attn/weights` (b, heads, t, t), `norm`
+        intervene  {pattern: function}: the function takes the value and returns its replacement; attention weights
+                   cannot be replaced
+
+        Raises:
+          UnmatchedRule: a pattern that matches nothing.
+          InvalidTokens: as in a call.
+        """
+        seen = taps.Taps(capture, intervene)
+        with taps.tapped(seen):
+            logits = self(input_ids, attention_mask)
+        seen.check()
+        return logits, seen.captured
+
+    def hidden(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        cache: KVCache | None = None,
+        *,
+        first: bool = False,
+    ) -> tuple[jax.Array, KVCache]:
+        """Hidden states (b, t, hidden) before the last norm, and the cache that includes the call's tokens.
+
+        cache  the tokens so far; None: the returned cache holds this call's tokens and has no room for more
+        first  whether `cache` is empty, which allows cuDNN's flash attention on a GPU; that has no derivative
+        """
+        ids, mask = checked_tokens(input_ids, attention_mask, self.config.vocab_size)
+        if cache is not None:
+            cache.check_room(ids.shape[1])
+        past = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.tokens
+        queries, slots = token_positions(mask, past)
+        start: jax.Array | int = 0
+        if cache is not None:
+            start = cache.length
+            slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, slots, start, axis=1)
+        config = self.config
+        cos_sin = rope.cos_sin(queries, config.head_dim, config.rope_theta, config.rope_scaling, self.activations)
+        step = Step(*cos_sin, queries, slots, start, self.kv_cache, mask if first else None)
+        x, caches = taps.tap("embed_tokens", self.embed_tokens(ids)), []
+        for i, layer in enumerate(self.layers):
+            with taps.within("layers", i):
+                x, layer_cache = layer(x, step, None if cache is None else cache.layer(i))
+            x = taps.tap(f"layers/{i}", x)
+            caches.append(layer_cache)
+        tokens = past + mask.sum(axis=1, dtype=jnp.int32)
+        return x, KVCache.of(caches, slots, jnp.asarray(start + ids.shape[1], jnp.int32), tokens)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits (..., vocabulary) of hidden states (..., hidden): the last norm and the head."""
+        x = taps.tap("norm", self.norm(hidden))
+        logits = self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
+        return logits.astype(self.output)
+
+    def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """A cache for `slots` tokens of each of `batch` rows, in the policy's `kv_cache` dtype."""
+        heads, width = self.config.num_key_value_heads, self.config.head_dim
+
+        def layer() -> LayerCache:
+            zeros = jnp.zeros((batch, slots, heads, width), self.activations)
+            return LayerCache.of(zeros, zeros, self.kv_cache)
+
+        layers = [layer() for _ in range(self.config.num_hidden_layers)]
+        return KVCache.of(layers, jnp.full((batch, slots), EMPTY), jnp.int32(0), jnp.zeros(batch, jnp.int32))
+
+    def with_policy(self, policy: PolicyLike) -> Self:
+        """The same parameters, stored and computed under another policy; unchanged arrays are shared."""
+        return self.as_resolved(resolve(get_policy(policy), self))
+
+    def as_resolved(self, resolved: Resolved) -> Self:
+        """The same parameters, stored and computed as `resolved`, the policy resolved on this model, says."""
+        parameters = variables_by_path(store(resolved, nnx.state(self)))
+        return assemble(type(self), self.config, resolved, parameters, self.linear)
+
+
+Model = TypeVar("Model", bound=Decoder)
+
+
+def assemble(
+    model: type[Model],
+    config: DecoderConfig,
+    resolved: Resolved,
+    parameters: Mapping[str, Any],
+    linear: LinearFactory = Linear,
+) -> Model:
+    """A model of class `model` with these parameters, by path, stored and computed as `resolved` says."""
+    scope = Scope(resolved.policy, resolved.policy.activations, stored=resolved.specs)
+    if linear is Linear:
+        shapes = model(config, policy=scope, rngs=None)
+    else:
+        shapes = nnx.eval_shape(lambda: model(config, policy=scope, linear=linear, rngs=nnx.Rngs(0)))
+    return fill(shapes, parameters)
