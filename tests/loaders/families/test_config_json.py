@@ -206,10 +206,13 @@ UNSUPPORTED = {
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented. Implemented: 'silu'"),
     "no q and k norm": ({"use_qk_norm": False}, "use_qk_norm false is not implemented"),
     "rope type": (
-        {"rope_scaling": {"rope_type": "llama3"}},
+        {"rope_scaling": {"rope_type": "longrope"}},
         "rope type 'longrope' is not implemented. Implemented: 'default'",
     ),
-    "older rope type": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not implemented"),
+    "older rope type": (
+        {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+        "rope type 'longrope' is not implemented",
+    ),
     "newer rope type": ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic' is not implemented"),
     "rope setting": ({"rope_scaling": PUBLISHED_YARN | {"warp": 1}}, "rope settings that are not implemented: warp"),
     "yarn without its type": ({"rope_scaling": {"factor": 4.0}}, "rope settings that are not implemented: factor"),
