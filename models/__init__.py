@@ -4,6 +4,7 @@ from .config import DecoderConfig, Quantization
 from .decoder import CausalLM, Decoder
 from .generation import Generated, Prefix, decode, generate, generate_with_logprobs, prefill, reread
 from .layers import Embedding, Linear, RMSNorm
+from .qwen2 import Qwen2, Qwen2Config
 from .qwen3 import Qwen3, Qwen3Config
 from .rope import Yarn
 from .sampling import History, Sampling
@@ -19,6 +20,8 @@ __all__ = [
     "Linear",
     "Prefix",
     "Quantization",
+    "Qwen2",
+    "Qwen2Config",
     "Qwen3",
     "Qwen3Config",
     "RMSNorm",

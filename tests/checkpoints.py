@@ -1,4 +1,4 @@
-"""Small Qwen3 checkpoints written with numpy, ml_dtypes and json alone, and read back through the safetensors package.
+"""Small checkpoints written with numpy, ml_dtypes and json alone, and read back through the safetensors package.
 
 Nothing here goes through perparam's loaders, so that what they read can be held against it.
 """
@@ -32,7 +32,15 @@ FIELDS = {
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK),
     },
 }  # fmt: skip
-"""config.json of a small FP8 model: three blocks or more an axis, ragged edges, heads * head_dim != hidden."""
+"""config.json of a small FP8 Qwen3: three blocks or more an axis, ragged edges, heads * head_dim != hidden."""
+
+FAMILIES = {
+    "qwen3": {},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_bias": None},
+}
+"""What the config.json of each family says otherwise than FIELDS; None: nothing."""
+
+_BIASES = {"qwen2": ("q_proj", "k_proj", "v_proj")}
 
 _CODES = np.array([code for code in range(256) if code & 0x7F != 0x7F], np.uint8)  # all but the two NaN
 _FILE_NAMES = {
@@ -51,6 +59,9 @@ def fields(**changes) -> dict:
 def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a checkpoint with that config.json, by the published name, scales apart."""
     hidden, wide, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    biased = _BIASES.get(config["model_type"], ())
+    biased += ("q_proj", "k_proj", "v_proj", "o_proj") if config.get("attention_bias") else ()
+    biased += ("gate_proj", "up_proj", "down_proj") if config.get("mlp_bias") else ()
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     found = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
     if not config.get("tie_word_embeddings"):
@@ -60,13 +71,15 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
         projections = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
         for name, shape in projections.items():
             found[f"{layer}.self_attn.{name}_proj.weight"] = shape
-            if config.get("attention_bias"):
+            if f"{name}_proj" in biased:
                 found[f"{layer}.self_attn.{name}_proj.bias"] = shape[:1]
         for name, shape in {"gate": (wide, hidden), "up": (wide, hidden), "down": (hidden, wide)}.items():
             found[f"{layer}.mlp.{name}_proj.weight"] = shape
+            if f"{name}_proj" in biased:
+                found[f"{layer}.mlp.{name}_proj.bias"] = shape[:1]
         for name in ("input_layernorm", "post_attention_layernorm"):
             found[f"{layer}.{name}.weight"] = (hidden,)
-        for name in ("q_norm", "k_norm"):
+        for name in ("q_norm", "k_norm") if config["model_type"] == "qwen3" else ():
             found[f"{layer}.self_attn.{name}.weight"] = (head,)
     return found
 

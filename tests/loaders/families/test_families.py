@@ -1,0 +1,89 @@
+"""Every model family does what the first one does: load, plan, audit, compare, generate, chat, save, convert, shard."""
+
+import builtins
+
+import checkpoints
+import pytest
+from checkpoints import FAMILIES
+
+import perparam
+from perparam.__main__ import main
+from perparam.examples.make_tokenizer import write_tokenizer
+from perparam.loaders import convert_checkpoint, families
+from perparam.policies.trees import parameters
+
+VARIANTS = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+}
+CASES = [(name, variant) for name in FAMILIES for variant in VARIANTS]
+
+
+def fields(family, variant="untied"):
+    ids = {"vocab_size": 300, "eos_token_id": 298, "pad_token_id": 299}  # room for the bytes of a tokenizer
+    return checkpoints.fields(**ids | FAMILIES[family] | VARIANTS[variant])
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request, tmp_path):
+    """`(config.json, folder)` of an FP8 checkpoint of a family."""
+    return written(tmp_path, *request.param)
+
+
+def written(tmp_path, family, variant="untied"):
+    config = fields(family, variant)
+    return config, checkpoints.write(tmp_path / "checkpoint", config, checkpoints.tensors(config))
+
+
+def test_every_implemented_family_is_tested():
+    assert set(FAMILIES) == set(families.FAMILIES)
+
+
+def test_the_name_table_names_each_parameter_of_the_model(case):
+    config, folder = case
+    model = perparam.load_model(folder)
+    assert isinstance(model, families.FAMILIES[config["model_type"]].model)
+    named = families.family_of(model.config).tensors(model.config)
+    shapes = {path: array.shape for path, array in parameters(model).items() if not path.endswith("scale_inv")}
+    assert dict(named.values()) == shapes
+    assert {name: shape for name, (_, shape) in named.items()} == checkpoints.shapes(config)
+
+
+def test_a_written_config_reads_as_the_same(case):
+    _, folder = case
+    config = families.read_config(folder / "config.json")
+    assert families.read_config(families.config_to_json(config)) == config
+
+
+def test_fp8_kernels_are_kept_and_saved_byte_for_byte(case, tmp_path):
+    _, folder = case
+    before = checkpoints.read(folder)
+    perparam.save_model(perparam.load_model(folder), tmp_path / "saved")
+    convert_checkpoint(folder, tmp_path / "converted")
+    for copy in ("saved", "converted"):
+        after = checkpoints.read(tmp_path / copy)
+        assert {name: array.dtype for name, array in after.items()} == {n: a.dtype for n, a in before.items()}
+        assert all(after[name].tobytes() == before[name].tobytes() for name in before)
+        assert families.read_config(tmp_path / copy / "config.json").eos_token_id == (298,)
+
+
+# Qwen3's commands are tested by test_command_line.py.
+@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES])
+def test_every_command_runs(family, tmp_path, capsys, monkeypatch):
+    _, folder = written(tmp_path, family)
+    write_tokenizer(folder, 298, 299)
+    lines = iter(["What is it?", "/policy kv_cache=f8_e4m3fn", "And now?", "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda _: next(lines))
+    for command in (
+        ["plan", folder, "--policy", "bf16"],
+        ["audit", folder, "--policy", "fp8_dynamic", "--tokens", "1,2,3"],
+        ["compare", folder, "--policy", "f32", "--policy", "kv_cache=int8", "--tokens", "1,2,3,4"],
+        ["generate", folder, "--prompt", "It is", "--max-new-tokens", "3"],
+        ["chat", folder, "--max-new-tokens", "3"],
+        ["convert", folder, tmp_path / "bf16", "--policy", "bf16"],
+    ):
+        assert main(list(map(str, command))) == 0, capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "layers/0-1/self_attn/q_proj/kernel" in printed.out
+    assert printed.out.count("tokens, the first after") == 2
+    assert perparam.checkpoint_tree(tmp_path / "bf16")["layers"]["0"]["mlp"]["up_proj"]["kernel"].block is None
