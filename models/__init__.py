@@ -6,7 +6,7 @@ from .generation import Generated, Prefix, decode, generate, generate_with_logpr
 from .layers import Embedding, Linear, RMSNorm
 from .qwen2 import Qwen2, Qwen2Config
 from .qwen3 import Qwen3, Qwen3Config
-from .rope import Yarn
+from .rope import LinearScaling, Yarn
 from .sampling import History, Sampling
 from .sharding import tensor_parallel
 
@@ -18,6 +18,7 @@ __all__ = [
     "Generated",
     "History",
     "Linear",
+    "LinearScaling",
     "Prefix",
     "Quantization",
     "Qwen2",

@@ -68,6 +68,18 @@ class Yarn:
         return np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """Every frequency divided by `factor` (Chen et al. 2023, https://arxiv.org/abs/2306.15595)."""
+
+    factor: float
+    attention_factor: float = dataclasses.field(default=1.0, init=False)
+
+    def frequencies(self, powers: np.ndarray, theta: float) -> np.ndarray:
+        """Inverse frequencies; see `RopeScaling`."""
+        return np.float32(1.0) / powers / np.float32(self.factor)
+
+
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
     """Inverse frequencies of the rotations, radians per position, `(head_dim / 2,)` float32."""
     powers = np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...models.rope import RopeScaling, Yarn
+from ...models.rope import LinearScaling, RopeScaling, Yarn
 from ...policies.errors import named, shown
 from ..fields import Fields
 
@@ -84,6 +84,14 @@ def _yarn(settings: Fields, longest: int, theta: float) -> Yarn:
     )
 
 
+def _linear(settings: Fields, longest: int, theta: float) -> LinearScaling:
+    return LinearScaling(_factor(settings, "linear"))
+
+
+def _linear_to_json(linear: LinearScaling) -> dict[str, Any]:
+    return {"rope_type": "linear", "factor": linear.factor}
+
+
 def _yarn_to_json(yarn: Yarn) -> dict[str, Any]:
     return {
         "rope_type": "yarn",
@@ -104,8 +112,12 @@ _YARN = frozenset(
 
 _TYPES: Mapping[str, tuple[frozenset[str], Callable[[Fields, int, float], RopeScaling | None]]] = {
     "default": (frozenset(), _no_scaling),
+    "linear": (frozenset({"factor"}), _linear),
     "yarn": (_YARN, _yarn),
 }
 """Implemented rope types: the settings of each, and its reader."""
 
-_WRITERS: Mapping[type, Callable[[Any], dict[str, Any]]] = {Yarn: _yarn_to_json}
+_WRITERS: Mapping[type, Callable[[Any], dict[str, Any]]] = {
+    LinearScaling: _linear_to_json,
+    Yarn: _yarn_to_json,
+}

@@ -104,3 +104,12 @@ def test_yarns_attention_factor_multiplies_cos_and_sin():
 def test_a_ramp_without_rounding_lies_between_the_rounded_bounds():
     exact = dataclasses.replace(STRETCHED, rope_scaling=dataclasses.replace(YARN, truncate=False))
     assert not np.array_equal(frequencies(exact), frequencies(STRETCHED))
+
+
+def test_linear_scaling_is_a_position_divided_by_the_factor():
+    linear = dataclasses.replace(PLAIN, rope_scaling=rope.LinearScaling(4.0))
+    np.testing.assert_array_equal(frequencies(linear) * 4, frequencies(PLAIN))
+    for scaled, plain in zip(
+        cos_sin(POSITIONS * 4, linear, np.float32), cos_sin(POSITIONS, PLAIN, np.float32), strict=True
+    ):
+        np.testing.assert_array_equal(scaled, plain)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from perparam import Qwen3Config
 from perparam.loaders.families import read_config
-from perparam.models import Quantization, Yarn
+from perparam.models import LinearScaling, Quantization, Yarn
 from perparam.policies.errors import InvalidCheckpoint, MissingFile, PerparamError, UnsupportedConfig
 
 NEEDED = {
@@ -23,6 +23,12 @@ PUBLISHED_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_emb
 
 def read(**changes) -> Qwen3Config:
     return read_config(NEEDED | changes)
+
+
+def test_linear_rope():
+    assert read(rope_scaling={"type": "linear", "factor": 2}).rope_scaling == LinearScaling(2.0)
+    with pytest.raises(InvalidCheckpoint, match="linear rope: factor is missing"):
+        read(rope_scaling={"rope_type": "linear"})
 
 
 # What is read.
