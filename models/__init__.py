@@ -4,9 +4,10 @@ from .config import DecoderConfig, Quantization
 from .decoder import CausalLM, Decoder
 from .generation import Generated, Prefix, decode, generate, generate_with_logprobs, prefill, reread
 from .layers import Embedding, Linear, RMSNorm
+from .llama import Llama, LlamaConfig
 from .qwen2 import Qwen2, Qwen2Config
 from .qwen3 import Qwen3, Qwen3Config
-from .rope import LinearScaling, Yarn
+from .rope import LinearScaling, Llama3Scaling, Yarn
 from .sampling import History, Sampling
 from .sharding import tensor_parallel
 
@@ -19,6 +20,9 @@ __all__ = [
     "History",
     "Linear",
     "LinearScaling",
+    "Llama",
+    "Llama3Scaling",
+    "LlamaConfig",
     "Prefix",
     "Quantization",
     "Qwen2",

@@ -80,6 +80,31 @@ class LinearScaling:
         return np.float32(1.0) / powers / np.float32(self.factor)
 
 
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's settings, as transformers reads them.
+
+    factor            divisor of frequencies whose wavelength is above `original_length / low_freq_factor`
+    low_freq_factor   see `factor`
+    high_freq_factor  wavelengths below `original_length / high_freq_factor` stay unscaled; between, a linear mixture
+    original_length   positions the model was trained with
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+    attention_factor: float = dataclasses.field(default=1.0, init=False)
+
+    def frequencies(self, powers: np.ndarray, theta: float) -> np.ndarray:
+        """Inverse frequencies, divided by `factor` where they are slow; see `RopeScaling`."""
+        low, high, factor = map(np.float32, (self.low_freq_factor, self.high_freq_factor, self.factor))
+        unscaled = np.float32(1.0) / powers
+        rotations = np.float32(self.original_length) * unscaled / np.float32(2 * math.pi)
+        share = np.clip((rotations - low) / (high - low), 0, 1)
+        return (1 - share) * unscaled / factor + share * unscaled
+
+
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
     """Inverse frequencies of the rotations, radians per position, `(head_dim / 2,)` float32."""
     powers = np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))

@@ -36,6 +36,8 @@ FIELDS = {
 
 FAMILIES = {
     "qwen3": {},
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True, "mlp_bias": True}
+    | dict.fromkeys(("use_sliding_window", "sliding_window", "max_window_layers")),
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_bias": None},
 }
 """What the config.json of each family says otherwise than FIELDS; None: nothing."""

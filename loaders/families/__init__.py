@@ -14,10 +14,11 @@ from ..fields import Fields
 from ..json_file import read_json
 from .config_json import decoder_to_json, read_decoder
 from .family import Family
+from .llama import LLAMA
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 
-FAMILIES = {family.model_type: family for family in (QWEN2, QWEN3)}
+FAMILIES = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3)}
 """Implemented families by `model_type`."""
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...models.rope import LinearScaling, RopeScaling, Yarn
+from ...models.rope import LinearScaling, Llama3Scaling, RopeScaling, Yarn
 from ...policies.errors import named, shown
 from ..fields import Fields
 
@@ -92,6 +92,24 @@ def _linear_to_json(linear: LinearScaling) -> dict[str, Any]:
     return {"rope_type": "linear", "factor": linear.factor}
 
 
+def _llama3(settings: Fields, longest: int, theta: float) -> Llama3Scaling:
+    low, high = settings.positive("low_freq_factor", 1.0), settings.positive("high_freq_factor", 4.0)
+    if low >= high:
+        raise settings.invalid(f"llama3 rope: expected low_freq_factor below high_freq_factor, found {low} and {high}.")
+    original = settings.size("original_max_position_embeddings")
+    return Llama3Scaling(_factor(settings, "llama3"), low, high, original)
+
+
+def _llama3_to_json(llama3: Llama3Scaling) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": llama3.factor,
+        "low_freq_factor": llama3.low_freq_factor,
+        "high_freq_factor": llama3.high_freq_factor,
+        "original_max_position_embeddings": llama3.original_length,
+    }
+
+
 def _yarn_to_json(yarn: Yarn) -> dict[str, Any]:
     return {
         "rope_type": "yarn",
@@ -110,14 +128,18 @@ _YARN = frozenset(
     """.split()
 )
 
+_LLAMA3 = frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"})
+
 _TYPES: Mapping[str, tuple[frozenset[str], Callable[[Fields, int, float], RopeScaling | None]]] = {
     "default": (frozenset(), _no_scaling),
     "linear": (frozenset({"factor"}), _linear),
+    "llama3": (_LLAMA3, _llama3),
     "yarn": (_YARN, _yarn),
 }
 """Implemented rope types: the settings of each, and its reader."""
 
 _WRITERS: Mapping[type, Callable[[Any], dict[str, Any]]] = {
     LinearScaling: _linear_to_json,
+    Llama3Scaling: _llama3_to_json,
     Yarn: _yarn_to_json,
 }

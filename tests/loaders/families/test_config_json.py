@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from perparam import Qwen3Config
 from perparam.loaders.families import read_config
-from perparam.models import LinearScaling, Quantization, Yarn
+from perparam.models import LinearScaling, Llama3Scaling, LlamaConfig, Quantization, Yarn
 from perparam.policies.errors import InvalidCheckpoint, MissingFile, PerparamError, UnsupportedConfig
 
 NEEDED = {
@@ -29,6 +29,40 @@ def test_linear_rope():
     assert read(rope_scaling={"type": "linear", "factor": 2}).rope_scaling == LinearScaling(2.0)
     with pytest.raises(InvalidCheckpoint, match="linear rope: factor is missing"):
         read(rope_scaling={"rope_type": "linear"})
+
+
+LLAMA = {key: value for key, value in NEEDED.items() if key != "model_type"} | {"model_type": "llama"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+class TestLlama:
+    def test_biases_and_the_width_of_heads(self):
+        config = read_config(LLAMA | {"mlp_bias": True, "pretraining_tp": 1, "rope_interleaved": False})
+        assert isinstance(config, LlamaConfig)
+        assert config.head_dim == 1024 // 16
+        assert [config.use_bias(name) for name in ("q_proj", "o_proj", "up_proj")] == [False, False, True]
+
+    def test_llama3_rope(self):
+        config = read_config(LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}})
+        assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+
+    @pytest.mark.parametrize(
+        ("changes", "text"),
+        [
+            ({"rope_scaling": LLAMA3}, "original_max_position_embeddings is missing"),
+            (
+                {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+                r"llama3 rope: expected low_freq_factor below high_freq_factor, found 4\.0 and 4\.0",
+            ),
+            ({"pretraining_tp": 2}, "pretraining_tp = 2 is not implemented. Implemented: 1"),
+            ({"rope_interleaved": True}, "rope_interleaved = True is not implemented"),
+            ({"sliding_window": 4096}, "fields that are not implemented: sliding_window = 4096"),
+        ],
+        ids=repr,
+    )
+    def test_refused(self, changes, text):
+        with pytest.raises(PerparamError, match=text):
+            read_config(LLAMA | changes)
 
 
 # What is read.
