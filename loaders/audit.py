@@ -1,10 +1,10 @@
-"""The audit: what a policy costs in accuracy, parameter by parameter and for the whole model."""
+"""The audit: the numerical error that a policy causes, in each parameter and in the logits."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,18 +23,20 @@ from ..policies.plan import Plan, Row, plan
 from ..policies.presets import get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
 from ..policies.store import store_param
+from ..policies.tables import table
 from ..policies.trees import parameters
 from .load import load_model
+from .metrics import divergence
 
 
 @dataclasses.dataclass(frozen=True)
 class AuditRow:
-    """What storage costs one parameter; errors are relative to the parameter as it was found, in float32.
+    """The error that storage causes in one parameter, relative to its present value in float32.
 
     plan         the plan's row
     error        Frobenius norm of the difference over that of the parameter
-    worst_error  the same of the block that comes off worst
-    worst_block  that block's place in the grid, leading axes first
+    worst_error  the same for the block with the largest relative error
+    worst_block  that block's index in the grid, leading axes first
     saturated    share of values beyond the range of the storage dtype, which were clipped
     """
 
@@ -47,14 +49,14 @@ class AuditRow:
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What a policy costs; `str(audit)` is the table of the parameters it changes, and the whole model's figures.
+    """The error that a policy causes, an iterable of rows; `str(audit)` is the table of the parameters it changes.
 
     plan         the policy's plan
-    rows         one a parameter, scales apart
+    rows         one for each parameter, without the scales
     logit_error  Frobenius norm of the logits' difference over that of the float32 logits
     kl           mean over tokens of KL(float32 || policy), in nats
-    top1         share of tokens whose likeliest successor is the same
-    tokens       tokens that were compared
+    top1         share of tokens for which both models have the same most likely next token
+    tokens       number of tokens compared
     """
 
     plan: Plan
@@ -79,36 +81,37 @@ class Audit:
             )
             for row in shown
         ]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        if not shown:
-            table = ["storage changes no parameter"]
-        elif len(changed) > len(shown):
-            table.append(f"and {len(changed) - len(shown)} more that change less")
+        text = table(lines) if shown else "storage changes no parameter"
+        if len(changed) > len(shown):
+            text += f"\nand {len(changed) - len(shown)} more that change less"
         return "\n".join(
             [
-                *table,
+                text,
                 "",
                 f"{self.tokens} tokens against float32: logits off by {self.logit_error:.2e} (relative), "
                 f"KL {self.kl:.2e} nats, top-1 agreement {self.top1:.2%}",
-                f"stored in {self.plan.total_bytes:,} bytes, found in {self.plan.total_bytes_before:,}",
+                f"stored in {self.plan.total_bytes:,} bytes, before in {self.plan.total_bytes_before:,}",
             ]
         )
+
+    def __iter__(self) -> Iterator[AuditRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def audit(
     model: CausalLM | str | os.PathLike[str], policy: Any, tokens: ArrayLike, attention_mask: ArrayLike | None = None
 ) -> Audit:
-    """What `policy` costs a model, beside the same parameters dequantised and computed in float32.
+    """The error that `policy` causes, relative to the same parameters dequantised and computed in float32.
 
-    model           a model, or the folder of a checkpoint
-    policy          anything `get_policy` takes
+    model           a model, or a checkpoint as for `load_model`
+    policy          anything `get_policy` accepts
     tokens          (batch, length) token ids to compare logits on
     attention_mask  (batch, length), nonzero for real tokens; None: all are real
 
-    Both models are held at once, so it takes the memory of the float32 one and of the policy's.
+    Takes the memory of the float32 model and of the policy's, which are held at once.
     """
     model = load_model(model) if isinstance(model, (str, os.PathLike)) else model
     ids, mask = checked_tokens(tokens, attention_mask, model.config.vocab_size)
@@ -119,17 +122,14 @@ def audit(
     rows = _rows(resolved, costs, parameters(model))
     exact = _logits(model.with_policy("f32"), ids, mask)
     logits = _logits(model.as_resolved(resolved), ids, mask)
-    kept = mask[..., None]
-    log_p, log_q = jax.nn.log_softmax(exact), jax.nn.log_softmax(logits)
-    divergence = jnp.where(mask, jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), 0.0)
-    agreement = jnp.where(mask, jnp.argmax(exact, -1) == jnp.argmax(logits, -1), False)
-    count = int(mask.sum())
+    kl, agrees = divergence(exact, logits)
+    real, count = mask[..., None], int(mask.sum())
     return Audit(
         costs,
         rows,
-        logit_error=_relative(jnp.where(kept, logits - exact, 0.0), jnp.where(kept, exact, 0.0)),
-        kl=float(divergence.sum()) / count,
-        top1=int(agreement.sum()) / count,
+        logit_error=_relative(jnp.where(real, logits - exact, 0.0), jnp.where(real, exact, 0.0)),
+        kl=float(jnp.where(mask, kl, 0.0).sum()) / count,
+        top1=int(jnp.where(mask, agrees, False).sum()) / count,
         tokens=count,
     )
 
@@ -141,7 +141,7 @@ def _logits(model: CausalLM, ids: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _relative(difference: jax.Array, exact: jax.Array) -> float:
-    """|difference| / |exact| (Frobenius); 0 where both are zero."""
+    """|difference| / |exact| in the Frobenius norm; 0 where both are zero."""
     norm = float(jnp.linalg.norm(difference.ravel()))
     return norm / float(jnp.linalg.norm(exact.ravel())) if norm else 0.0
 
@@ -158,7 +158,7 @@ def _row(row: Row, param: ResolvedParam, before: Mapping[str, Any]) -> AuditRow:
     values, scales = store_param(param, values, scales)
     stored = _weight(param.format, values, scales)
     at_limit = jnp.abs(values.astype(jnp.float32)) == largest(param.format.values)
-    # Clipped, and not merely rounded: a block's largest value comes out as the largest code give or take an ulp.
+    # Clipped, and not merely rounded: a block's largest value becomes the largest code, give or take an ulp.
     clipped = at_limit & (jnp.abs(exact) > jnp.abs(stored) * (1 + 2.0**-20))
     worst_error, worst_block = _worst(exact, stored, param.format.block or param.current.block)
     return AuditRow(row, _relative(stored - exact, exact), worst_error, worst_block, float(clipped.mean()))
@@ -170,7 +170,7 @@ def _weight(format: Format, values: jax.Array, scale_inv: jax.Array | None) -> j
 
 
 def _worst(exact: jax.Array, stored: jax.Array, block: Block | None) -> tuple[float, tuple[int, ...]]:
-    """The largest relative error of a block, and where; without blocks the parameter is one."""
+    """The largest relative error of a block, and the block's index; without blocks the parameter is one block."""
     if block is None:
         return _relative(stored - exact, exact), ()
     # Divided by the block's largest value first, so that the squares of small blocks do not underflow.

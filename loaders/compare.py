@@ -1,4 +1,4 @@
-"""`compare`: what policies cost and buy, side by side: perplexity, divergence, agreement, bytes and speed."""
+"""`compare`: perplexity, divergence, agreement, bytes and speed of one model under several policies."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from ..policies.errors import InvalidTokens, MissingPackage, UnsupportedExport
 from ..policies.plan import human_bytes, plan
 from ..policies.presets import get_policy
 from ..policies.resolved import resolve
+from ..policies.tables import table
 from .load import load_model
+from .metrics import divergence, mean_and_error, next_token_loss
 
 WINDOW = 256
-"""Tokens that are read at a time; each window begins anew."""
+"""Tokens of a window; no window sees the one before it."""
 
 TEXT = (
     "When on board H.M.S. Beagle, as naturalist, I was much struck with certain facts in the distribution of the "
@@ -40,23 +42,25 @@ TEXT = (
     "the same object. I hope that I may be excused for entering on these personal details, as I give them to show "
     "that I have not been hasty in coming to a decision."
 )
-"""What is read where no text is given: the beginning of Darwin's Origin of Species (1859)."""
+"""The default text: the beginning of Darwin's Origin of Species (1859)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """What one policy came to.
+    """Accuracy, size and speed of a model under one policy.
 
     perplexity         exp of the mean loss of the text's next tokens
+    perplexity_error   its standard error, with windows of text as samples; NaN for a text of one window
     kl                 mean over tokens of KL(first policy || this one), in nats
-    top1               share of tokens whose likeliest successor is the first policy's
-    bytes              of all parameters as stored
-    kv_bytes           of keys and values, a token
-    tokens_per_second  in decoding, one row
+    top1               share of tokens with the same most likely next token as under the first policy
+    bytes              bytes of all parameters as stored
+    kv_bytes           bytes of keys and values for each token
+    tokens_per_second  speed of decoding one row
     """
 
     name: str
     perplexity: float
+    perplexity_error: float
     kl: float
     top1: float
     bytes: int
@@ -66,31 +70,25 @@ class Compared:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Policies side by side, the first one the measure; `str` of it is the table."""
+    """Several policies side by side, the first one as the reference; `str` of it is the table."""
 
     rows: tuple[Compared, ...]
     tokens: int
 
     def __str__(self) -> str:
-        lines = [("policy", "perplexity", "KL to the first", "top-1 agrees", "parameters", "cache a token", "tokens/s")]
+        lines = [("policy", "perplexity", "KL, nats", "top-1", "parameters", "cache/token", "tokens/s")]
         lines += [
             (
-                row.name, f"{row.perplexity:.4f}", f"{row.kl:.2e}", f"{row.top1:.2%}", human_bytes(row.bytes),
-                human_bytes(row.kv_bytes), f"{row.tokens_per_second:.1f}",
+                row.name, _with_error(row.perplexity, row.perplexity_error), f"{row.kl:.2e}", f"{row.top1:.2%}",
+                human_bytes(row.bytes), human_bytes(row.kv_bytes), f"{row.tokens_per_second:.1f}",
             )
             for row in self.rows
         ]  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs)
-            ).rstrip()
-            for pairs in (list(zip(line, widths, strict=True)) for line in lines)
-        ]
-        return "\n".join([*table, "", f"{self.tokens} tokens of text"])
+        notes = f"KL and top-1 are relative to {self.rows[0].name}\n{self.tokens} tokens of text"
+        return f"{table(lines, right=len(lines[0]) - 1)}\n\n{notes}"
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Writes a picture of the table.
+        """Writes a plot of the table to `path`.
 
         Raises:
           MissingPackage, UnsupportedExport: see `check_plot`.
@@ -115,12 +113,17 @@ class Comparison:
         figure.savefig(path, dpi=120)
 
 
+def _with_error(value: float, error: float) -> str:
+    """A number with its standard error, where there is one."""
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.2g}"
+
+
 def check_plot(path: str | os.PathLike[str]) -> None:
-    """Raises what would keep a picture from being written, before anything is computed.
+    """Raises an error if a plot cannot be written to `path`; to be called before anything is computed.
 
     Raises:
       MissingPackage: without matplotlib.
-      UnsupportedExport: for a kind of picture that it cannot write, or a folder that is not there.
+      UnsupportedExport: a file type that matplotlib cannot write, or a folder that does not exist.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -130,21 +133,22 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     kinds = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds or not path.parent.is_dir():
         raise UnsupportedExport(
-            f"{path}: no place for a picture. Name a file such as costs.png in a folder that is there."
+            f"{path}: a plot cannot be written there. Name a file such as costs.png in an existing folder."
         )
 
 
 def compare(path: str | os.PathLike[str], policies: Mapping[str, Any] | Sequence[Any], tokens: ArrayLike) -> Comparison:
-    """What each policy costs and buys on a checkpoint, beside the first one.
+    """Accuracy, size and speed of a checkpoint under each policy, relative to the first one.
 
     path      a folder or a name on the hub, as for `load_model`
-    policies  anything `get_policy` takes, by name or named by themselves
+    policies  anything `get_policy` accepts: a mapping from names, or a sequence
     tokens    (count,) ids of a text
 
-    The model is held under two policies at a time.
+    At most two models are held at a time.
 
     Raises:
-      InvalidTokens: for less than two tokens; and what `load_model` raises.
+      InvalidTokens: fewer than two tokens, or no policy.
+      Errors of `load_model`.
     """
     named = policies if isinstance(policies, Mapping) else {str(policy): policy for policy in policies}
     ids = np.asarray(tokens)
@@ -156,28 +160,38 @@ def compare(path: str | os.PathLike[str], policies: Mapping[str, Any] | Sequence
         first = first or model
         checked_tokens(ids[None], None, model.config.vocab_size)
         costs = plan(resolve(get_policy(policy), model))
-        loss, kl, top1 = _read(first, model, ids)
-        speed = _speed(model, ids)
-        rows.append(Compared(name, math.exp(loss), kl, top1, costs.total_bytes, costs.kv_bytes, speed))
+        with_loss, losses, read, kls, agreements = _read(first, model, ids).T
+        loss, loss_error = mean_and_error(losses, with_loss)
+        rows.append(
+            Compared(
+                name,
+                perplexity=math.exp(loss),
+                perplexity_error=math.exp(loss) * loss_error,
+                kl=max(float(kls.sum() / read.sum()), 0.0),  # rounding can make it slightly negative
+                top1=float(agreements.sum() / read.sum()),
+                bytes=costs.total_bytes,
+                kv_bytes=costs.kv_bytes,
+                tokens_per_second=_speed(model, ids),
+            )
+        )
         del model  # before the next one is loaded
     return Comparison(tuple(rows), len(ids))
 
 
-def _read(first: CausalLM, model: CausalLM, ids: np.ndarray) -> tuple[float, float, float]:
-    """Mean loss, divergence from `first` and agreement with it over a text."""
+def _read(first: CausalLM, model: CausalLM, ids: np.ndarray) -> np.ndarray:
+    """Number and sum of the losses, tokens, sum of KL and agreements of each window, (windows, 5) float64."""
     length = min(WINDOW, len(ids))
     programs = [_program(each) for each in (first, model)]
-    sums, count, kept = np.zeros(3), 0, 0
+    rows = []
     for start in range(0, len(ids), length):
         window = ids[start : start + length]
-        padding = length - len(window)
-        mask = np.arange(length) < len(window)
-        padded = np.pad(window, (0, padding))[None]
-        before, after = (run(padded, mask[None])[0] for run in programs)
-        sums += np.asarray(_compared(before, after, jnp.asarray(padded[0]), jnp.asarray(mask)), np.float64)
-        count, kept = count + len(window), kept + len(window) - 1
-    # Equal models differ by less than nothing in the last bits.
-    return float(sums[0] / max(kept, 1)), max(float(sums[1] / count), 0.0), float(sums[2] / count)
+        real = np.arange(length) < len(window)
+        padded = np.pad(window, (0, length - len(window))).astype(np.int32)
+        reference, logits = (run(padded[None], real[None])[0] for run in programs)
+        kl, agrees = divergence(reference, logits)
+        loss = np.asarray(next_token_loss(logits, padded))[real[1:]]
+        rows.append([loss.size, loss.sum(), real.sum(), np.asarray(kl)[real].sum(), np.asarray(agrees)[real].sum()])
+    return np.array(rows, np.float64)
 
 
 def _program(model: CausalLM) -> Any:
@@ -186,22 +200,8 @@ def _program(model: CausalLM) -> Any:
     return lambda ids, mask: run(state, ids, mask)
 
 
-@jax.jit
-def _compared(before: jax.Array, after: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """Sums over the real tokens of logits (t, v): loss of the next token, divergence, agreement."""
-    log_p, log_q = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
-    loss = -jnp.take_along_axis(log_q[:-1], ids[1:, None], axis=1)[:, 0]
-    divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    same = jnp.argmax(before, -1) == jnp.argmax(after, -1)
-    return jnp.stack([
-        jnp.sum(jnp.where(mask[1:], loss, 0.0)),
-        jnp.sum(jnp.where(mask, divergence, 0.0)),
-        jnp.sum(jnp.where(mask, same.astype(jnp.float32), 0.0)),
-    ])  # fmt: skip
-
-
 def _speed(model: CausalLM, ids: np.ndarray, count: int = 16) -> float:
-    """Tokens a second in decoding, one row: what `count` more tokens take."""
+    """Tokens a second of decoding one row: the time of `count` more tokens."""
     prompt = ids[None, : min(32, len(ids))]
 
     def seconds(more: int) -> float:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from . import dtypes
 from .matmul import Target, matmul_plan
 from .paths import is_scale
 from .resolved import Change, Decisions, Resolved, ResolvedParam
+from .tables import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a policy resolved to; `str(plan)` is the table, in which equal layers share a line.
+    """What a policy resolved to, an iterable of rows; `str(plan)` is the table, in which equal layers share a line.
 
     rows         one a parameter, in the tree's order, scales after their kernel
     activations  the dtype of activations, None where neither the policy nor the model names one
@@ -122,13 +124,13 @@ class Plan:
         ]
         for label, rows in self._folded():
             lines.append((label, *self._cells(rows[0]), human_bytes(sum(row.bytes for row in rows))))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line[:-1], widths[:-1], strict=True)) for line in lines
-        ]
-        return "\n".join(
-            [*(f"{row}  {line[-1]:>{widths[-1]}}" for row, line in zip(table, lines, strict=True)), "", self.summary()]
-        )
+        return f"{table(lines, right=1)}\n\n{self.summary()}"
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @property
     def _has_target(self) -> bool:

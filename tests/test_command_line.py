@@ -145,7 +145,7 @@ def test_compare_prints_a_table(texts, capsys, tmp_path, monkeypatch):
     assert second.split()[0] == "bf16"
     assert second.endswith(" 1234.5")
     count = len(perparam.load_tokenizer(texts).encode("hello world, what is the weather there?"))
-    assert (blank, last) == ("", f"{count} tokens of text")
+    assert (blank, last) == ("KL and top-1 are relative to f32", f"{count} tokens of text")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from checkpoints import fields, tensors, write
 import perparam
 from perparam import get_policy
 from perparam.loaders.compare import TEXT, Compared, Comparison, MissingPackage, compare
+from perparam.loaders.metrics import mean_and_error
 from perparam.policies.errors import InvalidPolicy, InvalidTokens, PerparamError
 
 MODULE = importlib.import_module("perparam.loaders.compare")
@@ -65,6 +66,20 @@ def measured(folder, policy, window):
         same += list(p.argmax(-1) == q.argmax(-1))
     assert len(same) == len(IDS)
     return math.exp(np.mean(losses)), np.mean(divergences), np.mean(same)
+
+
+def test_the_standard_error_is_that_of_a_ratio_over_windows():
+    rng = np.random.default_rng(0)
+    # Errors of the mean over windows of 50 correlated tokens: each window shares a shift of standard deviation 1.
+    means, errors = zip(
+        *(
+            mean_and_error(50 * rng.normal(size=40) + rng.normal(size=(40, 50)).sum(1), np.full(40, 50))
+            for _ in range(400)
+        ),
+        strict=True,
+    )
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)  # 400 draws know a deviation to 3.5 %
+    assert math.isnan(mean_and_error(np.array([3.0]), np.array([2]))[1])
 
 
 @pytest.mark.slow
@@ -129,14 +144,14 @@ def test_two_models_are_held_at_a_time(folder, monkeypatch):
         return model
 
     monkeypatch.setattr(MODULE, "load_model", counted)
-    monkeypatch.setattr(MODULE, "_read", lambda *_: (1.0, 0.0, 1.0))
+    monkeypatch.setattr(MODULE, "_read", lambda *_: np.ones((1, 5)))
     monkeypatch.setattr(MODULE, "_speed", lambda *_: 0.0)
     compare(folder, POLICIES, IDS[:4])
     assert most == [1, 2, 2, 2]
 
 
 def test_policies_may_have_names_of_their_own(folder, monkeypatch):
-    monkeypatch.setattr(MODULE, "_read", lambda *_: (1.0, 0.0, 1.0))
+    monkeypatch.setattr(MODULE, "_read", lambda *_: np.ones((1, 5)))
     monkeypatch.setattr(MODULE, "_speed", lambda *_: 0.0)
     made = compare(folder, {"as it is": None, "narrow": get_policy("bf16")}, IDS[:4])
     assert [row.name for row in made.rows] == ["as it is", "narrow"]
@@ -150,17 +165,18 @@ def test_decoding_is_timed(folder):
 
 
 ROWS = (
-    Compared("f32", 12.5, 0.0, 1.0, 5 << 20, 144, 1000.0),
-    Compared("a policy with a long name", 13.0, 0.0123, 0.9, 1300 << 10, 72, 12.34),
+    Compared("f32", 12.5, math.nan, 0.0, 1.0, 5 << 20, 144, 1000.0),
+    Compared("a policy with a long name", 13.0, 0.0456, 0.0123, 0.9, 1300 << 10, 72, 12.34),
 )
 
 
 def test_the_table():
     assert str(Comparison(ROWS, 19)).splitlines() == [
-        "policy                     perplexity  KL to the first  top-1 agrees  parameters  cache a token  tokens/s",
-        "f32                           12.5000         0.00e+00       100.00%     5.0 MiB          144 B    1000.0",
-        "a policy with a long name     13.0000         1.23e-02        90.00%     1.3 MiB           72 B      12.3",
+        "policy                          perplexity  KL, nats    top-1  parameters  cache/token  tokens/s",
+        "f32                                12.5000  0.00e+00  100.00%     5.0 MiB        144 B    1000.0",
+        "a policy with a long name  13.0000 ± 0.046  1.23e-02   90.00%     1.3 MiB         72 B      12.3",
         "",
+        "KL and top-1 are relative to f32",
         "19 tokens of text",
     ]
 
