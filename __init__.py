@@ -2,31 +2,33 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import generation, training
 from .loaders import (
     audit,
     checkpoint_tree,
     compare,
-    complete,
+    convert_checkpoint,
+    generate_text,
     infer_policy,
     load_model,
     load_params,
     load_tokenizer,
     save_model,
-    stream,
+    stream_text,
 )
-from .models import Qwen3, Qwen3Config, Sampling, generate, prefill
+from .models import Linear, Sampling, generate
 from .policies import (
+    Format,
     PerparamError,
     Policy,
+    PolicyLike,
+    ScaledArray,
     apply,
     dequantize,
     get_policy,
     init,
-    join_trainable,
     quantize,
-    refuse_narrow,
     scaled_matmul,
-    split_trainable,
 )
 
 try:
@@ -35,31 +37,32 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Format",
+    "Linear",
     "PerparamError",
     "Policy",
-    "Qwen3",
-    "Qwen3Config",
+    "PolicyLike",
     "Sampling",
+    "ScaledArray",
     "__version__",
     "apply",
     "audit",
     "checkpoint_tree",
     "compare",
-    "complete",
+    "convert_checkpoint",
     "dequantize",
     "generate",
+    "generate_text",
+    "generation",
     "get_policy",
     "infer_policy",
     "init",
-    "join_trainable",
     "load_model",
     "load_params",
     "load_tokenizer",
-    "prefill",
     "quantize",
-    "refuse_narrow",
     "save_model",
     "scaled_matmul",
-    "split_trainable",
-    "stream",
+    "stream_text",
+    "training",
 ]

@@ -25,8 +25,9 @@ from . import (
     get_policy,
     load_model,
     load_tokenizer,
-    stream,
+    stream_text,
 )
+from .chat import Chat, Stopwatch
 from .loaders import Checkpoint, convert_checkpoint, open_checkpoint, sampling_defaults
 from .loaders.compare import TEXT, check_plot
 from .loaders.save import shard_sizes
@@ -35,7 +36,6 @@ from .policies import PerparamError
 from .policies.errors import InvalidText
 from .policies.plan import human_bytes, plan
 from .policies.resolved import resolve
-from .terminal import Chat, Stopwatch
 
 _POLICY = "a YAML file, a preset (f32, bf16, fp8_weight_only, fp8_dynamic), a dtype, or params=…,compute=…,output=…"
 
@@ -169,7 +169,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     sampling = _sampling(arguments, model)
     if arguments.tokens is not None:
         tokens = generate(
-            model, [arguments.tokens], max_new_tokens=arguments.max_new_tokens, sampling=sampling, seed=arguments.seed
+            model, [arguments.tokens], max_new_tokens=arguments.max_new_tokens, sampling=sampling, key=arguments.seed
         )
         print(",".join(map(str, np.asarray(tokens)[0])))
         return
@@ -177,8 +177,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.file is not None:
         text = _read(arguments.file)
     tokenizer, watch = load_tokenizer(_folder(model)), Stopwatch()
-    pieces = stream(
-        model, tokenizer, text, arguments.max_new_tokens, stop=arguments.stop, sampling=sampling, seed=arguments.seed
+    pieces = stream_text(
+        model, tokenizer, text, arguments.max_new_tokens, stop=arguments.stop, sampling=sampling, key=arguments.seed
     )
     while True:
         try:

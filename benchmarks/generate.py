@@ -80,7 +80,9 @@ def perparam_generator(model: Any, part: int | None = None) -> Generator:
     def generate(prompts, count):
         if part is None:
             return np.asarray(perparam.generate(model, prompts, max_new_tokens=count, eos_token_id=()))
-        return [each.tokens for each in decode(model, prompts, None, count, (), chunk=part)]
+        return [
+            each.tokens for each in decode(model, prompts, None, GenerationConfig(count, eos_token_id=()), chunk=part)
+        ]
 
     return generate
 

@@ -18,7 +18,7 @@ from flax import nnx
 import perparam
 from perparam.examples.make_checkpoint import make_checkpoint
 
-CONFIG = perparam.Qwen3Config(
+CONFIG = perparam.models.Qwen3Config(
     vocab_size=64,
     hidden_size=48,
     intermediate_size=96,
@@ -55,9 +55,9 @@ def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 def train(policy: perparam.Policy, steps: int = 60, learning_rate: float = 5e-3) -> tuple[list[float], nnx.State]:
     """The loss of every step of AdamW from scratch under `policy`, through `init` and `apply`; and the parameters."""
-    module = functools.partial(perparam.Qwen3, CONFIG)
+    module = functools.partial(perparam.models.Qwen3, CONFIG)
     parameters = perparam.init(module, policy, jax.random.key(0))
-    optimizer = optax.chain(perparam.refuse_narrow(), optax.adamw(learning_rate))
+    optimizer = optax.chain(perparam.training.refuse_narrow(), optax.adamw(learning_rate))
     state = optimizer.init(parameters)
 
     @jax.jit
@@ -76,7 +76,9 @@ def train(policy: perparam.Policy, steps: int = 60, learning_rate: float = 5e-3)
     return losses, parameters
 
 
-def finetune(model: perparam.Qwen3, steps: int = 30, learning_rate: float = 1e-2) -> tuple[list[float], nnx.Optimizer]:
+def finetune(
+    model: perparam.models.Qwen3, steps: int = 30, learning_rate: float = 1e-2
+) -> tuple[list[float], nnx.Optimizer]:
     """The loss of every step of AdamW on the norms and embeddings of `model`, its narrow kernels frozen.
 
     Narrow kernels are no `nnx.Param`: they get no gradient and no optimizer state.

@@ -3,10 +3,11 @@
 from .audit import Audit, AuditRow, audit
 from .checkpoint import Checkpoint, CheckpointWarning, checkpoint_tree, open_checkpoint
 from .compare import Comparison, compare
+from .families import config_to_json, read_config
 from .infer import infer_policy
 from .load import load_model, load_params
 from .save import convert_checkpoint, save_model
-from .text import Completion, complete, sampling_defaults, stream
+from .text import Completion, generate_text, sampling_defaults, stream_text
 from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -20,14 +21,16 @@ __all__ = [
     "audit",
     "checkpoint_tree",
     "compare",
-    "complete",
+    "config_to_json",
     "convert_checkpoint",
+    "generate_text",
     "infer_policy",
     "load_model",
     "load_params",
     "load_tokenizer",
     "open_checkpoint",
+    "read_config",
     "sampling_defaults",
     "save_model",
-    "stream",
+    "stream_text",
 ]

@@ -1,4 +1,4 @@
-"""Text in, text out: prompts encoded, answers decoded as they come, ended by ids or by text."""
+"""Generation from text to text: `generate_text` and `stream_text`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..models.decoder import CausalLM
-from ..models.generation import CHUNK, Generated, Prefix, checked_count, decode
-from ..models.sampling import GREEDY, Sampling
+from ..models.generation import CHUNK, GREEDY, Generated, GenerationConfig, Prefix, Sampling, decode
 from ..policies.errors import InvalidCheckpoint, InvalidText
 from .json_file import read_json
 from .layout import GENERATION
@@ -22,13 +21,13 @@ from .tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """An answer.
+    """The answer to a prompt.
 
-    text           without the token or the stop string that ended it
-    tokens         its ids, the one that ended it included
-    finish_reason  "stop": an id or a string ended it; "length": it was cut off
-    logprobs       of each token, before any processing of the logits; None: not asked for
-    arrived        when the first token had come, and the last, by `time.perf_counter`
+    text           the text, without the token or the stop string that ended it
+    tokens         ids of the tokens, the one that ended the answer included
+    finish_reason  "stop": a token or a stop string ended the answer; "length": it was cut off
+    logprobs       log-probability of each token before any processing of the logits; None unless requested
+    arrived        times of the first and of the last token, by `time.perf_counter`
     """
 
     text: str
@@ -39,7 +38,7 @@ class Completion:
 
 
 def sampling_defaults(folder: str | os.PathLike[str]) -> Sampling:
-    """How the makers of a checkpoint sample from it, by its generation_config.json; without one greedily.
+    """The sampling that a checkpoint's generation_config.json recommends; greedy without that file.
 
     Raises:
       InvalidCheckpoint, InvalidSampling: for fields of the wrong type or out of range.
@@ -63,7 +62,7 @@ def sampling_defaults(folder: str | os.PathLike[str]) -> Sampling:
     return Sampling(**values)
 
 
-def complete(
+def generate_text(
     model: CausalLM,
     tokenizer: Tokenizer,
     prompts: str | Sequence[str],
@@ -71,26 +70,36 @@ def complete(
     *,
     stop: str | Sequence[str] = (),
     sampling: Sampling = GREEDY,
-    seed: Any = 0,
-    samples: int = 1,
+    key: Any = 0,
+    num_return_sequences: int = 1,
     logprobs: bool = False,
 ) -> list[Completion]:
-    """An answer to every prompt, `samples` to each, one after the other.
+    """`num_return_sequences` answers to every prompt, one after the other.
 
-    prompts  text; for a chat, what `tokenizer.chat` gives
-    stop     strings that end an answer, and are no part of its text
+    prompts   text; for a chat, the text from `tokenizer.apply_chat_template`
+    stop      strings that end an answer and are not part of its text
+    logprobs  whether to return the log-probability of each token
+
+    The other arguments are those of `generate`.
 
     Raises:
       InvalidTokens, InvalidSampling, InvalidText
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    run = _Run(model, tokenizer, prompts, max_new_tokens, stop, sampling, seed, samples, logprobs)
+    config = GenerationConfig(
+        max_new_tokens,
+        sampling=sampling,
+        key=key,
+        num_return_sequences=num_return_sequences,
+        logprobs=0 if logprobs else None,
+    )
+    run = _Run(model, tokenizer, prompts, config, stop)
     for _ in run.steps():
         pass
     return [row.completion() for row in run.rows]
 
 
-def stream(
+def stream_text(
     model: CausalLM,
     tokenizer: Tokenizer,
     prompt: str | Prefix,
@@ -98,17 +107,20 @@ def stream(
     *,
     stop: str | Sequence[str] = (),
     sampling: Sampling = GREEDY,
-    seed: Any = 0,
+    key: Any = 0,
     chunk: int = CHUNK,
 ) -> Generator[str, None, Completion]:
-    """The answer to a prompt, piece by piece; what might be the beginning of a stop string is held back.
+    """The answer to a prompt, piece by piece; text that may begin a stop string is held back until that is certain.
 
-    The iterator's return value is the `Completion`.  Arguments and errors are those of `complete`.
+    prompt  text, or a `Prefix` of one row
+    chunk   tokens between two pieces
+
+    The iterator's return value is the `Completion`. The other arguments and errors are those of `generate_text`.
     """
     prompts = prompt if isinstance(prompt, Prefix) else [prompt]
-    run = _Run(model, tokenizer, prompts, max_new_tokens, stop, sampling, seed, 1, False, chunk)
+    run = _Run(model, tokenizer, prompts, GenerationConfig(max_new_tokens, sampling=sampling, key=key), stop, chunk)
     if len(run.rows) != 1:
-        raise InvalidText(f"stream answers one prompt, found {len(run.rows)}.")
+        raise InvalidText(f"stream_text answers one prompt, found {len(run.rows)}.")
     return _pieces(run)
 
 
@@ -121,7 +133,7 @@ def _pieces(run: _Run) -> Generator[str, None, Completion]:
 
 
 class _Row:
-    """One answer as it comes."""
+    """An answer in progress."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], eos: frozenset[int]):
         self._decoder, self._stop, self._eos = tokenizer.decode_stream(), stop, eos
@@ -132,7 +144,7 @@ class _Row:
         self._first = self._last = time.perf_counter()
 
     def add(self, tokens: Sequence[int], logprobs: Sequence[float]) -> bool:
-        """Takes tokens; whether the answer has ended with them."""
+        """Adds tokens; returns whether the answer has ended with them."""
         if self.reason is None:
             self._last = time.perf_counter()
             self._first = self._first if self.tokens else self._last
@@ -152,13 +164,13 @@ class _Row:
         return self.reason is not None
 
     def end(self) -> None:
-        """What has not ended by itself was cut off."""
+        """Ends an answer that no token or stop string has ended."""
         if self.reason is None:
             self._text += self._decoder.flush()
             self.reason = "length"
 
     def fresh(self) -> str:
-        """The text that has come since the last time and is certain."""
+        """The certain text that no earlier call has returned."""
         sure = len(self._text)
         if self.reason is None:
             for length in range(min(self._longest - 1, len(self._text)), 0, -1):
@@ -170,7 +182,7 @@ class _Row:
         return piece
 
     def completion(self) -> Completion:
-        """The answer, once it has ended."""
+        """The finished answer."""
         assert self.reason is not None
         logprobs = tuple(self.logprobs) or None
         return Completion(self._text, tuple(self.tokens), self.reason, logprobs, (self._first, self._last))
@@ -184,16 +196,11 @@ class _Run:
         model: CausalLM,
         tokenizer: Tokenizer,
         prompts: Sequence[str] | Prefix,
-        count: int,
+        config: GenerationConfig,
         stop: str | Sequence[str],
-        sampling: Sampling,
-        seed: Any,
-        samples: int,
-        logprobs: bool,
         chunk: int | None = None,
     ):
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        samples = checked_count("samples", samples, 1)
         if not all(isinstance(each, str) and each for each in stops):
             raise InvalidText(f"stop: expected strings of at least one character, found {stops!r}.")
         eos = frozenset((*model.config.eos_token_id, *tokenizer.eos_ids))
@@ -202,25 +209,23 @@ class _Run:
             rows = prompts.tokens.shape[0]
         else:
             inputs, rows = _padded([tokenizer.encode(prompt) for prompt in prompts]), len(prompts)
-        self.rows = [_Row(tokenizer, stops, eos) for _ in range(rows * samples)]
-        # Strings are looked for between chunks; where there are none, nothing has to be looked at before the end.
-        count = checked_count("max_new_tokens", count, 0)
+        self.rows = [_Row(tokenizer, stops, eos) for _ in range(rows * config.num_return_sequences)]
+        # Stop strings are searched for after each chunk; without any, one chunk is enough.
         if chunk is None:
-            chunk = CHUNK if stops else max(count, 1)
-        self._parts = decode(
-            model, *inputs, count, sorted(eos), sampling=sampling, seed=seed, samples=samples,
-            logprobs=0 if logprobs else None, chunk=chunk,
-        )  # fmt: skip
+            chunk = CHUNK if stops else max(config.max_new_tokens, 1)
+        self._parts = decode(model, *inputs, dataclasses.replace(config, eos_token_id=sorted(eos)), chunk=chunk)
 
     def steps(self) -> Iterator[None]:
-        """Runs to the end; comes by after every part."""
+        """Runs to the end; yields after every part."""
         try:
             part: Generated = next(self._parts)
             while True:
-                told = part.logprobs if part.logprobs is not None else np.zeros((len(self.rows), 0))
+                likelihoods = part.logprobs if part.logprobs is not None else np.zeros((len(self.rows), 0))
                 ended = [
                     row.add(tokens[:length], logprobs[:length])
-                    for row, tokens, length, logprobs in zip(self.rows, part.tokens, part.lengths, told, strict=True)
+                    for row, tokens, length, logprobs in zip(
+                        self.rows, part.tokens, part.lengths, likelihoods, strict=True
+                    )
                 ]
                 yield
                 part = self._parts.send(np.array(ended))
@@ -234,7 +239,7 @@ class _Run:
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask (prompts, longest), padded on the left."""
     if not prompts or not all(prompts):
-        raise InvalidText("a prompt is empty: there is nothing to continue.")
+        raise InvalidText("a prompt is empty, so there is nothing to continue.")
     longest = max(map(len, prompts))
     ids = np.array([[0] * (longest - len(each)) + list(each) for each in prompts], np.int32)
     mask = np.array([[0] * (longest - len(each)) + [1] * len(each) for each in prompts], bool)

@@ -2,13 +2,23 @@
 
 from .config import DecoderConfig, Quantization
 from .decoder import CausalLM, Decoder
-from .generation import Generated, Prefix, decode, generate, generate_with_logprobs, prefill, reread
+from .generation import (
+    Generated,
+    GenerationConfig,
+    History,
+    Prefix,
+    Sampling,
+    decode,
+    extend_prefix,
+    generate,
+    generate_with_logprobs,
+    prefill,
+)
 from .layers import Embedding, Linear, RMSNorm
 from .llama import Llama, LlamaConfig
 from .qwen2 import Qwen2, Qwen2Config
 from .qwen3 import Qwen3, Qwen3Config
 from .rope import LinearScaling, Llama3Scaling, Yarn
-from .sampling import History, Sampling
 from .sharding import tensor_parallel
 
 __all__ = [
@@ -17,6 +27,7 @@ __all__ = [
     "DecoderConfig",
     "Embedding",
     "Generated",
+    "GenerationConfig",
     "History",
     "Linear",
     "LinearScaling",
@@ -33,9 +44,9 @@ __all__ = [
     "Sampling",
     "Yarn",
     "decode",
+    "extend_prefix",
     "generate",
     "generate_with_logprobs",
     "prefill",
-    "reread",
     "tensor_parallel",
 ]

@@ -22,12 +22,12 @@ from .formats import FORMATS, Format, ScaledArray, as_format, dequantize, quanti
 from .matmul import Choice, Target, matmul_override, matmul_plan, scaled_matmul, scaled_matmuls
 from .plan import Plan, Row
 from .policy import Policy
-from .presets import get_policy, preset_names
+from .presets import PolicyLike, get_policy, preset_names
 from .resolved import Resolved, ResolvedParam, resolve
 from .rules import Rule, SlotRules
 from .scope import ParamSpec, Scope
 from .slots import SLOTS, Slot
-from .training import join_trainable, refuse_narrow, split_trainable
+from .training import combine, partition, refuse_narrow
 from .trees import ArrayInfo, Narrow, describe, parameters
 from .wrappers import apply, init
 
@@ -48,6 +48,7 @@ __all__ = [
     "PerparamError",
     "Plan",
     "Policy",
+    "PolicyLike",
     "Resolved",
     "ResolvedParam",
     "Row",
@@ -68,15 +69,16 @@ __all__ = [
     "apply",
     "as_dtype",
     "as_format",
+    "combine",
     "dequantize",
     "describe",
     "dtype_name",
     "get_policy",
     "init",
-    "join_trainable",
     "matmul_override",
     "matmul_plan",
     "parameters",
+    "partition",
     "preset_names",
     "quantize",
     "refuse_narrow",
@@ -85,5 +87,4 @@ __all__ = [
     "saturating_cast",
     "scaled_matmul",
     "scaled_matmuls",
-    "split_trainable",
 ]

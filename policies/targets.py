@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -77,6 +78,17 @@ def here() -> Target:
     if "rocm" in device.client.platform_version.lower():
         return Target("rocm")
     return Target("cuda", _capability(device.compute_capability))
+
+
+def peak_memory() -> tuple[int, str]:
+    """Bytes in use at the peak so far, and where: on the "device" if it reports them, else resident on the "host"."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if peak := statistics.get("peak_bytes_in_use"):
+        return peak, "device"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "host"
 
 
 def _capability(text: str) -> tuple[int, int]:

@@ -14,9 +14,10 @@ from checkpoints import fields, tensors, write
 from small_tokenizer import small_tokenizer, write_tokenizer
 
 import perparam
-from perparam import Sampling, load_tokenizer, terminal
+from perparam import Sampling, load_tokenizer
+from perparam import chat as conversation
 from perparam.loaders import Completion
-from perparam.models import generation
+from perparam.models.generation import programs
 from perparam.models.kv_cache import EMPTY
 
 ANSWERS = {
@@ -34,7 +35,7 @@ TEMPLATE = r"""
 """Has an answer go on from the question, which decides on it."""
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-SUMMARY = r"(\d+) tokens, the first after ([\d.]+) s(?:, then ([\d.]+) tokens/s)?, ([\d.]+) GiB(?: on the device)?"
+SUMMARY = r"(\d+) tokens, the first after ([\d.]+) s(?:, then ([\d.]+) tokens/s)?, ([\d.]+) GiB on the (?:host|device)"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def folder(tmp_path_factory):
 class Talk:
     """`perparam chat` on a pseudo-terminal that echoes nothing."""
 
-    # The first thing a new session does: take the terminal, so that Ctrl-C means it.  A fork would do that too, but
+    # The first thing a new session does: take the conversation, so that Ctrl-C means it.  A fork would do that too, but
     # not in a process in which JAX has threads.
     START = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -120,7 +121,7 @@ class Talk:
 def talk(folder):
     """A conversation that several tests go on with, since each start imports and compiles anew."""
     with Talk(folder, "--max-new-tokens", 12_000, "--temperature", 0) as found:
-        assert found.prompt().endswith(f"{terminal.HELP}\r\n")
+        assert found.prompt().endswith(f"{conversation.HELP}\r\n")
         yield found
 
 
@@ -140,9 +141,9 @@ def test_thinking_is_dimmed_on_the_terminal(talk):
 
 
 def test_lines_that_begin_with_a_stroke(talk):
-    assert terminal.HELP in talk.say("/help")
-    assert terminal.HELP in talk.say("/hlep")
-    assert "Forgotten." in talk.say("/reset")
+    assert conversation.HELP in talk.say("/help")
+    assert conversation.HELP in talk.say("/hlep")
+    assert "Conversation cleared." in talk.say("/reset")
     assert "Policy(" in talk.say("/policy bf16")
     assert " world there" in talk.say("hello")
     assert "perparam: 'bf17' is neither a preset" in talk.say("/policy bf17")
@@ -233,7 +234,7 @@ def model(folder):
 def chat(folder, model):
     def make(out=None, **options):
         options = {"sampling": Sampling(temperature=0.0), "max_new_tokens": 8, **options}
-        return terminal.Chat(model, load_tokenizer(folder), out=Screen() if out is None else out, **options)
+        return conversation.Chat(model, load_tokenizer(folder), out=Screen() if out is None else out, **options)
 
     return make
 
@@ -253,7 +254,7 @@ def dimmed(written):
 
 def shown(pieces, opened=False, colour=True):
     out = Screen()
-    screen = terminal._Shown(out, colour, opened)
+    screen = conversation._Shown(out, colour, opened)
     for piece in pieces:
         screen.add(piece)
     screen.end()
@@ -299,7 +300,7 @@ def test_the_terminal_is_left_as_it_was():
 
 def test_nothing_that_is_certain_is_held_back():
     out = Screen()
-    screen = terminal._Shown(out, False, True)
+    screen = conversation._Shown(out, False, True)
     for piece, sure in [("so", "so"), (" <", " "), ("b", "<b"), ("</thin", ""), ("g", "</thing"), ("</think>", None)]:
         screen.add(piece)
         assert out.take() == (piece if sure is None else sure)
@@ -326,7 +327,7 @@ def test_only_thinking_and_the_summary_are_dim(chat):
     assert plain.startswith("<think> think string</think> answer\n6 tokens")
     assert dim == ["<think> think string</think>", plain.splitlines()[1]]
     assert re.fullmatch(SUMMARY, dim[1])
-    assert plain.endswith("GiB\n") or plain.endswith("on the device\n")
+    assert plain.endswith(("on the host\n", "on the device\n"))
 
 
 @pytest.mark.parametrize("out", [Screen, io.StringIO])
@@ -344,7 +345,7 @@ def test_a_thought_that_the_prompt_has_opened_is_dim_from_its_first_word(chat, m
         yield from ("a thou", "ght</th", "ink>\n\nso")
         return Completion("a thought</think>\n\nso", (1, 2, 3, 4), "stop")
 
-    monkeypatch.setattr(terminal, "stream", stream)
+    monkeypatch.setattr(conversation, "stream_text", stream)
     talk = chat()
     talk.take("<think>")
     plain, dim = dimmed(talk._out.take())
@@ -372,14 +373,14 @@ def test_the_history_holds_answers_without_thinking(chat):
 
 def test_each_prompt_holds_what_was_said(chat, monkeypatch):
     asked = []
-    original = terminal.stream
+    original = conversation.stream_text
 
     def stream(model, tokenizer, prefix, *rest, **options):
         ids = np.asarray(prefix.tokens)[np.asarray(prefix.cache.positions) != EMPTY]
         asked.append(tokenizer.decode(ids, skip_special_tokens=False))
         return original(model, tokenizer, prefix, *rest, **options)
 
-    monkeypatch.setattr(terminal, "stream", stream)
+    monkeypatch.setattr(conversation, "stream_text", stream)
     talk = chat()
     talk.take("why")
     talk.take("hello")
@@ -394,13 +395,13 @@ def test_each_prompt_holds_what_was_said(chat, monkeypatch):
 
 def test_of_a_conversation_only_what_is_new_is_read(chat, monkeypatch):
     read = []
-    for name in ("_prefill", "_extend"):
-        real = getattr(generation, name)
-        monkeypatch.setattr(generation, name, lambda *given, real=real, name=name: read.append(name) or real(*given))
+    for name in ("prefill", "extend"):
+        real = getattr(programs, name)
+        monkeypatch.setattr(programs, name, lambda *given, real=real, name=name: read.append(name) or real(*given))
     talk = chat(max_new_tokens=113)  # for which a cache of 192 slots is made, with room for two turns more
     for line in ("why", "hello", "why", "/reset", "why", "/policy bf16", "hello"):
         talk.take(line)
-    assert read == ["_prefill", "_extend", "_extend", "_prefill", "_prefill"]
+    assert read == ["prefill", "extend", "extend", "prefill", "prefill"]
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_came(chat, monkeypatch):
@@ -409,7 +410,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(chat, monkeypatch):
         yield " far"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(terminal, "stream", stream)
+    monkeypatch.setattr(conversation, "stream_text", stream)
     talk = chat()
     assert talk.answer("hello") is None
     assert dimmed(talk._out.take()) == ("<think>a</think>\n\nso far\n(stopped)\n", ["<think>a</think>"])
@@ -421,9 +422,9 @@ def test_ctrl_c_before_the_answer_begins_changes_nothing(chat, monkeypatch):
         raise KeyboardInterrupt
 
     talk = chat()
-    monkeypatch.setattr(terminal, "stream", interrupted)
+    monkeypatch.setattr(conversation, "stream_text", interrupted)
     talk.take("hello")
-    monkeypatch.setattr(perparam.Qwen3, "with_policy", interrupted)
+    monkeypatch.setattr(perparam.models.Qwen3, "with_policy", interrupted)
     talk.take("/policy bf16")
     assert talk._out.take() == "(stopped)\n(stopped)\n"
     assert talk.messages == []
@@ -434,7 +435,7 @@ def test_an_error_in_an_answer_leaves_the_terminal_as_it_was(chat, monkeypatch):
         yield "<think>a"
         raise RuntimeError("RESOURCE_EXHAUSTED")
 
-    monkeypatch.setattr(terminal, "stream", stream)
+    monkeypatch.setattr(conversation, "stream_text", stream)
     talk = chat()
     with pytest.raises(RuntimeError, match="RESOURCE"):
         talk.take("hello")
@@ -453,7 +454,7 @@ def test_a_line_that_is_no_text_is_asked_again(chat, monkeypatch):
     monkeypatch.setattr("builtins.input", read)
     talk.run()
     written = talk._out.take()
-    assert "perparam: this is no UTF-8 text" in written
+    assert "perparam: the line is not UTF-8 text" in written
     assert " world there" in written
     assert len(talk.messages) == 2
 
@@ -463,7 +464,7 @@ def test_a_thought_that_was_interrupted_is_dim_no_longer_and_no_answer(chat, mon
         yield "<think>a <"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(terminal, "stream", stream)
+    monkeypatch.setattr(conversation, "stream_text", stream)
     talk = chat()
     talk.answer("hello")
     assert talk._out.take() == f"{PLAIN}{DIM}<think>a <{PLAIN}\n(stopped)\n"
@@ -481,9 +482,11 @@ def test_an_answer_is_cut_off_after_the_most_tokens(chat):
 
 def test_the_same_question_is_answered_anew_with_the_next_seed(chat, monkeypatch):
     seeds = []
-    original = terminal.stream
+    original = conversation.stream_text
     monkeypatch.setattr(
-        terminal, "stream", lambda *given, **options: seeds.append(options["seed"]) or original(*given, **options)
+        conversation,
+        "stream_text",
+        lambda *given, **options: seeds.append(options["key"]) or original(*given, **options),
     )
     talk = chat(seed=7)
     talk.take("hello")

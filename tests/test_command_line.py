@@ -138,10 +138,10 @@ def test_compare_prints_a_table(texts, capsys, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("hello world, what is the weather there?", encoding="utf-8")
     policies = ["--policy", "f32", "--policy", "bf16"]
     assert main(["compare", texts, *policies, "--text", str(tmp_path / "text.txt")]) == 0
-    head, first, second, blank, last = capsys.readouterr().out.splitlines()
+    head, first, second, _, blank, last = capsys.readouterr().out.splitlines()
     assert head.split()[:2] == ["policy", "perplexity"]
     assert first.split()[0] == "f32"
-    assert "0.00e+00       100.00%" in first
+    assert "0.00e+00  100.00%" in first
     assert second.split()[0] == "bf16"
     assert second.endswith(" 1234.5")
     count = len(perparam.load_tokenizer(texts).encode("hello world, what is the weather there?"))

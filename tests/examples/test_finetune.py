@@ -40,7 +40,7 @@ def test_the_loss_in_bfloat16_falls_as_in_float32(curves):
 
 
 def test_parameters_gradients_and_moments_are_float32():
-    module = finetune.functools.partial(perparam.Qwen3, finetune.CONFIG)
+    module = finetune.functools.partial(perparam.models.Qwen3, finetune.CONFIG)
     parameters = perparam.init(module, finetune.MIXED, jax.random.key(0))
     state = optax.adamw(1e-3).init(parameters)
     tokens = finetune.batches(finetune.CONFIG.vocab_size, 1)[0]

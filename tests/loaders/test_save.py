@@ -23,12 +23,12 @@ from flax import nnx
 from helpers import bits
 
 import perparam
-from perparam import Policy, Qwen3Config, load_model, save_model
+from perparam import Policy, load_model, save_model
 from perparam.loaders import convert_checkpoint, open_checkpoint
 from perparam.loaders.families import config_to_json, read_config
 from perparam.loaders.safetensors.writer import size_in_bytes
 from perparam.loaders.save import shard_sizes
-from perparam.models import Quantization, Yarn
+from perparam.models import Quantization, Qwen3Config, Yarn
 from perparam.policies.errors import InvalidCheckpoint, InvalidScale, InvalidSize, SaveFailed, UnsupportedExport
 from perparam.policies.resolved import resolve
 
@@ -174,7 +174,7 @@ def test_a_model_made_of_numpy_arrays_is_saved(fp8, tmp_path):
 
 
 def test_a_model_that_was_never_in_a_file_is_saved(model, tmp_path):
-    fresh = perparam.Qwen3(
+    fresh = perparam.models.Qwen3(
         dataclasses.replace(model.config, num_hidden_layers=1, source=None, quantization=None), rngs=nnx.Rngs(0)
     )
     save_model(fresh, tmp_path / "saved")
@@ -572,7 +572,7 @@ def test_a_linear_with_more_parameters_is_refused(model, tmp_path):
 
     config = dataclasses.replace(model.config, num_hidden_layers=1)
     with pytest.raises(UnsupportedExport, match=r"no name for 8 parameters: .*lora_a"):
-        save_model(perparam.Qwen3(config, linear=Lora, rngs=nnx.Rngs(0)), tmp_path / "saved")
+        save_model(perparam.models.Qwen3(config, linear=Lora, rngs=nnx.Rngs(0)), tmp_path / "saved")
     assert not list(tmp_path.iterdir())
 
 

@@ -13,11 +13,12 @@ from checkpoints import GOLDEN, fields, tensors, write
 from hypothesis import strategies as st
 
 import perparam
-from perparam import Policy, Sampling, complete, generate, prefill, stream
+from perparam import Policy, Sampling, generate, generate_text, stream_text
+from perparam.generation import GenerationConfig, prefill
 from perparam.loaders import sampling_defaults, text
 from perparam.loaders.tokenizer import load_tokenizer
 from perparam.models import Generated, generate_with_logprobs
-from perparam.models.sampling import GREEDY
+from perparam.models.generation.sampling import GREEDY
 from perparam.policies.errors import InvalidCheckpoint, InvalidSampling, InvalidText, InvalidTokens
 
 TOKENIZER = load_tokenizer(GOLDEN / "chat")
@@ -31,7 +32,8 @@ def scripted(*scripts):
     """A `decode` that answers row i with the tokens `scripts[i]`, then goes on with 0s; `asked` notes what it got."""
     asked = []
 
-    def decode(model, ids, mask, count, eos, *, sampling, seed, samples, logprobs, chunk):
+    def decode(model, ids, mask, config, *, chunk):
+        count, eos, samples = config.max_new_tokens, config.eos_token_id, config.num_return_sequences
         asked.append({"ids": ids, "mask": mask, "eos": eos, "chunk": chunk, "samples": samples, "sent": []})
         rows = np.array([[*script, *[0] * count][:count] for script in scripts], np.int32).reshape(len(scripts), count)
         done, given = np.zeros(len(rows), bool), 0
@@ -45,7 +47,7 @@ def scripted(*scripts):
                 if done.all():
                     part = part[:, : place + 1]
                     break
-            told = None if logprobs is None else -part.astype(np.float32)
+            told = None if config.logprobs is None else -part.astype(np.float32)
             ended = yield Generated(part, lengths, done.copy(), told)
             asked[-1]["sent"].append(ended)
             done, given = done | ended, stop
@@ -81,13 +83,13 @@ def run(pieces):
 def streamed(script, **options):
     with says(script):
         count = options.pop("count", len(script))
-        return run(stream(model_of(), TOKENIZER, "Hello", count, **options))
+        return run(stream_text(model_of(), TOKENIZER, "Hello", count, **options))
 
 
 def completed(script, **options):
     with says(script):
         count = options.pop("count", len(script))
-        (found,) = complete(model_of(), TOKENIZER, "Hello", count, **options)
+        (found,) = generate_text(model_of(), TOKENIZER, "Hello", count, **options)
         return found
 
 
@@ -176,7 +178,7 @@ def test_a_stop_string_is_not_looked_for_in_the_prompt():
 
 def test_nothing_is_decoded_after_all_rows_have_stopped():
     with says(ids("a!bc" * 20), ids("ab!c" * 20)) as asked:
-        found = complete(model_of(), TOKENIZER, ["x", "yy"], 60, stop="!")
+        found = generate_text(model_of(), TOKENIZER, ["x", "yy"], 60, stop="!")
     assert [each.text for each in found] == ["a", "ab"]
     sent = asked[0]["sent"]
     assert len(sent) == 1
@@ -185,7 +187,7 @@ def test_nothing_is_decoded_after_all_rows_have_stopped():
 
 def test_rows_stop_one_by_one():
     with says(ids("a" * 30 + "!" + "b" * 9), ids("!" + "c" * 50), ids("d" * 40)) as asked:
-        found = complete(model_of(), TOKENIZER, ["x", "y", "z"], 40, stop="!")
+        found = generate_text(model_of(), TOKENIZER, ["x", "y", "z"], 40, stop="!")
     assert [each.text for each in found] == ["a" * 30, "", "d" * 40]
     assert [each.finish_reason for each in found] == ["stop", "stop", "length"]
     assert [len(each.tokens) for each in found] == [31, 1, 40]
@@ -194,8 +196,8 @@ def test_rows_stop_one_by_one():
 
 def test_without_stop_strings_all_is_decoded_at_once():
     with says(ids("a" * 50)) as asked:
-        complete(model_of(), TOKENIZER, "x", 50)
-        complete(model_of(), TOKENIZER, "x", 50, stop="!")
+        generate_text(model_of(), TOKENIZER, "x", 50)
+        generate_text(model_of(), TOKENIZER, "x", 50, stop="!")
     assert [one["chunk"] for one in asked] == [50, text.CHUNK]
 
 
@@ -226,10 +228,10 @@ def test_the_ids_of_config_and_generation_config_end_an_answer():
     other = ids("!")[0]
     for eos in ((), (other,)):
         with says(ids("a")) as asked:
-            complete(model_of(eos), TOKENIZER, "x", 5)
+            generate_text(model_of(eos), TOKENIZER, "x", 5)
         assert asked[0]["eos"] == sorted({*TOKENIZER.eos_ids, *eos})
     with says([*ids("a"), other, *ids("b")]):
-        (found,) = complete(model_of((other,)), TOKENIZER, "x", 5)
+        (found,) = generate_text(model_of((other,)), TOKENIZER, "x", 5)
     assert (found.text, found.finish_reason) == ("a", "stop")
 
 
@@ -282,7 +284,7 @@ def test_log_probabilities_are_those_of_the_tokens():
 
 def test_prompts_of_different_length_are_padded_on_the_left():
     with says([5], [6], [7]) as asked:
-        complete(model_of(), TOKENIZER, ["a", "abc", "ab"], 1)
+        generate_text(model_of(), TOKENIZER, ["a", "abc", "ab"], 1)
     assert asked[0]["mask"].tolist() == [[False, False, True], [True] * 3, [False, True, True]]
     assert [row[mask].tolist() for row, mask in zip(asked[0]["ids"], asked[0]["mask"], strict=True)] == [
         ids("a"), ids("abc"), ids("ab"),
@@ -291,24 +293,24 @@ def test_prompts_of_different_length_are_padded_on_the_left():
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], [None], [3], b"a", [b"a"]], ids=repr)
 def test_what_is_no_stop_string_is_refused(stop):
-    for ask in (complete, stream):
+    for ask in (generate_text, stream_text):
         with pytest.raises(InvalidText, match="stop: expected strings of at least one character, found"):
             ask(model_of(), TOKENIZER, "a", stop=stop)
 
 
 @pytest.mark.parametrize("prompts", ["", [], ["a", ""]], ids=repr)
 def test_an_empty_prompt_is_refused(prompts):
-    with pytest.raises(InvalidText, match="a prompt is empty: there is nothing to continue"):
-        complete(model_of(), TOKENIZER, prompts)
+    with pytest.raises(InvalidText, match="a prompt is empty, so there is nothing to continue"):
+        generate_text(model_of(), TOKENIZER, prompts)
     if isinstance(prompts, str):
         with pytest.raises(InvalidText, match="a prompt is empty"):
-            stream(model_of(), TOKENIZER, prompts)
+            stream_text(model_of(), TOKENIZER, prompts)
 
 
 @pytest.mark.parametrize("prompt", [3, None, [1, 2], "\ud800"], ids=repr)
 def test_what_is_no_text_is_refused(prompt):
     with pytest.raises(InvalidText, match="expected text"):
-        stream(model_of(), TOKENIZER, prompt)
+        stream_text(model_of(), TOKENIZER, prompt)
 
 
 # A model of its own.
@@ -328,17 +330,19 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def answers(model):
-    return complete(model, TOKENIZER, PROMPTS, NEW, sampling=WARM, seed=[1, 2], samples=2, logprobs=True)
+    return generate_text(
+        model, TOKENIZER, PROMPTS, NEW, sampling=WARM, key=[1, 2], num_return_sequences=2, logprobs=True
+    )
 
 
 def test_answers_are_what_generate_gives(model, answers):
     longest = max(len(ids(prompt)) for prompt in PROMPTS)
     padding = [longest - len(ids(prompt)) for prompt in PROMPTS]
     padded = np.array([[0] * count + ids(prompt) for count, prompt in zip(padding, PROMPTS, strict=True)])
-    wanted = generate_with_logprobs(
-        model, padded, np.arange(longest) >= np.array(padding)[:, None], NEW, TOKENIZER.eos_ids,
-        sampling=WARM, seed=[1, 2], samples=2,
-    )  # fmt: skip
+    config = GenerationConfig(
+        NEW, eos_token_id=TOKENIZER.eos_ids, sampling=WARM, key=[1, 2], num_return_sequences=2, logprobs=0
+    )
+    wanted = generate_with_logprobs(model, padded, np.arange(longest) >= np.array(padding)[:, None], config)
     assert len({each.tokens for each in answers}) == 4
     for row, each in enumerate(answers):
         length = wanted.lengths[row]
@@ -349,11 +353,11 @@ def test_answers_are_what_generate_gives(model, answers):
 
 
 def test_a_prompt_is_answered_alike_alone_and_streamed(model, answers):
-    (alone,) = complete(model, TOKENIZER, PROMPTS[1], NEW, sampling=WARM, seed=[2])
+    (alone,) = generate_text(model, TOKENIZER, PROMPTS[1], NEW, sampling=WARM, key=[2])
     assert (alone.text, alone.tokens) == (answers[2].text, answers[2].tokens)
-    prefix = prefill(model, [ids(PROMPTS[1])], room=NEW)
+    prefix = prefill(model, [ids(PROMPTS[1])], max_new_tokens=NEW)
     for prompt in (PROMPTS[1], prefix, prefix):
-        pieces, found = run(stream(model, TOKENIZER, prompt, NEW, sampling=WARM, seed=[2], chunk=5))
+        pieces, found = run(stream_text(model, TOKENIZER, prompt, NEW, sampling=WARM, key=[2], chunk=5))
         assert "".join(pieces) == found.text == alone.text
         assert found == alone
 
@@ -361,24 +365,24 @@ def test_a_prompt_is_answered_alike_alone_and_streamed(model, answers):
 def test_stop_strings_of_what_a_model_says(model, answers):
     said = answers[0].text
     stop = said[len(said) // 2 :][:2]
-    (found,) = complete(model, TOKENIZER, PROMPTS[0], NEW, stop=stop, sampling=WARM, seed=[1])
+    (found,) = generate_text(model, TOKENIZER, PROMPTS[0], NEW, stop=stop, sampling=WARM, key=[1])
     assert found.text == said[: said.index(stop)]
     assert found.finish_reason == "stop"
     assert found.tokens == answers[0].tokens[: len(found.tokens)]
-    pieces, streamed = run(stream(model, TOKENIZER, PROMPTS[0], NEW, stop=stop, sampling=WARM, seed=[1], chunk=3))
+    pieces, streamed = run(stream_text(model, TOKENIZER, PROMPTS[0], NEW, stop=stop, sampling=WARM, key=[1], chunk=3))
     assert "".join(pieces) == found.text
     assert streamed == found
 
 
 def test_greedily_by_default(model):
-    (found,) = complete(model, TOKENIZER, "Hello", 4)
-    tokens = np.asarray(generate(model, [ids("Hello")], None, 4, TOKENIZER.eos_ids))[0]
+    (found,) = generate_text(model, TOKENIZER, "Hello", 4)
+    tokens = np.asarray(generate(model, [ids("Hello")], None, 4, eos_token_id=TOKENIZER.eos_ids))[0]
     assert found.tokens == tuple(tokens)
 
 
 def test_a_prefix_of_several_prompts_is_not_streamed(model):
-    with pytest.raises(InvalidText, match="stream answers one prompt, found 2"):
-        stream(model, TOKENIZER, prefill(model, [[1, 2], [3, 4]]))
+    with pytest.raises(InvalidText, match="stream_text answers one prompt, found 2"):
+        stream_text(model, TOKENIZER, prefill(model, [[1, 2], [3, 4]]))
 
 
 @pytest.mark.parametrize(
@@ -387,25 +391,25 @@ def test_a_prefix_of_several_prompts_is_not_streamed(model):
         ({"max_new_tokens": "3"}, InvalidTokens, "max_new_tokens: expected an integer"),
         ({"max_new_tokens": -1}, InvalidTokens, "max_new_tokens: expected an integer"),
         ({"max_new_tokens": 2.5}, InvalidTokens, "max_new_tokens: expected an integer"),
-        ({"samples": 0}, InvalidTokens, "samples: expected an integer of 1 or more"),
-        ({"samples": 1.5}, InvalidTokens, "samples: expected an integer of 1 or more"),
-        ({"seed": "a"}, InvalidSampling, "seed: expected an integer"),
-        ({"seed": [1, 2, 3]}, InvalidSampling, "seed: expected an integer"),
+        ({"num_return_sequences": 0}, InvalidTokens, "num_return_sequences: expected an integer of 1 or more"),
+        ({"num_return_sequences": 1.5}, InvalidTokens, "num_return_sequences: expected an integer of 1 or more"),
+        ({"key": "a"}, InvalidSampling, "key: expected an integer"),
+        ({"key": [1, 2, 3]}, InvalidSampling, "key: expected an integer"),
     ],
     ids=str,
 )
 def test_arguments_of_generate_are_refused_as_it_refuses_them(model, options, error, match):
     with pytest.raises(error, match=match):
-        complete(model, TOKENIZER, "Hello", **options)
-    if "samples" not in options:  # at the call, before anything is taken
+        generate_text(model, TOKENIZER, "Hello", **options)
+    if "num_return_sequences" not in options:  # at the call, before anything is taken
         with pytest.raises(error, match=match):
-            stream(model, TOKENIZER, "Hello", **options)
+            stream_text(model, TOKENIZER, "Hello", **options)
 
 
 @pytest.mark.parametrize("chunk", [0, -1, 1.5, "2"], ids=repr)
 def test_a_chunk_that_is_none_is_refused(model, chunk):
     with pytest.raises(InvalidTokens, match="chunk: expected an integer of 1 or more"):
-        stream(model, TOKENIZER, "Hello", chunk=chunk)
+        stream_text(model, TOKENIZER, "Hello", chunk=chunk)
 
 
 # generation_config.json.

@@ -63,7 +63,7 @@ def report(folder, name, sharding, policy):
         found = np.asarray(run(state, IDS)).astype(np.float64)
         with matmul_override(target="cuda:9.0"):
             lowered = run.trace(state, IDS).lower(lowering_platforms=("cuda",)).as_text()
-        tokens = [np.asarray(perparam.generate(each, IDS, MASK, 12, ())) for each in (whole, model)]
+        tokens = [np.asarray(perparam.generate(each, IDS, MASK, 12, eos_token_id=())) for each in (whole, model)]
         line = {
             "shards": {path: array.addressable_shards[0].data.shape for path, array in first.items()},
             "devices": max(len(array.sharding.device_set) for array in arrays.values()),

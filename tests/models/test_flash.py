@@ -8,9 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import relative_error
+from flax import nnx
 
-from perparam import Policy, Qwen3, Qwen3Config
-from perparam.models import attention, flash, generation
+from perparam import Policy
+from perparam.models import Qwen3, Qwen3Config, attention, flash, generation
+from perparam.models.generation import programs
 from perparam.models.kv_cache import LayerCache, token_positions
 from perparam.policies.matmul import matmul_override
 from perparam.policies.matmul.dispatch import Target
@@ -81,9 +83,9 @@ CONFIG = Qwen3Config(
 @pytest.fixture(autouse=True)
 def _fresh():
     """No program that an earlier test has traced."""
-    generation._prefill.clear_cache()
+    programs.prefill.clear_cache()
     yield
-    generation._prefill.clear_cache()
+    programs.prefill.clear_cache()
 
 
 @pytest.fixture
@@ -103,9 +105,9 @@ def lowered(policy, length, platforms):
     model = Qwen3(CONFIG, policy=policy, rngs=None)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, length), jnp.bool_)
-    graphdef, state = generation.nnx.split(model)
+    graphdef, state = nnx.split(model)
     with matmul_override(target="cuda:9.0"):
-        traced = generation._prefill.trace(graphdef, state, ids, mask, length + 16)
+        traced = programs.prefill.trace(graphdef, state, ids, mask, length + 16)
     return traced.lower(lowering_platforms=platforms).as_text()
 
 
@@ -137,7 +139,7 @@ def test_others_are_read_over_slots(calls, policy, length, platforms):
 
 
 def test_what_has_to_have_a_derivative_is_not_read_by_it(calls):
-    model = Qwen3(CONFIG, policy="bf16", rngs=generation.nnx.Rngs(0))
+    model = Qwen3(CONFIG, policy="bf16", rngs=nnx.Rngs(0))
     ids = jax.ShapeDtypeStruct((1, flash.LEAST), jnp.int32)
     with matmul_override(target="cuda:9.0"):
         jax.eval_shape(lambda ids: model(ids), ids)
@@ -155,7 +157,7 @@ def test_a_machine_without_cudnn_reads_over_slots(monkeypatch):
 
 def test_padding_is_no_part_of_what_the_model_reads(calls, monkeypatch):
     """A whole prefill with it, on this machine, gives what a prefill over slots gives."""
-    model = Qwen3(CONFIG, policy="bf16", rngs=generation.nnx.Rngs(0))
+    model = Qwen3(CONFIG, policy="bf16", rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 64, (2, flash.LEAST))
     mask = np.ones(ids.shape, bool)
@@ -165,7 +167,7 @@ def test_padding_is_no_part_of_what_the_model_reads(calls, monkeypatch):
     monkeypatch.setattr(flash, "refuses", lambda *_: None)
     monkeypatch.setattr(attention, "unless_portable", lambda kernel, _: kernel)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cuda, **_: cuda(*operands))
-    generation._prefill.clear_cache()
+    programs.prefill.clear_cache()
     found = generation.prefill(model, ids, mask)
     assert len(calls) >= CONFIG.num_hidden_layers
     # bfloat16 is rounded at other places within the softmax.

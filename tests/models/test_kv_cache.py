@@ -14,6 +14,7 @@ from flax import nnx
 
 import perparam
 from perparam import Policy, generate
+from perparam.generation import GenerationConfig
 from perparam.models import attention, generate_with_logprobs
 from perparam.models.kv_cache import EMPTY, LayerCache
 from perparam.policies import InvalidPolicy, PerparamError, UnknownDtype
@@ -340,7 +341,7 @@ def test_the_activations_dtype_is_exact(folder, activations):
 @pytest.mark.parametrize("name", ["int8", pytest.param("f8_e4m3fn", marks=pytest.mark.slow)])
 def test_generation_under_a_narrow_cache_is_that_of_full_passes(models, name):
     model = models[name]
-    answer = generate_with_logprobs(model, IDS, MASK, 6, ())
+    answer = generate_with_logprobs(model, IDS, MASK, GenerationConfig(6, eos_token_id=(), logprobs=0))
     every = np.concatenate([np.where(MASK, IDS, 0), answer.tokens], axis=1)
     logits = checkpoints.logits(model, every, np.concatenate([MASK, np.ones((2, 6), bool)], axis=1))[:, 7:-1]
     np.testing.assert_array_equal(answer.tokens, logits.argmax(axis=-1))
@@ -351,7 +352,7 @@ def test_generation_under_a_narrow_cache_is_that_of_full_passes(models, name):
 
 @pytest.mark.slow
 def test_a_prefix_is_kept_in_the_caches_dtype(models):
-    prefix = perparam.prefill(models["int8"], IDS, MASK)
+    prefix = perparam.generation.prefill(models["int8"], IDS, MASK)
     assert {array.dtype for array in (*prefix.cache.keys, *prefix.cache.values)} == {np.dtype(np.int8)}
-    both = generate(models["int8"], prefix, None, 4, (), samples=2)
-    np.testing.assert_array_equal(both, np.repeat(generate(models["int8"], IDS, MASK, 4, ()), 2, axis=0))
+    both = generate(models["int8"], prefix, None, 4, eos_token_id=(), num_return_sequences=2)
+    np.testing.assert_array_equal(both, np.repeat(generate(models["int8"], IDS, MASK, 4, eos_token_id=()), 2, axis=0))

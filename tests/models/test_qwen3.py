@@ -13,9 +13,9 @@ from checkpoints import F8, fields, relative_error, tensors, write
 from flax import nnx
 
 import perparam
-from perparam import Policy, Qwen3
+from perparam import Policy
 from perparam.loaders.families import read_config
-from perparam.models import Linear
+from perparam.models import Linear, Qwen3
 from perparam.policies.errors import InvalidTokens, ShadowedRule, UnmatchedRule
 
 FLOAT32_ERROR = 1e-5

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perparam import Qwen3Config
-from perparam.models import Yarn, rope
+from perparam.models import Qwen3Config, Yarn, rope
 
 PLAIN = Qwen3Config(
     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,

@@ -183,7 +183,7 @@ def test_the_pattern_table_is_public_and_names_what_is_there(config_of_8b):
 
 @pytest.fixture
 def config_of_8b():
-    from perparam import Qwen3Config
+    from perparam.models import Qwen3Config
 
     return Qwen3Config(
         vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 from helpers import bits
 
-from perparam import apply, init, join_trainable, refuse_narrow, split_trainable
+from perparam import apply, init
 from perparam.policies import Narrow, UnsupportedCast
 from perparam.policies.dtypes import is_narrow
+from perparam.training import combine, partition, refuse_narrow
 
 FP8 = {"params": {"kernel": "f8_e4m3fn", "embedding": "int8", "scale_inv": "bf16", "default": "f32"}}
 KEY = jax.random.key(0)
@@ -63,7 +64,7 @@ def leaves(tree) -> list[str]:
 @trees
 def test_splitting_and_joining_is_the_identity(tree):
     variables = tree()
-    joined = join_trainable(*split_trainable(variables))
+    joined = combine(*partition(variables))
     assert type(joined) is type(variables)
     chex.assert_trees_all_equal_structs(joined, variables)
     assert leaves(joined) == leaves(variables)
@@ -72,12 +73,12 @@ def test_splitting_and_joining_is_the_identity(tree):
 @trees
 def test_every_leaf_is_on_one_side(tree):
     variables = tree()
-    trainable, frozen = split_trainable(variables)
+    trainable, frozen = partition(variables)
     assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(variables))
 
 
 def test_what_is_trained_are_the_wide_floats_that_are_no_scales():
-    trainable, frozen = split_trainable(linen())
+    trainable, frozen = partition(linen())
     trained = {"BatchNorm_0": {"bias", "scale"}, "Dense_0": {"bias"}, "Embed_0": set()}
     assert {
         name: {k for k, x in layer.items() if x is not None} for name, layer in trainable["params"].items()
@@ -89,14 +90,12 @@ def test_what_is_trained_are_the_wide_floats_that_are_no_scales():
 
 
 def test_plain_kernels_are_trained():
-    trainable, _ = split_trainable(
-        {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2, jnp.bfloat16), "ids": jnp.arange(2)}
-    )
+    trainable, _ = partition({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2, jnp.bfloat16), "ids": jnp.arange(2)})
     assert {name: x is not None for name, x in trainable.items()} == {"kernel": True, "bias": True, "ids": False}
 
 
 def test_a_state_is_divided_into_two_states():
-    trainable, frozen = split_trainable(state())
+    trainable, frozen = partition(state())
     assert {"/".join(keys) for keys, _ in nnx.to_flat_state(trainable)} == {"norm/bias", "norm/scale", "dense/bias"}
     kinds = {"/".join(keys): type(leaf) for keys, leaf in nnx.to_flat_state(frozen)}
     assert kinds["dense/kernel"] is kinds["dense/scale_inv"] is kinds["embed/embedding_scale_inv"] is Narrow
@@ -105,7 +104,7 @@ def test_a_state_is_divided_into_two_states():
 
 @trees
 def test_adamw_keeps_nothing_for_narrow_kernels(tree):
-    trainable, _ = split_trainable(tree())
+    trainable, _ = partition(tree())
     moments = optax.chain(refuse_narrow(), optax.adamw(1e-3)).init(trainable)
     found = jax.tree.leaves(moments)
     assert not any(is_narrow(x.dtype) for x in found)
@@ -114,13 +113,13 @@ def test_adamw_keeps_nothing_for_narrow_kernels(tree):
 
 def test_a_step_trains_what_is_trained_and_nothing_else():
     variables = linen()
-    trainable, frozen = split_trainable(variables)
+    trainable, frozen = partition(variables)
     optimizer = optax.chain(refuse_narrow(), optax.adamw(1e-1))
 
     @jax.jit
     def step(trainable, moments):
         loss, gradient = jax.value_and_grad(
-            lambda t: jnp.mean((apply(Linen(), FP8, join_trainable(t, frozen), IDS) - 1.0) ** 2)
+            lambda t: jnp.mean((apply(Linen(), FP8, combine(t, frozen), IDS) - 1.0) ** 2)
         )(trainable)
         with jax.numpy_dtype_promotion("standard"):  # optax divides by integers
             updates, moments = optimizer.update(gradient, moments, trainable)
@@ -131,7 +130,7 @@ def test_a_step_trains_what_is_trained_and_nothing_else():
         trainable, moments, loss = step(trainable, moments)
         losses.append(float(loss))
     assert losses[-1] < losses[0]
-    trained = join_trainable(trainable, frozen)
+    trained = combine(trainable, frozen)
     for name in ("kernel", "scale_inv"):
         assert bits(trained["params"]["Dense_0"][name].unbox()) == bits(variables["params"]["Dense_0"][name].unbox())
     assert (trained["params"]["Dense_0"]["bias"] != variables["params"]["Dense_0"]["bias"]).all()
@@ -153,7 +152,7 @@ class TestRefuseNarrow:
         assert message.startswith(path)
         assert "(4, 2) cannot be trained: its moments would be narrow" in message
         assert (
-            "Give the optimizer the first half of perparam.split_trainable(variables), or store the parameter as f32"
+            "Give the optimizer the first half of perparam.training.partition(variables), or store the parameter as f32"
             in message
         )
 

@@ -93,9 +93,9 @@ def test_scaled_arrays_are_saved_by_path(container, tmp_path):
 
 def test_a_scaled_array_is_a_whole_in_training():
     stored = NARROW.store(layer())
-    trainable, frozen = perparam.split_trainable(stored)
+    trainable, frozen = perparam.training.partition(stored)
     assert (trainable.kernel, frozen.bias) == (None, None)
-    joined = perparam.join_trainable(trainable, frozen)
+    joined = perparam.training.combine(trainable, frozen)
     assert joined.kernel.values is stored.kernel.values
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from helpers import bits, dtype, reference_dequantize, reference_quantize
 
-from perparam import Policy, apply, get_policy, init, join_trainable, split_trainable
+from perparam import Policy, apply, get_policy, init
 from perparam.policies import ShadowedRule, UnmatchedRule, UnpairedScale, UnsupportedCast
+from perparam.training import combine, partition
 
 TWO_LINES = {"params": {"kernel": "f8_e4m3fn"}, "output": "f32"}
 
@@ -289,10 +290,10 @@ class TestTransformations(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_the_gradient_of_what_is_trainable(self):
         variables = init(Small(), TWO_LINES, KEY, X)
-        trainable, frozen = split_trainable(variables)
+        trainable, frozen = partition(variables)
 
         def loss(trainable, run):
-            return jnp.sum(run(join_trainable(trainable, frozen)) ** 2)
+            return jnp.sum(run(combine(trainable, frozen)) ** 2)
 
         gradient = self.variant(jax.grad(lambda t: loss(t, lambda v: apply(Small(), TWO_LINES, v, X))))(trainable)
         expected = jax.grad(lambda t: loss(t, lambda v: Small().apply(dequantised(v), X)))(trainable)

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perparam import Qwen3Config
 from perparam.loaders.families import read_config
-from perparam.models import LinearScaling, Llama3Scaling, LlamaConfig, Quantization, Yarn
+from perparam.models import LinearScaling, Llama3Scaling, LlamaConfig, Quantization, Qwen3Config, Yarn
 from perparam.policies.errors import InvalidCheckpoint, MissingFile, PerparamError, UnsupportedConfig
 
 NEEDED = {

@@ -1,4 +1,4 @@
-"""Drawing the next token from logits: penalties, temperature, filters, and a key for every row."""
+"""Sampling of the next token from logits: penalties, temperature, filters."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..policies.errors import InvalidSampling, shown
+from ...policies.errors import InvalidSampling, shown
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What a processor of logits may know.
+    """The tokens so far, for a processor of logits.
 
-    tokens   (b, slots) int32  prompt and answer; meaningless where `real` is False
-    real     (b, slots) bool   which are tokens, and neither padding nor yet to come
-    prompt   (b, vocabulary) bool, tokens of the prompt; None where no penalty asks
-    answer   (b, vocabulary) int32, how often each token stands in the answer; None likewise
+    tokens  (b, slots) int32, prompt and answer; meaningless where `real` is False
+    real    (b, slots) bool, True for tokens of prompt or answer, False for padding and empty slots
+    prompt  (b, vocabulary) bool, whether a token is in the prompt; None without penalties
+    answer  (b, vocabulary) int32, count of each token in the answer; likewise
     """
 
     tokens: jax.Array
@@ -33,28 +33,28 @@ class History:
 
 
 Processor = Callable[[History, jax.Array], jax.Array]
-"""Takes the history and logits (b, vocabulary) float32, and returns logits; JAX traces it, so it has no effects."""
+"""A function of the history and logits (b, vocabulary) float32 that returns logits; JAX traces it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.  What is applied is applied in this order:
+    """How the next token is drawn. The steps are applied in this order:
 
-    repetition_penalty  logits of tokens in prompt or answer are divided by it where positive, else multiplied
+    repetition_penalty  positive logits of tokens in prompt or answer are divided by it, negative ones multiplied
                         (CTRL, arXiv:1909.05858)
-    presence_penalty    taken from the logits of tokens in the answer
-    frequency_penalty   likewise, times how often they stand there
-    logit_bias          {id: what is added to its logit}; -inf forbids a token
-    processors          functions of one's own, see `Processor`
-    temperature         divides the logits; 0: the likeliest token, without what follows
-    top_k               only the k likeliest, and those as likely as the last of them; 0: all
-    top_p               only the likeliest that together have probability p (arXiv:1904.09751); 1: all
-    min_p               only those at least min_p times as likely as the likeliest (arXiv:2407.01082); 0: all
+    presence_penalty    subtracted from the logits of tokens in the answer
+    frequency_penalty   likewise, times the count of the token there
+    logit_bias          {id: number added to its logit}; -inf forbids a token
+    processors          the caller's own functions, see `Processor`
+    temperature         divides the logits; 0: the most likely token, without the steps below
+    top_k               keeps the k most likely tokens, and those as likely as the last of them; 0: all
+    top_p               keeps the most likely tokens that together have probability p (arXiv:1904.09751); 1: all
+    min_p               keeps tokens at least min_p times as likely as the most likely one (arXiv:2407.01082); 0: all
 
     The order and the definitions are those of transformers; presence and frequency penalties are OpenAI's.
 
     Raises:
-      InvalidSampling: for a value outside its range.
+      InvalidSampling: a sampling parameter is out of range.
     """
 
     temperature: float = 1.0
@@ -181,21 +181,3 @@ def draw(kind: Kind, logits: jax.Array, keys: jax.Array) -> jax.Array:
     if not kind.draws:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def row_keys(seed: Any, rows: int, samples: int = 1) -> jax.Array:
-    """A key for each of `samples` answers to each of `rows` prompts, (rows * samples,), answers of a prompt together.
-
-    seed  an integer: prompts and answers differ; or one integer a row: a row is answered alike in whatever batch
-
-    Raises:
-      InvalidSampling: for anything else.
-    """
-    seeds = np.asarray(seed)
-    if not np.issubdtype(seeds.dtype, np.integer) or seeds.shape not in ((), (rows,)):
-        raise InvalidSampling(f"seed: expected an integer, or {rows} of them, found {shown(seed)}.")
-    keys = jax.vmap(jax.random.key)(jnp.asarray(np.broadcast_to(seeds, rows).astype(np.uint32)))
-    if not seeds.shape:
-        keys = jax.vmap(jax.random.fold_in)(keys, jnp.arange(rows, dtype=jnp.uint32))
-    each = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(samples, dtype=jnp.uint32)))
-    return each(keys).reshape(rows * samples)

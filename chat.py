@@ -1,4 +1,4 @@
-"""`perparam chat`: a conversation on a terminal, answers as they come, thinking dimmed."""
+"""`perparam chat`: a conversation on a terminal; answers are streamed, and the model's thinking is dimmed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-import jax
-
-from .loaders import Completion, Tokenizer, stream
-from .models import CausalLM, Prefix, Sampling, prefill, reread
+from .loaders import Completion, Tokenizer, stream_text
+from .models import CausalLM, Prefix, Sampling, extend_prefix, prefill
 from .policies import PerparamError
+from .policies.targets import peak_memory
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
-_OBEYED = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Control characters, which a model may write and a terminal would obey."""
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Control characters and their replacement; a model may write them, and a terminal would obey."""
 
 _THINK, _THOUGHT = "<think>", "</think>"
-HELP = "/reset begins anew, /policy FILE changes the policy (a preset or dtype too), /help says this, /quit ends."
+HELP = "/reset clears the conversation, /policy POLICY changes the policy, /help prints this, /quit ends."
 
 
 class Chat:
-    """A conversation.
+    """A conversation with a model on a terminal.
 
-    system           what the system message says; None: there is none
-    enable_thinking  as the chat template reads it; None leaves it unset
+    system           text of the system message; None: no such message
+    enable_thinking  argument of the chat template; None leaves it unset
     """
 
     def __init__(
@@ -45,21 +44,21 @@ class Chat:
         out: TextIO | None = None,
     ):
         self.model, self._tokenizer, self._system, self._thinking = model, tokenizer, system, enable_thinking
-        self._found, self._sampling, self._most, self._seed = model, sampling, max_new_tokens, seed
+        self._loaded, self._sampling, self._most, self._seed = model, sampling, max_new_tokens, seed
         self._out = sys.stdout if out is None else out
         self._colour = self._out.isatty() and not os.environ.get("NO_COLOR")
         self.messages: list[dict[str, Any]] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was said."""
-        self._read: Prefix | None = None
+        """Clears the conversation."""
+        self._prefix: Prefix | None = None
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
     def run(self) -> None:
-        """Reads lines until there are no more; Ctrl-C ends an answer, and at the prompt a line."""
+        """Reads and answers lines until the input ends; Ctrl-C ends an answer, or the line at the prompt."""
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # which gives `input` editing and a history
+            import readline  # noqa: F401  # gives `input` line editing and a history
         print(HELP, file=self._out)
         while True:
             try:
@@ -68,7 +67,7 @@ class Chat:
                 print(file=self._out)
                 continue
             except UnicodeDecodeError as error:
-                print(f"perparam: this is no UTF-8 text: {error}", file=self._out)
+                print(f"perparam: the line is not UTF-8 text: {error}", file=self._out)
                 continue
             except EOFError:
                 print(file=self._out)
@@ -79,15 +78,15 @@ class Chat:
                 self.take(line)
 
     def take(self, line: str) -> None:
-        """Does what a line says: a command, or something to answer."""
+        """Runs a command, or answers a message."""
         try:
             if line == "/reset":
                 self.reset()
-                print("Forgotten.", file=self._out)
+                print("Conversation cleared.", file=self._out)
             elif line.startswith("/policy"):
-                # Of the parameters as they were loaded: a second change is not made of the first.
-                self.model = self._found.with_policy(line.removeprefix("/policy").strip() or None)
-                self._read = None
+                # From the parameters as loaded, so that a second change does not build on the first.
+                self.model = self._loaded.with_policy(line.removeprefix("/policy").strip() or None)
+                self._prefix = None
                 print(f"{self.model.policy!r}", file=self._out)
             elif line.startswith("/"):
                 print(HELP, file=self._out)
@@ -99,15 +98,17 @@ class Chat:
             print("(stopped)", file=self._out)
 
     def answer(self, text: str) -> Completion | None:
-        """The answer to `text`, printed as it comes; None where it was interrupted."""
+        """The answer to `text`, printed piece by piece; None if it was interrupted."""
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = self._tokenizer.chat(asked, enable_thinking=self._thinking)
         watch, said, completion = Stopwatch(), "", None
         with _interruptions() as interrupted:
-            read = self._read_prompt(prompt)
+            prefix = self._prefill(prompt)
             if interrupted:
                 raise KeyboardInterrupt
-            pieces = stream(self.model, self._tokenizer, read, self._most, sampling=self._sampling, seed=self._seed)
+            pieces = stream_text(
+                self.model, self._tokenizer, prefix, self._most, sampling=self._sampling, key=self._seed
+            )
             shown = _Shown(self._out, self._colour, prompt.rstrip().endswith(_THINK))
             try:
                 while not interrupted:
@@ -130,24 +131,24 @@ class Chat:
             print(self._dimmed(watch.summary(completion)), file=self._out)
         return completion
 
-    def _read_prompt(self, prompt: str) -> Prefix:
-        """The prompt as the model has read it: of a conversation only what is new since the last time."""
+    def _prefill(self, prompt: str) -> Prefix:
+        """The prompt as the model has processed it; only tokens after the previous prompt's are processed."""
         ids = [self._tokenizer.encode(prompt)]
-        if self._read is None:
-            self._read = prefill(self.model, ids, room=self._most)
+        if self._prefix is None:
+            self._prefix = prefill(self.model, ids, max_new_tokens=self._most)
         else:
-            self._read = reread(self.model, ids, self._read, room=self._most)
-        return self._read
+            self._prefix = extend_prefix(self.model, self._prefix, ids, max_new_tokens=self._most)
+        return self._prefix
 
     def _dimmed(self, text: str) -> str:
         return f"{_DIM}{text}{_PLAIN}" if self._colour else text
 
 
 class _Shown:
-    """Text on its way to the terminal; what is thought is dimmed.
+    """Writes an answer to the terminal, with the thinking dimmed.
 
-    As `Tokenizer.split_thinking` has it: `<think>` counts where only blanks came before it, the first `</think>` ends
-    the thought, and then nothing is a mark any more.
+    As in `Tokenizer.split_thinking`, `<think>` begins the thinking if only blanks come before it, the first `</think>`
+    ends it, and later marks are ordinary text.
     """
 
     def __init__(self, out: TextIO, colour: bool, opened: bool):
@@ -156,7 +157,7 @@ class _Shown:
         self._dim(opened)
 
     def add(self, piece: str) -> None:
-        """Writes a piece; a mark that may only have begun waits for its end."""
+        """Writes a piece; text that may begin a mark is held back until that is certain."""
         text, self._held = self._held + piece, ""
         if self._mark == _THINK:
             blank = text[: len(text) - len(text.lstrip())]
@@ -182,7 +183,7 @@ class _Shown:
         self._write(text)
 
     def end(self) -> None:
-        """Writes what is held back, and ends the line."""
+        """Writes text that is still held back, and ends the line."""
         self._write(self._held)
         if self._mark == _THOUGHT:
             self._dim(False)
@@ -193,13 +194,16 @@ class _Shown:
             self._out.write(_DIM if dim else _PLAIN)
 
     def _write(self, text: str) -> None:
-        self._out.write(text.translate(_OBEYED))
+        self._out.write(text.translate(_CONTROLS))
         self._out.flush()
 
 
 @contextlib.contextmanager
 def _interruptions() -> Iterator[list[int]]:
-    """Ctrl-C is noted in the list, not raised: in the middle of what JAX compares it would become another error."""
+    """A context in which Ctrl-C adds to the list instead of raising.
+
+    Raised inside one of JAX's comparisons, KeyboardInterrupt would be replaced by another error.
+    """
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield noted
@@ -212,25 +216,16 @@ def _interruptions() -> Iterator[list[int]]:
 
 
 class Stopwatch:
-    """How long an answer takes, from now on."""
+    """Measures the time that an answer takes."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
 
     def summary(self, answer: Completion) -> str:
-        """Tokens, the time to the first one, the rate of the others, and memory."""
+        """Number of tokens, time to the first one, rate of the others, peak memory."""
         (first, last), others = answer.arrived, len(answer.tokens) - 1
         rate = f", then {others / (last - first):.1f} tokens/s" if others > 0 and last > first else ""
         waited = max(first - self._start, 0.0)
-        return f"{len(answer.tokens)} tokens, the first after {waited:.2f} s{rate}, {memory()}"
-
-
-def memory() -> str:
-    """The most that was in use so far: on the device where it says so, else resident on the host."""
-    found = jax.local_devices()[0].memory_stats() or {}
-    if peak := found.get("peak_bytes_in_use"):
-        return f"{peak / 2**30:.2f} GiB on the device"
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+        count = "1 token" if len(answer.tokens) == 1 else f"{len(answer.tokens)} tokens"
+        size, where = peak_memory()
+        return f"{count}, the first after {waited:.2f} s{rate}, {size / 2**30:.2f} GiB on the {where}"

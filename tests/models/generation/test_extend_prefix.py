@@ -6,8 +6,10 @@ import pytest
 from checkpoints import fields, relative_error, tensors, write
 
 import perparam
-from perparam import Policy, Sampling, generate, prefill
-from perparam.models import generation, reread
+from perparam import Policy, Sampling, generate
+from perparam.generation import prefill
+from perparam.models import extend_prefix
+from perparam.models.generation import programs
 from perparam.policies.errors import InvalidTokens
 
 FLOAT32_ERROR = 1e-5
@@ -28,10 +30,10 @@ def model(request, tmp_path_factory):
 def read(monkeypatch):
     """How many tokens each program is given, padding included."""
     seen = []
-    for name in ("_prefill", "_extend"):
-        real = getattr(generation, name)
+    for name in ("prefill", "extend"):
+        real = getattr(programs, name)
         monkeypatch.setattr(
-            generation,
+            programs,
             name,
             lambda *given, real=real, name=name: seen.append((name, given[2].shape[1])) or real(*given),
         )
@@ -41,23 +43,23 @@ def read(monkeypatch):
 @pytest.mark.parametrize(
     ("ids", "what"),
     [
-        ([*range(3, 23), 30, 31, 32], [("_extend", 16)]),
-        ([*range(3, 13), 40, 41], [("_extend", 16)]),
-        ([*range(3, 23)], [("_extend", 16)]),
-        ([*range(3, 9)], [("_extend", 16)]),
-        ([50, 51, 52], [("_prefill", 16)]),
-        ([*range(3, 23), *range(70)], [("_prefill", 96)]),
+        ([*range(3, 23), 30, 31, 32], [("extend", 16)]),
+        ([*range(3, 13), 40, 41], [("extend", 16)]),
+        ([*range(3, 23)], [("extend", 16)]),
+        ([*range(3, 9)], [("extend", 16)]),
+        ([50, 51, 52], [("prefill", 16)]),
+        ([*range(3, 23), *range(70)], [("prefill", 96)]),
     ],
     ids=["goes on", "turns off", "the same", "its beginning", "another", "too long for the cache"],
 )
 def test_what_is_read_again(model, read, ids, what):
     ids = np.array([ids]) % model.config.vocab_size
-    before = prefill(model, BEFORE, room=ROOM)
+    before = prefill(model, BEFORE, max_new_tokens=ROOM)
     held = [np.array(leaf) for leaf in jax.tree.leaves(before)]
     del read[:]
-    found = reread(model, ids, before, room=NEW)
+    found = extend_prefix(model, before, ids, max_new_tokens=NEW)
     assert read == what
-    assert relative_error(found.logits, prefill(model, ids, room=ROOM).logits) <= FLOAT32_ERROR
+    assert relative_error(found.logits, prefill(model, ids, max_new_tokens=ROOM).logits) <= FLOAT32_ERROR
     for leaf, old in zip(jax.tree.leaves(before), held, strict=True):
         np.testing.assert_array_equal(leaf, old)
 
@@ -65,37 +67,37 @@ def test_what_is_read_again(model, read, ids, what):
 def test_what_follows_is_the_same(model):
     """With a penalty, which hangs on the tokens that were read and on those that were taken back."""
     ids, warm = [[*range(3, 13), 40, 41]], Sampling(temperature=1.0, repetition_penalty=3.0)
-    found = reread(model, ids, prefill(model, BEFORE, room=ROOM), room=NEW)
+    found = extend_prefix(model, prefill(model, BEFORE, max_new_tokens=ROOM), ids, max_new_tokens=NEW)
     answers = [
-        np.asarray(generate(model, each, None, NEW, (), sampling=warm))
-        for each in (found, prefill(model, ids, room=ROOM))
+        np.asarray(generate(model, each, None, NEW, eos_token_id=(), sampling=warm))
+        for each in (found, prefill(model, ids, max_new_tokens=ROOM))
     ]
     np.testing.assert_array_equal(*answers)
 
 
 def test_a_conversation_is_read_once(model, read):
     """Turn after turn, with what left padding leaves between them, and a turn that takes the last one back."""
-    prefix, ids = prefill(model, BEFORE[:, :14], room=ROOM), list(BEFORE[0, :14])
+    prefix, ids = prefill(model, BEFORE[:, :14], max_new_tokens=ROOM), list(BEFORE[0, :14])
     for turn in range(3):
         ids = [*ids[: len(ids) - 2 * (turn == 2)], 40 + turn, 41 + turn, 42 + turn]
-        prefix = reread(model, [ids], prefix, room=0)
-        assert relative_error(prefix.logits, prefill(model, [ids], room=ROOM).logits) <= FLOAT32_ERROR
+        prefix = extend_prefix(model, prefix, [ids], max_new_tokens=0)
+        assert relative_error(prefix.logits, prefill(model, [ids], max_new_tokens=ROOM).logits) <= FLOAT32_ERROR
         assert int(prefix.cache.tokens[0]) == len(ids)
-    assert [each for each in read if each[0] == "_extend"] == [("_extend", 16)] * 3
+    assert [each for each in read if each[0] == "extend"] == [("extend", 16)] * 3
 
 
 def test_room_is_left_as_asked(model, read):
-    before = prefill(model, BEFORE, room=20)
+    before = prefill(model, BEFORE, max_new_tokens=20)
     assert before.room == 24  # of 48 slots 24 are filled, with 20 tokens
     ids = [[*BEFORE[0], 1, 2, 3]]
-    assert reread(model, ids, before, room=8).room == 24 - 16
-    assert reread(model, ids, before, room=9).room >= 9
-    assert [name for name, _ in read] == ["_prefill", "_extend", "_prefill"]
+    assert extend_prefix(model, before, ids, max_new_tokens=8).room == 24 - 16
+    assert extend_prefix(model, before, ids, max_new_tokens=9).room >= 9
+    assert [name for name, _ in read] == ["prefill", "extend", "prefill"]
 
 
 def test_one_row_is_read(model):
     two = np.repeat(BEFORE, 2, axis=0)
-    with pytest.raises(InvalidTokens, match="expected one row, found 2, and 1 before"):
-        reread(model, two, prefill(model, BEFORE))
+    with pytest.raises(InvalidTokens, match="expected one row and a prefix of one row, found 2 and 1"):
+        extend_prefix(model, prefill(model, BEFORE), two)
     with pytest.raises(InvalidTokens, match="expected one row, found 1, and 2 before"):
-        reread(model, BEFORE, prefill(model, two))
+        extend_prefix(model, prefill(model, two), BEFORE)

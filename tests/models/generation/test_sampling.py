@@ -10,7 +10,8 @@ import pytest
 import scipy.stats
 from checkpoints import GOLDEN
 
-from perparam.models.sampling import GREEDY, History, Sampling, draw, process, row_keys
+from perparam.models.generation.keys import row_keys
+from perparam.models.generation.sampling import GREEDY, History, Sampling, draw, process
 from perparam.policies.errors import InvalidSampling
 
 DRAWS = 120_000
@@ -303,9 +304,22 @@ def test_seeds_may_be_of_any_integer_dtype(dtype):
     np.testing.assert_array_equal(bits(row_keys(seeds[1], 3)), bits(row_keys(2, 3)))
 
 
+def test_a_jax_key_is_the_integer_it_was_made_from():
+    for key in (jax.random.key(7), jax.random.PRNGKey(7)):
+        np.testing.assert_array_equal(bits(row_keys(key, 3, 2)), bits(row_keys(7, 3, 2)))
+    for keys in (jax.random.split(jax.random.key(0), 3), jax.random.split(jax.random.PRNGKey(0), 3)):
+        found = row_keys(keys, 3)
+        assert len(np.unique(bits(found), axis=0)) == 3
+        np.testing.assert_array_equal(bits(row_keys(keys[1:2], 1)), bits(found[1:2]))
+    with pytest.raises(InvalidSampling, match="one for each of 2 rows"):
+        row_keys(jax.random.split(jax.random.key(0), 3), 2)
+
+
 @pytest.mark.parametrize("seed", [1.5, "1", None, [1, 2], [[1], [2], [3]], [1.0, 2.0, 3.0], [], True], ids=repr)
 def test_seeds_that_do_not_fit_are_refused(seed):
-    with pytest.raises(InvalidSampling, match="seed: expected an integer, or 3 of them, found"):
+    with pytest.raises(
+        InvalidSampling, match="key: expected an integer or a JAX key, or one for each of 3 rows, found"
+    ):
         row_keys(seed, 3)
 
 

@@ -13,9 +13,11 @@ import pytest
 from flax import nnx
 
 import perparam
-from perparam import Policy, Qwen3, Qwen3Config
-from perparam.models import Linear, attention, generation
-from perparam.models.sampling import GREEDY, Sampling, row_keys
+from perparam import Policy
+from perparam.models import Linear, Qwen3, Qwen3Config, attention
+from perparam.models.generation import programs
+from perparam.models.generation.keys import row_keys
+from perparam.models.generation.sampling import GREEDY, Sampling
 from perparam.policies import dequantize
 
 CONFIG = Qwen3Config(
@@ -42,7 +44,7 @@ def read(model, batch, length, slots):
     graphdef, state = nnx.split(model)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     mask = jax.ShapeDtypeStruct(ids.shape, jnp.bool_)
-    return generation._prefill.lower(graphdef, state, ids, mask, slots)
+    return programs.prefill.lower(graphdef, state, ids, mask, slots)
 
 
 def compiled(model, batch, length, new, sampling=GREEDY):
@@ -50,10 +52,10 @@ def compiled(model, batch, length, new, sampling=GREEDY):
     graphdef, state = nnx.split(model)
     kind, numbers = sampling.kind, sampling.numbers(model.config.vocab_size)
     prefix = read(model, batch, length, length + new).out_info
-    begin = functools.partial(generation._begin, kind, None)
+    begin = functools.partial(programs.begin, kind, None)
     eos, keys = jnp.zeros(1, jnp.int32), row_keys(0, batch)
     begun = jax.eval_shape(begin, numbers, prefix.cache, prefix.tokens, prefix.logits, keys, eos)
-    return generation._decode.lower(graphdef, kind, None, state, begun, numbers, eos, 0, new).compile()
+    return programs.decode.lower(graphdef, kind, None, state, begun, numbers, eos, 0, new).compile()
 
 
 def wide_copies(text: str) -> set[str]:
@@ -231,12 +233,12 @@ def test_a_donated_cache_leaves_no_warning_and_is_gone(tmp_path):
     model = perparam.load_model(checkpoints.write(tmp_path, config, checkpoints.tensors(config)), "f32")
     graphdef, params = nnx.split(model)
     kind, numbers, eos = GREEDY.kind, GREEDY.numbers(model.config.vocab_size), jnp.zeros(0, jnp.int32)
-    prefix = perparam.prefill(model, [[1, 2]])
-    state = generation._begin(
+    prefix = perparam.generation.prefill(model, [[1, 2]])
+    state = programs.begin(
         kind, None, numbers, prefix.cache, prefix.tokens, prefix.logits, row_keys(0, 1), eos
     )  # fmt: skip
     assert all(array.is_deleted() for array in (*prefix.cache.keys, *prefix.cache.values))
-    after = generation._decode(graphdef, kind, None, params, state, numbers, eos, 0, 2)
+    after = programs.decode(graphdef, kind, None, params, state, numbers, eos, 0, 2)
     assert all(array.is_deleted() for array in (*state.cache.keys, *state.cache.values))
     kept = (*after.cache.keys, *after.cache.values, *checkpoints.arrays(model).values())
     assert not any(array.is_deleted() for array in kept)
