@@ -99,5 +99,5 @@ def test_one_row_is_read(model):
     two = np.repeat(BEFORE, 2, axis=0)
     with pytest.raises(InvalidTokens, match="expected one row and a prefix of one row, found 2 and 1"):
         extend_prefix(model, prefill(model, BEFORE), two)
-    with pytest.raises(InvalidTokens, match="expected one row, found 1, and 2 before"):
+    with pytest.raises(InvalidTokens, match="expected one row and a prefix of one row, found 1 and 2"):
         extend_prefix(model, prefill(model, two), BEFORE)
