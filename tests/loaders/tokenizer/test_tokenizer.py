@@ -13,8 +13,7 @@ from checkpoints import GOLDEN
 from hypothesis import strategies as st
 from small_tokenizer import small_tokenizer, write_json, write_tokenizer
 
-from perparam.loaders import chat_template, tokenizer_files
-from perparam.loaders.tokenizer import Tokenizer, load_tokenizer
+from perparam.loaders.tokenizer import Tokenizer, chat_template, files, load_tokenizer
 from perparam.policies.errors import InvalidCheckpoint, InvalidText, InvalidTokens, MissingFile, UnsupportedConfig
 
 CHAT = GOLDEN / "chat"
@@ -276,14 +275,14 @@ def test_damaged_files_load_or_say_so(tmp_path, name, at, damage):
 
 
 def test_files_that_are_too_large_or_no_files(folder, monkeypatch):
-    monkeypatch.setattr(tokenizer_files, "LARGEST_TEMPLATE", 10)
+    monkeypatch.setattr(files, "LARGEST_TEMPLATE", 10)
     (folder / "chat_template.jinja").write_text("x" * 11)
     with pytest.raises(InvalidCheckpoint, match=r"chat_template.jinja: more than 0 MiB"):
         load_tokenizer(folder)
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(InvalidCheckpoint, match=r"tokenizer_config.json: chat_template: more than 0 MiB"):
         load_tokenizer(folder)
-    monkeypatch.setattr(tokenizer_files, "LARGEST", 10)
+    monkeypatch.setattr(files, "LARGEST", 10)
     with pytest.raises(InvalidCheckpoint, match=r"tokenizer.json: more than 0 MiB"):
         load_tokenizer(folder)
     (folder / "tokenizer.json").unlink()

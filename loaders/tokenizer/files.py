@@ -12,10 +12,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..models.config_json import token_ids
-from ..models.json_file import read_json
-from ..policies.errors import InvalidCheckpoint, MissingFile, UnsupportedConfig, named, shown
-from .checkpoint import GENERATION
+from ...models.config_json import token_ids
+from ...models.json_file import read_json
+from ...policies.errors import InvalidCheckpoint, MissingFile, UnsupportedConfig, named, shown
+from ..checkpoint import GENERATION
 
 if TYPE_CHECKING:  # imported where it is used: it takes a fifteenth of a second
     import tokenizers

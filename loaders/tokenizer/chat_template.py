@@ -22,7 +22,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from ..policies.errors import InvalidCheckpoint, InvalidText, PerparamError, shown
+from ...policies.errors import InvalidCheckpoint, InvalidText, PerparamError, shown
 
 _LONGEST_PROMPT = 1 << 26  # characters: 16 million tokens or more, hundreds of times what a model attends to
 _DEEPEST = 100  # levels of lists and mappings in a message; a JSON schema has ten
