@@ -91,3 +91,9 @@ def write_tokenizer(folder: Path, template: str | None = None) -> tokenizers.Tok
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def change_json(path: Path, **fields: object) -> None:
+    """Sets fields of a JSON file, which need not exist; `...` removes one."""
+    given = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, {name: value for name, value in {**given, **fields}.items() if value is not ...})

@@ -1,7 +1,12 @@
-"""The files of a tokenizer, checked against each other: `tokenizer.json` has the tokens, others say what they are for.
+"""Reader for the files of a tokenizer: `tokenizer.json` holds the tokens, the other files say what they are used for.
 
-They are read as transformers reads them: `chat_template.jinja` goes before the template in tokenizer_config.json, and
-special_tokens_map.json and added_tokens.json count where tokenizer_config.json has no `added_tokens_decoder`.
+The files have the same precedence as in transformers: `chat_template.jinja` overrides the template in
+tokenizer_config.json; special_tokens_map.json and added_tokens.json are read only if tokenizer_config.json has no
+`added_tokens_decoder`; `add_bos_token` and `add_eos_token` do not change the post-processor of tokenizer.json.
+
+tokenizer.json is used as it is, which is what `PreTrainedTokenizerFast` does. Some other classes of transformers 5,
+which `AutoTokenizer` picks by `tokenizer_class`, replace its pre-tokenizer by their own: LlamaTokenizer then adds no
+space to a text that begins with one, nor after a special token, and GPT2Tokenizer does not split numbers into digits.
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ from ...models.config_json import token_ids
 from ...models.json_file import read_json
 from ...policies.errors import InvalidCheckpoint, MissingFile, UnsupportedConfig, named, shown
 from ..checkpoint import GENERATION
+from .decoding import decoding_steps
 
-if TYPE_CHECKING:  # imported where it is used: it takes a fifteenth of a second
+if TYPE_CHECKING:  # imported on first use, since the import takes 65 ms
     import tokenizers
 
 WHOLE, CONFIG, SPECIAL, ADDED, TEMPLATE = (
@@ -29,10 +35,10 @@ WHOLE, CONFIG, SPECIAL, ADDED, TEMPLATE = (
 )
 
 LARGEST = 64 << 20
-"""Bytes of a tokenizer.json: that of Qwen3, of 151,669 tokens, has 11 MB, and a vocabulary of 262,145 takes 33 MB."""
+"""The largest tokenizer.json in bytes: Qwen3's, with 151,669 tokens, has 11 MB; 262,145 tokens take 33 MB."""
 
 LARGEST_TEMPLATE = 1 << 20
-"""Bytes; published ones have up to 30,000."""
+"""The largest chat template in bytes; published ones have up to 30,000."""
 
 _ROLES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -40,15 +46,15 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """What a tokenizer's files say.
+    """Contents of a tokenizer's files.
 
-    folder     where they are
-    backend    the tokens
-    tokens     special tokens by what they are for, such as "eos_token"
-    eos_ids    what ends an answer
-    pad_id     what pads, or None
-    around     ids before and after a text; None leaves it to the backend
-    templates  chat templates by name, with the file each is of
+    folder     the folder that holds the files
+    backend    the Hugging Face tokenizer that tokenizer.json describes
+    tokens     special tokens by role, such as "eos_token"
+    eos_ids    ids that end an answer
+    pad_id     id of the padding token, or None
+    bos_id     id of the BOS token if `add_bos_token` is true, else None
+    templates  chat templates by name, each with the path of its file
     """
 
     folder: pathlib.Path
@@ -56,22 +62,24 @@ class Files:
     tokens: dict[str, str]
     eos_ids: tuple[int, ...]
     pad_id: int | None
-    around: tuple[tuple[int, ...], tuple[int, ...]] | None
+    bos_id: int | None
     templates: dict[str, tuple[str, str]]
 
 
 def read_files(folder: pathlib.Path) -> Files:
-    """The tokenizer in `folder`.
+    """Read the tokenizer files in `folder` and check them against each other.
 
     Raises:
-      MissingFile: where there is no tokenizer.json.
-      InvalidCheckpoint: for files that cannot be read, or disagree.
-      UnsupportedConfig: for a tokenizer that is not a byte-level one.
+      MissingFile: if there is no tokenizer.json.
+      InvalidCheckpoint: if a file cannot be read, or two files disagree.
+      UnsupportedConfig: if the decoder or an option in tokenizer_config.json is not implemented.
     """
     backend = _backend(folder / WHOLE)
     config, generation = _optional(folder / CONFIG), _optional(folder / GENERATION)
     if "added_tokens_decoder" not in config:
         config = {**config, **_optional(folder / SPECIAL)}
+    _refuse_cleanup(folder, backend, config)
+    backend.encode_special_tokens = bool(config.get("split_special_tokens"))
     tokens = {role: _content(folder, role, config[role]) for role in _ROLES if config.get(role) is not None}
     _add(folder, backend, config, tokens)
     ids = {role: token_ids(str(folder), role, backend.token_to_id(token)) for role, token in tokens.items()}
@@ -85,7 +93,7 @@ def read_files(folder: pathlib.Path) -> Files:
         tokens=tokens,
         eos_ids=eos,
         pad_id=pad[0] if pad else None,
-        around=_around(folder, config, ids),
+        bos_id=_bos_id(folder, config, ids),
         templates=_templates(folder, config),
     )
 
@@ -95,68 +103,87 @@ def _optional(path: pathlib.Path) -> Mapping[str, Any]:
 
 
 def _bytes_of(path: pathlib.Path, largest: int) -> bytes:
+    """Return the contents of a file of at most `largest` bytes."""
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise InvalidCheckpoint(f"{path}: this is no file. Fetch it again.")
+        if not path.is_file():  # reading a pipe would block
+            raise InvalidCheckpoint(f"{path}: expected a regular file. Download it again.")
         with open(path, "rb") as file:
             data = file.read(largest + 1)
     except OSError as error:
         raise InvalidCheckpoint(f"{path}: cannot be read: {error}.") from error
     if len(data) > largest:
-        raise InvalidCheckpoint(f"{path}: more than {largest >> 20} MiB. Fetch it again.")
+        raise InvalidCheckpoint(f"{path}: larger than the limit of {largest >> 20} MiB. Download it again.")
     return data
 
 
 def _backend(path: pathlib.Path) -> tokenizers.Tokenizer:
+    """Return the tokenizer that a tokenizer.json describes."""
     import tokenizers
 
     if not path.exists():
         raise MissingFile(
-            f"{path}: there is no such file, and it is what is read of a tokenizer, not vocab.json and merges.txt. "
-            "Fetch it, or write it with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+            f"{path}: this file does not exist. perparam reads tokenizers only from tokenizer.json, not from "
+            "vocab.json, merges.txt or tokenizer.model. Download it, or write it with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
     data = _bytes_of(path, LARGEST)
     try:
         backend = tokenizers.Tokenizer.from_buffer(data)
         declared = [(token["content"], token["id"]) for token in json.loads(data).get("added_tokens") or ()]
     except BaseException as error:
-        # A panic in Rust is no Exception, and has no public name.
+        # A Rust panic is raised as a subclass of BaseException that has no public name.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InvalidCheckpoint(f"{path}: not readable as a tokenizer: {error}. Fetch it again.") from error
-    # tokenizers numbers added tokens in turn, and only logs where the file says otherwise.
+        raise InvalidCheckpoint(f"{path}: not readable as a tokenizer: {error}. Download it again.") from error
+    # tokenizers numbers added tokens consecutively, and only logs a warning if the file gives another id.
     for content, number in declared:
         _same_id(path, backend, content, number)
-    if (kind := type(backend.decoder).__name__) != "ByteLevel":
-        raise UnsupportedConfig(f"{path}: decoder {kind} is not implemented. That of Qwen3 is ByteLevel.")
-    # Texts are never cut or filled up unasked, as in transformers.
+    decoding_steps(backend, str(path))  # refuses unknown decoders
+    # Texts are neither truncated nor padded by default, as in transformers.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 def _same_id(path: pathlib.Path, backend: tokenizers.Tokenizer, content: str, number: int) -> None:
+    """Check that a token that `path` declares has the same id in the tokenizer."""
     if (found := backend.token_to_id(content)) != number:
         raise InvalidCheckpoint(
-            f"{path}: {named(content)} is token {number}, but {WHOLE} makes it {found}. Fetch both again."
+            f"{path}: {named(content)} is declared as token {number}, but its id in {WHOLE} is {found}. "
+            "Download both again."
+        )
+
+
+def _refuse_cleanup(folder: pathlib.Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Refuse the option that makes transformers remove spaces before punctuation; it has no effect on BPE models."""
+    kind = type(backend.model).__name__
+    if config.get("clean_up_tokenization_spaces") and kind != "BPE":
+        raise UnsupportedConfig(
+            f"{folder / CONFIG}: clean_up_tokenization_spaces is not implemented for {kind} models. Set it to false, "
+            "and decoded text keeps the spaces before punctuation."
         )
 
 
 def _content(folder: pathlib.Path, key: str, token: Any) -> str:
-    """The text of a special token, which may be written as an object."""
+    """Return the text of a special token, which a config writes as a string or as an object with `content`."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str) or not text:
-        raise InvalidCheckpoint(f"{folder / CONFIG}: {key}: expected a token's text, found {shown(token)}.")
+        raise InvalidCheckpoint(
+            f"{folder / CONFIG}: {key}: expected the text of a token, found {shown(token)}. Download the file again."
+        )
     return text
 
 
 def _add(folder: pathlib.Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any], roles: dict[str, str]) -> None:
-    """Adds the tokens that tokenizer.json lacks, or has as ordinary ones, under the ids that the files say."""
+    """Add the special tokens that tokenizer.json lacks, or has as ordinary tokens, with the ids that the files give."""
     from tokenizers import AddedToken
 
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     if not isinstance(more, list):
-        raise InvalidCheckpoint(f"{folder / CONFIG}: additional_special_tokens: expected a list, found {shown(more)}.")
+        raise InvalidCheckpoint(
+            f"{folder / CONFIG}: additional_special_tokens: expected a list of tokens, found {shown(more)}. "
+            "Download the file again."
+        )
     special = [*roles.values(), *(_content(folder, "additional_special_tokens", token) for token in more)]
     path, declared = _declared(folder, config, special)
     known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
@@ -167,7 +194,9 @@ def _add(folder: pathlib.Path, backend: tokenizers.Tokenizer, config: Mapping[st
     contents = {token.content for token in backend.get_added_tokens_decoder().values()}
     for content in dict.fromkeys(special):
         if backend.token_to_id(content) is None:
-            raise InvalidCheckpoint(f"{folder / CONFIG}: {named(content)} is no token of {WHOLE}. Fetch both again.")
+            raise InvalidCheckpoint(
+                f"{folder / CONFIG}: the special token {named(content)} is not in {WHOLE}. Download both again."
+            )
         if content not in contents:
             backend.add_special_tokens([AddedToken(content, special=True)])
 
@@ -175,7 +204,7 @@ def _add(folder: pathlib.Path, backend: tokenizers.Tokenizer, config: Mapping[st
 def _declared(
     folder: pathlib.Path, config: Mapping[str, Any], special: list[str]
 ) -> tuple[pathlib.Path, list[tuple[int, tokenizers.AddedToken]]]:
-    """The file that declares added tokens, and they with their ids, in the order of those."""
+    """Return the path of the file that declares added tokens, and the tokens with their ids, sorted by id."""
     from tokenizers import AddedToken
 
     path, given = folder / CONFIG, config.get("added_tokens_decoder")
@@ -191,31 +220,29 @@ def _declared(
             for number, entry in given.items()
         ]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InvalidCheckpoint(f"{path}: added tokens: not readable: {error!r}. Fetch the file again.") from error
+        raise InvalidCheckpoint(
+            f"{path}: the added tokens cannot be read: {error!r}. Download the file again."
+        ) from error
     return path, sorted(found, key=lambda one: one[0])
 
 
-def _around(
-    folder: pathlib.Path, config: Mapping[str, Any], ids: Mapping[str, tuple[int, ...]]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Where the config says what to add to a text, that and no more is added."""
-    says = [config.get("add_bos_token"), config.get("add_eos_token")]
-    for add in says:
-        if not (add is None or isinstance(add, bool)):
-            raise InvalidCheckpoint(
-                f"{folder / CONFIG}: add_bos_token, add_eos_token: expected true or false, found {shown(add)}."
-            )
-    if says == [None, None]:
-        return None
-    return (ids.get("bos_token", ()) if says[0] else (), ids.get("eos_token", ()) if says[1] else ())
+def _bos_id(folder: pathlib.Path, config: Mapping[str, Any], ids: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the id of the BOS token if `add_bos_token` asks for one, else None."""
+    wanted = config.get("add_bos_token")
+    if not (wanted is None or isinstance(wanted, bool)):
+        raise InvalidCheckpoint(
+            f"{folder / CONFIG}: add_bos_token: expected true or false, found {shown(wanted)}. Correct the file."
+        )
+    return ids["bos_token"][0] if wanted and "bos_token" in ids else None
 
 
 def _templates(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the chat templates by name, each with the path of its file."""
     if (path := folder / TEMPLATE).exists():
         try:
             return {"default": (_bytes_of(path, LARGEST_TEMPLATE).decode(), str(path))}
         except UnicodeDecodeError as error:
-            raise InvalidCheckpoint(f"{path}: not UTF-8: {error}. Fetch it again.") from error
+            raise InvalidCheckpoint(f"{path}: not UTF-8: {error}. Download it again.") from error
     path, given = folder / CONFIG, config.get("chat_template")
     if given is None:
         return {}
@@ -223,8 +250,11 @@ def _templates(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, tup
     for entry in listed:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
             raise InvalidCheckpoint(
-                f"{path}: chat_template: expected text, or a list of name and template, found {shown(given)}."
+                f"{path}: chat_template: expected a string, or a list of objects with name and template, found "
+                f"{shown(given)}. Download the file again."
             )
         if len(entry["template"]) > LARGEST_TEMPLATE:
-            raise InvalidCheckpoint(f"{path}: chat_template: more than {LARGEST_TEMPLATE >> 20} MiB. Fetch it again.")
+            raise InvalidCheckpoint(
+                f"{path}: chat_template: larger than the limit of {LARGEST_TEMPLATE >> 20} MiB. Download it again."
+            )
     return {entry["name"]: (entry["template"], str(path)) for entry in listed}

@@ -1,45 +1,48 @@
-"""Text in, text out: a checkpoint's `tokenizer.json` over Hugging Face tokenizers, and its chat template.
+"""The tokenizer of a checkpoint: text to token ids, ids to text, and chat messages to a prompt.
 
-With jinja2 that is 12 MB installed, and nothing of a checkpoint is run as Python. transformers does it with the same
-two packages, adds 58 MB with what it requires (5.23, bytecode not counted), and can import code from checkpoints.
+It runs on the packages tokenizers and jinja2, 12 MB installed, and executes no Python code of the checkpoint.
+transformers uses the same two packages, adds 58 MB with its other dependencies (5.23, bytecode not counted), and can
+import code from checkpoints.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ...policies.errors import InvalidCheckpoint, InvalidText, InvalidTokens, named, shown
 from ..hub import local_folder
 from .decoding import DecodeStream, checked_ids
 from .files import Files, read_files
 
-if TYPE_CHECKING:  # imported where it is used: jinja2 takes a twentieth of a second
+if TYPE_CHECKING:  # imported on first use: jinja2 takes 50 ms to import
+    import tokenizers
+
     from .chat_template import ChatTemplate
 
-_THINK, _THOUGHT = "<think>", "</think>"
+_THINK_START, _THINK_END = "<think>", "</think>"
 
 
 def load_tokenizer(path: str | os.PathLike[str], revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
-    path      a folder with `tokenizer.json`, or a name on the hub, as for `load_model`
-    revision  a branch, tag or commit of a name on the hub
+    path      a folder with `tokenizer.json`, or a name on the Hugging Face hub, as for `load_model`
+    revision  a branch, tag or commit, if `path` is a name on the hub
 
     Raises:
-      MissingFile: where there is no such folder or name, or no tokenizer.json there.
-      InvalidCheckpoint: for files that cannot be read, or disagree.
-      UnsupportedConfig: for a tokenizer that is not a byte-level one.
+      MissingFile: if the folder or name does not exist, or has no tokenizer.json.
+      InvalidCheckpoint: if a file cannot be read, or two files disagree.
+      UnsupportedConfig: if the decoder or an option of the tokenizer is not implemented.
     """
     return Tokenizer(read_files(local_folder(path, revision, weights=False)))
 
 
 class Tokenizer:
-    """Text to token ids and back, and chats to prompts.
+    """Converts text to token ids and back, and chat messages to prompts.
 
-    eos_ids  the ids that end an answer: those of generation_config.json, else eos_token's; () where none is named
-    pad_id   the id to pad with, or None
+    eos_ids  ids that end an answer: from generation_config.json, else the id of `eos_token`; () if there is neither
+    pad_id   id of the padding token, or None
     """
 
     def __init__(self, files: Files):
@@ -49,110 +52,151 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are, added ones included; a model's embedding may have more rows."""
+        """Number of tokens, including added ones; a model's embedding may have more rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def token_id(self, token: str) -> int:
-        """The id of one token, such as '</think>'.
+        """Return the id of one token, such as '</think>'.
 
         Raises:
-          InvalidTokens: where there is no such token.
+          InvalidTokens: if the vocabulary has no such token.
         """
-        found = self._backend.token_to_id(token)
-        if found is None:
-            raise InvalidTokens(f"{self._files.folder}: no token {shown(token)} among {self.vocab_size}.")
-        return found
+        number = self._backend.token_to_id(token)
+        if number is None:
+            raise InvalidTokens(
+                f"{self._files.folder}: the vocabulary of {self.vocab_size} tokens has no token {shown(token)}. "
+                "Use `encode` for text of several tokens."
+            )
+        return number
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`; what spells a special token becomes that token.
+        """Return the token ids of `text`, as `tokenizer(text)["input_ids"]` in transformers.
 
-        add_special_tokens  whether to add what the checkpoint wants around a text; Qwen3 wants nothing
+        Special tokens that are spelled out in the text become those tokens.
+
+        add_special_tokens  add what the post-processor of tokenizer.json adds: BOS for Llama, nothing for Qwen3
 
         Raises:
-          InvalidText: for what is no text, and half a surrogate pair.
+          InvalidText: if `text` is not a string, or contains half of a surrogate pair.
         """
+        return self._encoding(text, add_special_tokens).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a prompt, with BOS exactly once if the checkpoint wants one.
+
+        Like `encode`, but if `text` already begins with the BOS token, as the output of many chat templates does, none
+        is added. BOS is also added if only `add_bos_token` in tokenizer_config.json asks for it.
+
+        Raises:
+          InvalidText: if `text` is not a string, or contains half of a surrogate pair.
+        """
+        encoding = self._encoding(text, True)
+        added = encoding.special_tokens_mask  # 1 for the ids that the post-processor adds
+        start = added.index(0) if 0 in added else 0
+        before, ids = encoding.ids[:start], encoding.ids[start:]
+        if not before and self._files.bos_id is not None:
+            before = [self._files.bos_id]
+        return ids if ids[:1] == before[:1] else before + ids
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
-            ids = self._backend.encode(text, add_special_tokens=add_special_tokens and self._files.around is None).ids
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:
-            raise InvalidText(f"expected text that UTF-8 can write, found {shown(text)}.") from error
-        if add_special_tokens and self._files.around is not None:
-            return [*self._files.around[0], *ids, *self._files.around[1]]
-        return ids
+            raise InvalidText(
+                f"expected a string that can be encoded as UTF-8, found {shown(text)}. Pass one string "
+                "without unpaired surrogates."
+            ) from error
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD, ids without a token nothing.
+        """Return the text of token ids; invalid UTF-8 becomes U+FFFD, ids outside the vocabulary are ignored.
 
         Raises:
-          InvalidTokens: for what are no ids.
+          InvalidTokens: if `ids` is not a flat sequence of token ids.
         """
         return self._backend.decode(checked_ids(ids), skip_special_tokens=skip_special_tokens)
 
     def decode_stream(self, *, skip_special_tokens: bool = True) -> DecodeStream:
-        """What decodes ids as they come."""
+        """Return a decoder that takes ids in pieces, while a model generates them."""
         return DecodeStream(self._backend, skip_special_tokens)
 
-    def chat(
+    @overload
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: Literal[False] = False, **options: Any
+    ) -> str: ...
+
+    @overload
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: Literal[True], **options: Any
+    ) -> list[int]: ...
+
+    def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tokenize: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **variables: Any,
-    ) -> str:
-        """The prompt that the checkpoint's chat template makes of a chat.
+    ) -> str | list[int]:
+        """Return the prompt that the checkpoint's chat template writes for a chat, as text or as token ids.
 
-        messages                mappings with `role` and `content`, both text; an assistant's may have `tool_calls` and
-                                `reasoning_content`. Content is not escaped: special tokens in it count as such.
+        As in transformers, except that `tokenize` is False and `add_generation_prompt` is True by default.
+
+        messages                mappings with the strings `role` and `content`; an assistant's message may have
+                                `tool_calls` and `reasoning_content`. Special tokens in `content` are not escaped.
+        tokenize                return the ids of the prompt, without any BOS or EOS beside those the template writes
         tools                   JSON schemas of functions
-        enable_thinking         as the template reads it; None leaves it unset, and then Qwen3 thinks
-        add_generation_prompt   whether the prompt ends where an assistant's answer begins
-        continue_final_message  whether it ends within the last message, for the model to go on; no answer is begun
-        variables               what else the template reads
+        enable_thinking         variable of Qwen3's template; None leaves it undefined, and Qwen3 then thinks
+        add_generation_prompt   end the prompt with the header of an assistant message
+        continue_final_message  end the prompt within the last message, for the model to continue that message;
+                                overrides `add_generation_prompt`
+        variables               any other variables that the template reads
 
         Raises:
-          InvalidText: for messages of another shape, and where the template refuses them.
-          InvalidCheckpoint: where there is no template, or it is wrong.
+          InvalidText: if the messages have another form, or the template rejects them.
+          InvalidCheckpoint: if there is no chat template, or it fails.
         """
         if enable_thinking is not None:
             variables["enable_thinking"] = enable_thinking
-        return self._template(tools is not None).render(
+        prompt = self._template(tools is not None).render(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables,
         )
-
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """The ids of `chat(messages, **options)`, nothing added."""
-        return self.encode(self.chat(messages, **options), add_special_tokens=False)
+        return self.encode(prompt, add_special_tokens=False) if tokenize else prompt
 
     @staticmethod
     def split_thinking(text: str, *, opened: bool = False) -> tuple[str, str]:
-        """What a model thought and what it answered, without the blank lines between.
+        """Split generated text into (thinking, answer), without the blank lines between them.
 
-        Thinking ends at the first `</think>`. Where none follows, `text` is thinking if it begins with `<think>`, or
-        if the prompt has `opened` it, and else the answer.
+        Thinking ends at the first `</think>`. Without one, all of `text` is thinking if it begins with `<think>` or
+        `opened` is true, and all of it is the answer otherwise.
+
+        opened  the prompt ended with `<think>`, so that `text` begins inside the thinking
         """
-        before, closed, after = text.partition(_THOUGHT)
-        inside = before.lstrip()
-        if not (closed or opened or inside.startswith(_THINK)):
+        before, end, after = text.partition(_THINK_END)
+        thinking = before.lstrip()
+        if not (end or opened or thinking.startswith(_THINK_START)):
             return "", text
-        return inside.removeprefix(_THINK).strip("\n"), after.lstrip("\n")
+        return thinking.removeprefix(_THINK_START).strip("\n"), after.lstrip("\n")
 
     def _template(self, with_tools: bool) -> ChatTemplate:
+        """Return the compiled chat template: the one named "tool_use" for tools, if there is one, else "default"."""
         from .chat_template import ChatTemplate
 
-        name = "tool_use" if with_tools and "tool_use" in self._files.templates else "default"
-        if name not in self._files.templates:
-            found = f"only {', '.join(map(named, self._files.templates))}" if self._files.templates else "none"
+        templates = self._files.templates
+        name = "tool_use" if with_tools and "tool_use" in templates else "default"
+        if name not in templates:
+            found = f"only {', '.join(map(named, templates))}" if templates else "none"
             raise InvalidCheckpoint(
-                f"{self._files.folder}: expected a chat template, found {found}. Fetch chat_template.jinja of the "
-                "model that this one was made of, or write the prompt yourself."
+                f"{self._files.folder}: expected a chat template named default, found {found}. Copy "
+                "chat_template.jinja from the chat model that this one was made from, or write the prompt yourself."
             )
         if name not in self._compiled:
-            text, file = self._files.templates[name]
+            text, file = templates[name]
             self._compiled[name] = ChatTemplate(text, file, self._files.tokens)
         return self._compiled[name]
