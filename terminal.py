@@ -101,7 +101,7 @@ class Chat:
     def answer(self, text: str) -> Completion | None:
         """The answer to `text`, printed as it comes; None where it was interrupted."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._tokenizer.chat(asked, enable_thinking=self._thinking)
+        prompt = self._tokenizer.apply_chat_template(asked, enable_thinking=self._thinking)
         watch, said, completion = Stopwatch(), "", None
         with _interruptions() as interrupted:
             read = self._read_prompt(prompt)
@@ -132,7 +132,7 @@ class Chat:
 
     def _read_prompt(self, prompt: str) -> Prefix:
         """The prompt as the model has read it: of a conversation only what is new since the last time."""
-        ids = [self._tokenizer.encode(prompt)]
+        ids = [self._tokenizer.encode_prompt(prompt)]
         if self._read is None:
             self._read = prefill(self.model, ids, room=self._most)
         else:

@@ -77,7 +77,8 @@ def complete(
 ) -> list[Completion]:
     """An answer to every prompt, `samples` to each, one after the other.
 
-    prompts  text; for a chat, what `tokenizer.chat` gives
+    prompts  text; for a chat, the output of `tokenizer.apply_chat_template`. The BOS token is added if the checkpoint
+             wants one and the text does not begin with it.
     stop     strings that end an answer, and are no part of its text
 
     Raises:
@@ -141,21 +142,25 @@ class _Row:
                 break
             self.tokens.append(int(token))
             self.logprobs += map(float, logprobs[i : i + 1])
-            before = max(len(self._text) - self._longest, 0)
             if token in self._eos:
-                self._text += self._decoder.flush()
+                self._append(self._decoder.flush())
                 self.reason = "stop"
-                continue
-            self._text += self._decoder.add([int(token)])
-            if places := [at for each in self._stop if (at := self._text.find(each, before)) >= 0]:
-                self._text, self.reason = self._text[: min(places)], "stop"
+            else:
+                self._append(self._decoder.add([int(token)]))
         return self.reason is not None
+
+    def _append(self, text: str) -> None:
+        """Adds text; the answer ends at a stop string that is complete with it."""
+        before = max(len(self._text) - self._longest, 0)
+        self._text += text
+        if places := [at for each in self._stop if (at := self._text.find(each, before)) >= 0]:
+            self._text, self.reason = self._text[: min(places)], "stop"
 
     def end(self) -> None:
         """What has not ended by itself was cut off."""
         if self.reason is None:
-            self._text += self._decoder.flush()
-            self.reason = "length"
+            self._append(self._decoder.flush())  # byte tokens may be held back that spell a stop string
+            self.reason = self.reason or "length"
 
     def fresh(self) -> str:
         """The text that has come since the last time and is certain."""
@@ -201,7 +206,7 @@ class _Run:
             inputs: tuple[Any, Any] = (prompts, None)
             rows = prompts.tokens.shape[0]
         else:
-            inputs, rows = _padded([tokenizer.encode(prompt) for prompt in prompts]), len(prompts)
+            inputs, rows = _padded([tokenizer.encode_prompt(prompt) for prompt in prompts]), len(prompts)
         self.rows = [_Row(tokenizer, stops, eos) for _ in range(rows * samples)]
         # Strings are looked for between chunks; where there are none, nothing has to be looked at before the end.
         count = checked_count("max_new_tokens", count, 0)
