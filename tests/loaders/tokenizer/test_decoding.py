@@ -118,6 +118,20 @@ def test_each_kind_of_decoder_streams_exactly(decoder, ids, skip, step):
 
 
 @pytest.mark.parametrize(
+    ("decoder", "tokens", "text"),
+    [
+        (decoders.Metaspace(), ["", "\u2581\u2581a"], "  a"),
+        (decoders.Metaspace(), ["\u2581\u2581a", "\u2581"], "a "),
+        (FALLBACK, ["<0xC3>", "", "<0xA0>"], "\ufffd\ufffd"),
+    ],
+)
+def test_empty_tokens_count_as_tokens(decoder, tokens, text):
+    made = backend(decoder)
+    ids = [VOCABULARY[token] for token in tokens]
+    assert "".join(pieces(DecodeStream(made), ids, 1)) == made.decode(ids) == text
+
+
+@pytest.mark.parametrize(
     ("decoder", "name"),
     [
         (decoders.WordPiece(), "decoder WordPiece"),

@@ -164,15 +164,22 @@ def test_a_prompt_has_bos_if_only_the_config_asks_for_it(folder):
     assert load_tokenizer(folder).encode_prompt("Hello") == ids
 
 
-def test_a_prompt_keeps_other_tokens_that_the_post_processor_adds(folder):
+@pytest.mark.parametrize("written", ["post-processor", "config"])
+def test_a_prompt_keeps_other_tokens_that_the_post_processor_adds(folder, written):
     bos, end = TOKENIZER.token_id("<|endoftext|>"), TOKENIZER.token_id("<|im_end|>")
-    pieces = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-              {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}]  # fmt: skip
-    tokens = {name: {"id": name, "ids": [TOKENIZER.token_id(name)], "tokens": [name]}
-              for name in ("<|endoftext|>", "<|im_end|>")}  # fmt: skip
-    processor = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": tokens}
-    processor["pair"] = [*pieces, {"Sequence": {"id": "B", "type_id": 1}}]
+    names = ["<|endoftext|>", "<|im_end|>"] if written == "post-processor" else ["<|im_end|>"]
+    *before, after = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+    single = [*before, {"Sequence": {"id": "A", "type_id": 0}}, after]
+    processor = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [TOKENIZER.token_id(name)], "tokens": [name]} for name in names},
+    }
     change_json(folder / "tokenizer.json", post_processor=processor)
+    change_json(
+        folder / "tokenizer_config.json", add_bos_token=True if written == "config" else ..., bos_token="<|endoftext|>"
+    )
     loaded, ids = load_tokenizer(folder), TOKENIZER.encode("Hello")
     assert loaded.encode_prompt("Hello") == loaded.encode_prompt("<|endoftext|>Hello") == [bos, *ids, end]
     assert loaded.encode_prompt("") == [bos, end]
