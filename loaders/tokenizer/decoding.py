@@ -29,11 +29,7 @@ class DecodeStream:
 
     def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool = True):
         self._backend = backend
-        self._skipped = {
-            token.content
-            for token in backend.get_added_tokens_decoder().values()
-            if token.special and skip_special_tokens
-        }
+        self._skipped = _special_tokens(backend) if skip_special_tokens else set()
         self._steps = decoding_steps(backend)
 
     def add(self, ids: Iterable[int]) -> str:
@@ -58,6 +54,17 @@ class DecodeStream:
             pieces = step.add(pieces) + step.flush()
         self._steps = decoding_steps(self._backend)
         return "".join(pieces)
+
+
+def _special_tokens(backend: tokenizers.Tokenizer) -> set[str]:
+    """Return the tokens that decoding skips as special ones."""
+
+    def skipped(number: int) -> bool:
+        # A token that was added as special stays so, even if it was added again without the flag.
+        return backend.decode([number], skip_special_tokens=True) != backend.decode([number], skip_special_tokens=False)
+
+    added = backend.get_added_tokens_decoder()
+    return {token.content for number, token in added.items() if token.special or skipped(number)}
 
 
 def checked_ids(ids: Any) -> list[int]:

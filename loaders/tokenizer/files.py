@@ -131,8 +131,7 @@ def _backend(path: pathlib.Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_buffer(data)
         declared = [(token["content"], token["id"]) for token in json.loads(data).get("added_tokens") or ()]
     except BaseException as error:
-        # A Rust panic is raised as a subclass of BaseException that has no public name.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not failed_in_rust(error):
             raise
         raise InvalidCheckpoint(f"{path}: not readable as a tokenizer: {error}. Download it again.") from error
     # tokenizers numbers added tokens consecutively, and only logs a warning if the file gives another id.
@@ -143,6 +142,12 @@ def _backend(path: pathlib.Path) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def failed_in_rust(error: BaseException) -> bool:
+    """Return whether the package tokenizers raised `error`, as an exception or as a Rust panic."""
+    # A panic is a subclass of BaseException that has no public name.
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _same_id(path: pathlib.Path, backend: tokenizers.Tokenizer, content: str, number: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from ...policies.errors import InvalidCheckpoint, InvalidText, InvalidTokens, named, shown
 from ..hub import local_folder
 from .decoding import DecodeStream, checked_ids
-from .files import Files, read_files
+from .files import WHOLE, Files, failed_in_rust, read_files
 
 if TYPE_CHECKING:  # imported on first use: jinja2 takes 50 ms to import
     import tokenizers
@@ -78,6 +78,7 @@ class Tokenizer:
 
         Raises:
           InvalidText: if `text` is not a string, or contains half of a surrogate pair.
+          InvalidCheckpoint: if tokenizer.json is inconsistent, such as a post-processor with an unknown token.
         """
         return self._encoding(text, add_special_tokens).ids
 
@@ -88,7 +89,7 @@ class Tokenizer:
         is added. BOS is also added if only `add_bos_token` in tokenizer_config.json asks for it.
 
         Raises:
-          InvalidText: if `text` is not a string, or contains half of a surrogate pair.
+          InvalidText, InvalidCheckpoint: as for `encode`.
         """
         encoding = self._encoding(text, True)
         added = encoding.special_tokens_mask  # 1 for the ids that the post-processor adds
@@ -105,6 +106,12 @@ class Tokenizer:
             raise InvalidText(
                 f"expected a string that can be encoded as UTF-8, found {shown(text)}. Pass one string "
                 "without unpaired surrogates."
+            ) from error
+        except BaseException as error:
+            if not failed_in_rust(error):
+                raise
+            raise InvalidCheckpoint(
+                f"{self._files.folder / WHOLE}: the tokenizer cannot encode {shown(text)}: {error}. Download it again."
             ) from error
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:

@@ -1,5 +1,7 @@
 """Streaming decoders: the pieces of a stream join to the text of all ids, for each kind of decoder."""
 
+import json
+
 import hypothesis
 import pytest
 from checkpoints import GOLDEN
@@ -115,6 +117,16 @@ def test_each_kind_of_decoder_streams_exactly(decoder, ids, skip, step):
     assert "".join(pieces(stream, ids, step)) == made.decode(ids, skip_special_tokens=skip)
     # A flushed stream starts a new text.
     assert "".join(pieces(stream, ids, step)) == made.decode(ids, skip_special_tokens=skip)
+
+
+def test_a_special_token_stays_special_when_the_config_declares_it_again(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for token in config["added_tokens_decoder"].values():
+        token["special"] = False
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder=config["added_tokens_decoder"])
+    tokenizer = load_tokenizer(folder)
+    ids = [tokenizer.token_id(token) for token in ("<|im_start|>", "user", "<|endoftext|>", "<think>")]
+    assert "".join(pieces(tokenizer.decode_stream(), ids, 1)) == tokenizer.decode(ids) == "user<think>"
 
 
 @pytest.mark.parametrize(

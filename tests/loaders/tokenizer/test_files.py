@@ -170,6 +170,24 @@ def test_files_that_are_too_large_or_no_files(folder, monkeypatch):
         load_tokenizer(folder)
 
 
+def test_a_post_processor_that_names_an_unknown_token(folder):
+    """The package tokenizers notices the missing id only when it encodes."""
+    single = [{"SpecialToken": {"id": "<none>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processor = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    change_json(folder / "tokenizer.json", post_processor=processor)
+    loaded = load_tokenizer(folder)
+    for encode in (loaded.encode, loaded.encode_prompt):
+        with pytest.raises(
+            InvalidCheckpoint, match=r"tokenizer.json: the tokenizer cannot encode 'Hello': .* Download"
+        ):
+            encode("Hello")
+
+
 def test_a_template_that_is_no_utf8(folder):
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(InvalidCheckpoint, match=r"chat_template.jinja: not UTF-8"):
