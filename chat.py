@@ -100,7 +100,7 @@ class Chat:
     def answer(self, text: str) -> Completion | None:
         """The answer to `text`, printed piece by piece; None if it was interrupted."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._tokenizer.chat(asked, enable_thinking=self._thinking)
+        prompt = self._tokenizer.apply_chat_template(asked, enable_thinking=self._thinking)
         watch, said, completion = Stopwatch(), "", None
         with _interruptions() as interrupted:
             prefix = self._prefill(prompt)
@@ -133,7 +133,7 @@ class Chat:
 
     def _prefill(self, prompt: str) -> Prefix:
         """The prompt as the model has processed it; only tokens after the previous prompt's are processed."""
-        ids = [self._tokenizer.encode(prompt)]
+        ids = [self._tokenizer.encode_prompt(prompt)]
         if self._prefix is None:
             self._prefix = prefill(self.model, ids, max_new_tokens=self._most)
         else:

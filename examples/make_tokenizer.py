@@ -1,4 +1,4 @@
-"""A tokenizer for the small checkpoints: every byte is a token, and a chat is written as Qwen3 has it (ChatML)."""
+"""Small tokenizer of the example checkpoints: one token for each byte, and Qwen3's chat format (ChatML)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ TEMPLATE = """\
 
 
 def write_tokenizer(folder: pathlib.Path, end: int, pad: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json; `<|im_end|>` has the id `end`, `<|endoftext|>` the id `pad`."""
+    """Write tokenizer.json and tokenizer_config.json into `folder`.
+
+    end  id of `<|im_end|>`, which ends an answer
+    pad  id of `<|endoftext|>`, the padding token
+    """
     vocabulary = {byte: i for i, byte in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
     vocabulary |= {"<|im_start|>": 256, "<think>": 257, "</think>": 258, "<|endoftext|>": pad, "<|im_end|>": end}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))

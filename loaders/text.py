@@ -76,7 +76,8 @@ def generate_text(
 ) -> list[Completion]:
     """`num_return_sequences` answers to every prompt, one after the other.
 
-    prompts   text; for a chat, the text from `tokenizer.apply_chat_template`
+    prompts   text; for a chat, the output of `tokenizer.apply_chat_template`. The BOS token is added if the checkpoint
+              wants one and the text does not begin with it
     stop      strings that end an answer and are not part of its text
     logprobs  whether to return the log-probability of each token
 
@@ -153,21 +154,25 @@ class _Row:
                 break
             self.tokens.append(int(token))
             self.logprobs += map(float, logprobs[i : i + 1])
-            before = max(len(self._text) - self._longest, 0)
             if token in self._eos:
-                self._text += self._decoder.flush()
+                self._append(self._decoder.flush())
                 self.reason = "stop"
-                continue
-            self._text += self._decoder.add([int(token)])
-            if places := [at for each in self._stop if (at := self._text.find(each, before)) >= 0]:
-                self._text, self.reason = self._text[: min(places)], "stop"
+            else:
+                self._append(self._decoder.add([int(token)]))
         return self.reason is not None
+
+    def _append(self, text: str) -> None:
+        """Adds text; the answer ends at a stop string that is complete with it."""
+        before = max(len(self._text) - self._longest, 0)
+        self._text += text
+        if places := [at for each in self._stop if (at := self._text.find(each, before)) >= 0]:
+            self._text, self.reason = self._text[: min(places)], "stop"
 
     def end(self) -> None:
         """Ends an answer that no token or stop string has ended."""
         if self.reason is None:
-            self._text += self._decoder.flush()
-            self.reason = "length"
+            self._append(self._decoder.flush())  # byte tokens may be held back that spell a stop string
+            self.reason = self.reason or "length"
 
     def fresh(self) -> str:
         """The certain text that no earlier call has returned."""
@@ -208,7 +213,7 @@ class _Run:
             inputs: tuple[Any, Any] = (prompts, None)
             rows = prompts.tokens.shape[0]
         else:
-            inputs, rows = _padded([tokenizer.encode(prompt) for prompt in prompts]), len(prompts)
+            inputs, rows = _padded([tokenizer.encode_prompt(prompt) for prompt in prompts]), len(prompts)
         self.rows = [_Row(tokenizer, stops, eos) for _ in range(rows * config.num_return_sequences)]
         # Stop strings are searched for after each chunk; without any, one chunk is enough.
         if chunk is None:

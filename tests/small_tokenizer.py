@@ -1,4 +1,4 @@
-"""A tokenizer as Qwen3's is, byte-level with the same splitting and the same special tokens, but of some 400 tokens."""
+"""A small Qwen3 tokenizer for tests: byte-level, with Qwen3's splitting and special tokens, but about 480 tokens."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ TEMPLATE = Path(__file__).parent / "golden" / "chat" / "chat_template.jinja"
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Words with what stands before them, single digits, punctuation, blanks."""
+"""Qwen3's splitting into words with the character before them, single digits, punctuation and white space."""
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 NOT_SPECIAL = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
-"""Added tokens that decoding keeps, as Qwen3 has it."""
+"""Added tokens that are not special: decoding keeps them, as for Qwen3."""
 
 WORDS = (
     "the and user system assistant name arguments city weather function string type description what is it there "
@@ -24,12 +24,12 @@ WORDS = (
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Tokens by text, and merges: all bytes, and what leads up to each word with and without a blank before it."""
+    """Return ids by token, and merges: all bytes, and the prefixes of each word with and without a space before it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = {character: index for index, character in enumerate(alphabet)}
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     merges = []
-    for word in (blank + word for word in WORDS for blank in ("", " ")):
+    for word in (space + word for word in WORDS for space in ("", " ")):
         ((text, _),) = byte_level.pre_tokenize_str(word)
         for end in range(2, len(text) + 1):
             if text[:end] not in tokens:
@@ -56,9 +56,9 @@ def small_tokenizer() -> tokenizers.Tokenizer:
 
 
 def write_tokenizer(folder: Path, template: str | None = None) -> tokenizers.Tokenizer:
-    """The tokenizer, whose files are written into `folder` as the ones of Qwen3 are; generation_config.json too.
+    """Write the tokenizer's files and generation_config.json into `folder`, as for Qwen3, and return the tokenizer.
 
-    template  the chat template; by default the one in `golden/chat`
+    template  the chat template; None takes the one in `golden/chat`
     """
     tokenizer = small_tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,3 +91,9 @@ def write_tokenizer(folder: Path, template: str | None = None) -> tokenizers.Tok
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def change_json(path: Path, **fields: object) -> None:
+    """Set fields of a JSON file, which is created if it is missing; the value `...` removes a field."""
+    given = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, {name: value for name, value in {**given, **fields}.items() if value is not ...})

@@ -11,7 +11,7 @@ import checkpoints
 import numpy as np
 import pytest
 from checkpoints import fields, tensors, write
-from small_tokenizer import small_tokenizer, write_tokenizer
+from small_tokenizer import change_json, small_tokenizer, write_tokenizer
 
 import perparam
 from perparam import Sampling, load_tokenizer
@@ -391,6 +391,24 @@ def test_each_prompt_holds_what_was_said(chat, monkeypatch):
         [turn("user", "why"), turn("assistant", " answer"), turn("user", "hello"), "<|im_start|>assistant\nhello"]
     )
     assert asked[2] == turn("user", "hello") + "<|im_start|>assistant\nhello"
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "{{- bos_token }}" + TEMPLATE], ids=["config", "both"])
+def test_every_prompt_has_bos_once_whoever_writes_it(model, tmp_path, monkeypatch, template):
+    write_tokenizer(tmp_path, template)
+    change_json(tmp_path / "tokenizer_config.json", add_bos_token=True, bos_token="<|endoftext|>")
+    tokenizer, asked, original = load_tokenizer(tmp_path), [], terminal.stream
+
+    def stream(model, tokenizer, prefix, *rest, **options):
+        asked.append(np.asarray(prefix.tokens)[np.asarray(prefix.cache.positions) != EMPTY].tolist())
+        return original(model, tokenizer, prefix, *rest, **options)
+
+    monkeypatch.setattr(terminal, "stream", stream)
+    talk = terminal.Chat(model, tokenizer, out=Screen(), sampling=Sampling(temperature=0.0), max_new_tokens=8)
+    talk.take("why")
+    talk.take("hello")
+    bos = tokenizer.token_id("<|endoftext|>")
+    assert [(ids[0], ids.count(bos)) for ids in asked] == [(bos, 1), (bos, 1)]
 
 
 def test_of_a_conversation_only_what_is_new_is_read(chat, monkeypatch):

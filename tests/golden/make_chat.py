@@ -1,12 +1,12 @@
-"""Write the golden chats: prompts and token ids that Hugging Face transformers makes of messages, in `chat/`.
+"""Write the golden chats in `chat/`: prompts and token ids that Hugging Face transformers computes from messages.
 
     python tests/golden/make_chat.py
 
 needs transformers, not torch. `chat/` then holds a small tokenizer (`tests/small_tokenizer.py`), and `cases.json`:
 
-    chats      messages and options, the prompt that `apply_chat_template` renders of them, and its ids
+    chats      messages and options, the prompt that `apply_chat_template` renders, and its ids
     continued  the same with `continue_final_message`
-    texts      a text, its ids, and what these decode to with special tokens skipped and kept
+    texts      a text, its ids, and the text of the ids, special tokens skipped or kept
 """
 
 import json
@@ -154,7 +154,7 @@ def main() -> None:
         ],
     }
     versions = {"tokenizers": tokenizers.__version__, "transformers": transformers.__version__}
-    # In ASCII, so that no editor changes what looks alike.
+    # In ASCII, so that no editor changes characters that look alike.
     (FOLDER / "cases.json").write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")
     write_json(FOLDER / "VERSIONS.json", versions)
 

@@ -22,6 +22,7 @@ from perparam.models.generation.sampling import GREEDY
 from perparam.policies.errors import InvalidCheckpoint, InvalidSampling, InvalidText, InvalidTokens
 
 TOKENIZER = load_tokenizer(GOLDEN / "chat")
+LLAMA2, LLAMA3 = (load_tokenizer(GOLDEN / "llama" / name) for name in ("llama2", "llama3"))
 END, START = TOKENIZER.token_id("<|im_end|>"), TOKENIZER.token_id("<|im_start|>")
 
 
@@ -269,6 +270,17 @@ def test_an_answer_that_stops_within_a_character_leaves_it_out():
     assert completed([*ids("ab!"), *ids("👩")[:-1]], stop="!").text == "ab"
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 9])
+@pytest.mark.parametrize("after", [[], LLAMA2.eos_ids, [LLAMA2.token_id("a")]], ids=["nothing", "end", "letter"])
+def test_a_stop_string_ends_an_answer_whose_byte_tokens_are_held_back(after, chunk):
+    """Llama 2 writes a newline as a byte token, whose text is known only when another token or the end follows."""
+    script = [LLAMA2.token_id("a"), LLAMA2.token_id("<0x0A>"), *after]
+    with says(script):
+        pieces, found = run(stream_text(model_of(), LLAMA2, "x", len(script), stop="\n", chunk=chunk))
+    assert "".join(pieces) == found.text == "a"
+    assert (found.finish_reason, found.tokens) == ("stop", tuple(script))
+
+
 # What is told and asked.
 
 
@@ -291,6 +303,20 @@ def test_prompts_of_different_length_are_padded_on_the_left():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("tokenizer", [LLAMA2, LLAMA3], ids=["llama2", "llama3"])
+def test_a_model_reads_bos_once(tokenizer):
+    chat = [{"role": "user", "content": "Hello"}]
+    prompt, expected = tokenizer.apply_chat_template(chat), tokenizer.apply_chat_template(chat, tokenize=True)
+    assert tokenizer.encode(prompt) == [expected[0], *expected]
+    with says([5], [6]) as asked:
+        generate_text(model_of(), tokenizer, [prompt, "Hello"], 1)
+    given = [row[mask].tolist() for row, mask in zip(asked[0]["ids"], asked[0]["mask"], strict=True)]
+    assert given == [expected, tokenizer.encode("Hello")]
+    with says([5]) as asked:
+        run(stream_text(model_of(), tokenizer, prompt, 1))
+    assert asked[0]["ids"].tolist() == [expected]
+
+
 @pytest.mark.parametrize("stop", ["", ["a", ""], [None], [3], b"a", [b"a"]], ids=repr)
 def test_what_is_no_stop_string_is_refused(stop):
     for ask in (generate_text, stream_text):
@@ -309,7 +335,7 @@ def test_an_empty_prompt_is_refused(prompts):
 
 @pytest.mark.parametrize("prompt", [3, None, [1, 2], "\ud800"], ids=repr)
 def test_what_is_no_text_is_refused(prompt):
-    with pytest.raises(InvalidText, match="expected text"):
+    with pytest.raises(InvalidText, match="expected a string that can be encoded as UTF-8"):
         stream_text(model_of(), TOKENIZER, prompt)
 
 

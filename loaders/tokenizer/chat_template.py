@@ -1,8 +1,8 @@
-"""A chat template: Jinja that a checkpoint brings along, rendered in jinja2's sandbox into the prompt of a chat.
+"""Chat templates: renders a checkpoint's Jinja template into the prompt of a chat, in jinja2's sandbox.
 
-The environment is the one that Hugging Face transformers gives templates, and what a template sees is plain data: text,
-numbers, lists and mappings, copied. Nothing of a template runs before `ChatTemplate.render`. The sandbox keeps it from
-Python's internals, files and the network, not from taking long.
+Templates get the environment that Hugging Face transformers gives them, and copies of plain data: strings, numbers,
+lists and mappings. No part of a template runs before `ChatTemplate.render`. The sandbox denies access to Python's
+internals, files and the network; it does not limit running time.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from ..policies.errors import InvalidCheckpoint, InvalidText, PerparamError, shown
+from ...policies.errors import InvalidCheckpoint, InvalidText, PerparamError, shown
 
-_LONGEST_PROMPT = 1 << 26  # characters: 16 million tokens or more, hundreds of times what a model attends to
-_DEEPEST = 100  # levels of lists and mappings in a message; a JSON schema has ten
+_LONGEST_PROMPT = 1 << 26  # characters: at least 16 million tokens, hundreds of times the context of a model
+_DEEPEST = 100  # nested lists and mappings in a message; a JSON schema has about ten levels
 
 _MARK = "THE FINAL MESSAGE GOES ON HERE "
-"""Stands at the end of a message that is to be continued; its last blank tells whether the template strips."""
+"""Marks the end of the message to continue; the prompt has its final space unless the template strips messages."""
 
 
 class ChatTemplate:
-    """The template of a tokenizer.
+    """A chat template of a tokenizer.
 
-    source     the Jinja
-    name       the file it is of, for errors
-    variables  what the template sees besides a chat: special tokens, such as `eos_token`
+    source     Jinja source
+    name       path of its file, for errors
+    variables  variables that every chat gets: the special tokens, such as `eos_token`
     """
 
     def __init__(self, source: str, name: str, variables: Mapping[str, str] | None = None):
@@ -51,23 +51,26 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt; see `Tokenizer.chat`.
+        """Return the prompt of a chat; for the arguments see `Tokenizer.apply_chat_template`.
 
         Raises:
-          InvalidText: for messages, tools or variables that are not plain data of the right shape, and where the
-            template refuses them.
-          InvalidCheckpoint: for a template that is not Jinja, fails, or reaches for what the sandbox forbids.
+          InvalidText: if messages, tools or variables are not plain data of the expected form, or the template rejects
+            the messages.
+          InvalidCheckpoint: if the template is not valid Jinja, fails, or violates the sandbox.
         """
         chat = [_message(index, message) for index, message in enumerate(_listed("messages", messages))]
         if not chat:
-            raise InvalidText("messages: expected at least one, found none.")
+            raise InvalidText("messages: expected at least one message, found an empty list. Pass the user's message.")
         schemas = None
         if tools is not None:
             schemas = [_plain("tools", tool) for tool in _listed("tools", tools)]
         final = chat[-1].get("content")
         if continue_final_message:
             if not isinstance(final, str):
-                raise InvalidText("messages: the last one has no content to continue.")
+                raise InvalidText(
+                    "continue_final_message: expected a last message with content, found none. Leave this option "
+                    "out, or give the message `content`."
+                )
             chat[-1]["content"] = final + _MARK
         prompt = self._rendered(
             {
@@ -89,7 +92,7 @@ class ChatTemplate:
             raise InvalidCheckpoint(
                 f"{self.name}: chat template, line {error.lineno}: not readable as Jinja: {error.message}. Correct it."
             ) from error
-        except Exception as error:  # nested too deep, for Jinja or for the Python that it writes
+        except Exception as error:  # the nesting is too deep for Jinja, or for the Python code that it writes
             raise InvalidCheckpoint(
                 f"{self.name}: chat template: not readable as Jinja: {error}. Correct it."
             ) from error
@@ -101,39 +104,44 @@ class ChatTemplate:
                 parts.append(part)
                 length += len(part)
                 if length > _LONGEST_PROMPT:
-                    raise OverflowError(f"it writes more than {_LONGEST_PROMPT} characters")
-        except Exception as error:  # whatever an expression of nobody knows who raises
+                    raise OverflowError(f"the prompt has more than {_LONGEST_PROMPT} characters")
+        except Exception as error:  # an expression in a template can raise any error
             lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if _is_template(frame)]
             where = f"{self.name}: chat template, line {lines[-1]}" if lines else f"{self.name}: chat template"
             raise _failure(where, error) from error
         return "".join(parts)
 
     def _up_to_mark(self, prompt: str, final: str) -> str:
-        """`prompt` up to the end of the last message's text."""
+        """Return `prompt` up to the end of the last message's text, without the mark."""
         at = prompt.rfind(_MARK.rstrip())
         if at < 0 or final.strip() not in prompt[:at]:
             raise InvalidText(
-                f"{self.name}: chat template: it does not render all of the last message, so that cannot be continued."
+                f"{self.name}: chat template: it omits part of the last message, so this message cannot be continued. "
+                "Leave continue_final_message out."
             )
         return prompt[:at] if prompt.startswith(_MARK, at) else prompt[:at].rstrip()
 
 
 def _failure(where: str, error: Exception) -> PerparamError:
-    said = str(error).rstrip(".")
-    if type(error) is TemplateError:  # `raise_exception`, of which all else that Jinja raises is derived
-        return InvalidText(f"{where}: it refuses these messages: {said}.")
+    """Return the error to raise for an error that rendering raised at `where`."""
+    reason = str(error).rstrip(".")
+    if type(error) is TemplateError:  # from `raise_exception`; Jinja itself raises subclasses
+        return InvalidText(f"{where}: the template rejects these messages: {reason}. Change them as it says.")
     if isinstance(error, SecurityError):
-        return InvalidCheckpoint(f"{where}: it reaches for what no template needs: {said}. Do not use this checkpoint.")
+        return InvalidCheckpoint(
+            f"{where}: the sandbox forbids what the template does: {reason}. Do not use this checkpoint."
+        )
     return InvalidCheckpoint(
-        f"{where}: {type(error).__name__}: {said}. Give what the template reads of a message, or correct it."
+        f"{where}: {type(error).__name__}: {reason}. Pass the fields that the template reads, or correct the template."
     )
 
 
 def _is_template(frame: Any) -> bool:
-    return frame.f_code.co_filename == "<template>"  # which Jinja writes into tracebacks, with the template's lines
+    return frame.f_code.co_filename == "<template>"  # the file name that Jinja gives templates in tracebacks
 
 
 def _listed(name: str, value: Any) -> Sequence[Any]:
+    """Return `value` if it is a list of mappings."""
     if not isinstance(value, (list, tuple)):
         raise InvalidText(f"{name}: expected a list of mappings, found {shown(value)}.")
     for index, entry in enumerate(value):
@@ -143,13 +151,13 @@ def _listed(name: str, value: Any) -> Sequence[Any]:
 
 
 def _message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates see it: without the keys that are None, as transformers leaves them out."""
+    """Return a copy of a message for the template, without keys whose value is None, as in transformers."""
     name = f"messages[{index}]"
     plain = {key: value for key, value in _plain(name, message).items() if value is not None}
     if not isinstance(plain.get("role"), str):
-        raise InvalidText(f"{name}: role: expected text, such as 'user', found {shown(plain.get('role'))}.")
+        raise InvalidText(f"{name}: role: expected a string, such as 'user', found {shown(plain.get('role'))}.")
     if not isinstance(plain.get("content", "" if plain.get("tool_calls") else None), str):
-        raise InvalidText(f"{name}: content: expected text, found {shown(plain.get('content'))}.")
+        raise InvalidText(f"{name}: content: expected a string, found {shown(plain.get('content'))}.")
     return plain
 
 
@@ -157,9 +165,9 @@ _EXACT: dict[type, Any] = {str: str.__str__, int: int.__int__, float: float.__fl
 
 
 def _plain(name: str, value: Any, depth: int = 0) -> Any:
-    """A copy of `value` in exact JSON types, whose methods the sandbox knows."""
+    """Return a copy of `value` in the exact types of JSON; the sandbox checks the methods of those."""
     if depth > _DEEPEST:
-        raise InvalidText(f"{name}: more than {_DEEPEST} levels of lists and mappings.")
+        raise InvalidText(f"{name}: expected at most {_DEEPEST} nested lists and mappings, found more.")
     if value is None or isinstance(value, bool):
         return value
     for kind, exact in _EXACT.items():
@@ -167,20 +175,20 @@ def _plain(name: str, value: Any, depth: int = 0) -> Any:
             return exact(value)
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str)]:
-            raise InvalidText(f"{name}: expected keys that are text, found {shown(odd[0])}.")
+            raise InvalidText(f"{name}: expected strings as keys, found {shown(odd[0])}.")
         return {str.__str__(key): _plain(f"{name}.{key}", entry, depth + 1) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(f"{name}[{index}]", entry, depth + 1) for index, entry in enumerate(value)]
-    raise InvalidText(f"{name}: expected text, numbers, lists or mappings, found {shown(value)}.")
+    raise InvalidText(f"{name}: expected strings, numbers, lists or mappings, found {shown(value)}.")
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what an assistant wrote, for training on it: here its content counts."""
+    """The tag `{% generation %}`, which marks an assistant's text for training; it renders as its content."""
 
-    tags = {"generation"}  # noqa: RUF012, since Jinja declares it so
+    tags = {"generation"}  # noqa: RUF012, Jinja's own declaration
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The block's content, in a scope of its own."""
+        """Return the node of the block; its content has its own scope."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
@@ -190,10 +198,10 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """Jinja's namespace without names that Python itself would look up."""
+    """Jinja's `namespace`, without names that begin with an underscore."""
 
     def __init__(*args: Any, **names: Any):
-        # `self` is no parameter, so that `namespace(self=1)` works, as in Jinja.
+        # There is no parameter named `self`, so that `namespace(self=1)` works, as in Jinja.
         self, *given = args
         values: dict[str, Any] = dict(*given, **names)
         for name in values:
@@ -221,7 +229,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as a model reads it: Jinja's own filter escapes for HTML."""
+    """Return JSON without the HTML escapes of Jinja's own `tojson` filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
