@@ -131,6 +131,11 @@ CASES = (
     Case(name="llama_linear_rope", seed=1907, family="llama", new_form=True, lengths=(7, 12, 4), padding_side="right",
          hidden=56, intermediate=70, heads=4, kv_heads=2, head_dim=14, vocab=175,
          settings={"rope_parameters": NEW_LINEAR}),
+    Case(name="llama_fp8_channel", seed=2004, family="llama", strategy="channel",
+         hidden=58, intermediate=86, heads=2, kv_heads=1, head_dim=24, vocab=176, settings={"rope_theta": 500000.0}),
+    Case(name="llama_fp8_tensor", seed=2100, family="llama", strategy="tensor", scale_dtype=torch.float32,
+         new_form=True, hidden=66, intermediate=80, heads=6, kv_heads=3, head_dim=16, vocab=177,
+         settings={"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}),
 )  # fmt: skip
 
 
