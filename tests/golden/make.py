@@ -1,9 +1,10 @@
 """Write the golden checkpoints and the outputs Hugging Face transformers computes from them.
 
-    python tests/golden/make.py
+    python tests/golden/make.py [case ...]
 
-needs torch and transformers; a CPU is enough. Every case becomes a folder beside this file: a Qwen3 checkpoint in the
-published layout (`config.json` and safetensors) and `expected.npz`, which holds
+needs torch and transformers; a CPU is enough. Every case of `cases.py`, or of those that the arguments name, becomes a
+folder beside this file: a checkpoint in the published layout (`config.json` and safetensors) and `expected.npz`, which
+holds
 
     input_ids, attention_mask    int32 [batch, time]
     logits_f32                   float32 [batch, time, vocab], the model run in float32
@@ -13,22 +14,24 @@ published layout (`config.json` and safetensors) and `expected.npz`, which holds
 
 Attention is eager, FP8 weights are dequantised in float32, positions count the attended tokens, and logits at padded
 positions are set to zero. `VERSIONS.json` names the library versions. With those versions, a second run on the same
-machine writes the same bytes.
+machine writes the same bytes; with other versions, all cases are made again.
 """
 
 import json
 import math
 import platform
 import shutil
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import safetensors
 import torch
 import transformers
+from cases import CASES, Case, published_config
 from safetensors.torch import save_file
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 GOLDEN = Path(__file__).parent
 GREEDY_TOKENS = 8
@@ -40,96 +43,10 @@ FINITE_CODES = np.array([code for code in range(256) if code & 0x7F != 0x7F], np
 CODE_RMS = torch.from_numpy(FINITE_CODES).view(torch.float8_e4m3fn).float().square().mean().sqrt().item()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    name: str
-    seed: int  # one whose greedy rows vary and are never nearly a draw
-    hidden: int
-    intermediate: int
-    layers: int = 2
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool = False
-    head_stored: bool = True
-    block: tuple[int, int] | None = None  # None leaves the whole checkpoint unquantised
-    scale_dtype: torch.dtype = torch.bfloat16
-    plain_dtype: torch.dtype = torch.bfloat16  # of everything that is neither FP8 nor a scale
-    not_converted: tuple[str, ...] = ()
-    new_form: bool = False  # of config.json: `dtype` and `rope_parameters`
-    settings: dict = field(default_factory=dict)  # what config.json adds or says differently
-    lengths: tuple[int, ...] = (11, 11)
-    padding_side: str = "left"
-    shards: int = 1
-
-
-PUBLISHED = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False,
-    "attention_dropout": 0.0, "initializer_range": 0.02, "max_position_embeddings": 128, "rms_norm_eps": 1e-06,
-    "use_cache": True, "use_sliding_window": False, "sliding_window": None,
-}  # fmt: skip
-OLD_FORM = {"torch_dtype": "bfloat16", "transformers_version": "4.51.0", "rope_theta": 10000, "rope_scaling": None}
-NEW_FORM = {"dtype": "bfloat16", "transformers_version": "5.0.0"}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-NEW_YARN = {
-    "rope_type": "yarn", "rope_theta": 5000.0, "factor": 6.0, "original_max_position_embeddings": 24,
-    "attention_factor": 1.3, "beta_fast": 2.0, "beta_slow": 0.25, "truncate": False,
-}  # fmt: skip
-
-CASES = (
-    Case(name="fp8_tied_bf16_scales", seed=216, tied=True, head_stored=False, block=(16, 16),
-         hidden=60, intermediate=100, heads=6, kv_heads=2, head_dim=20, vocab=173),
-    Case(name="fp8_untied_f32_scales", seed=208, block=(16, 24), scale_dtype=torch.float32, plain_dtype=torch.float32,
-         hidden=68, intermediate=84, heads=4, kv_heads=2, head_dim=24, vocab=160, settings={"rope_theta": 1000000}),
-    Case(name="fp8_ragged_block128_f16_scales", seed=302, block=(128, 128), scale_dtype=torch.float16,
-         hidden=320, intermediate=456, heads=6, kv_heads=3, head_dim=56, vocab=160),
-    Case(name="fp8_bias", seed=428, block=(24, 16), settings={"attention_bias": True, "rope_theta": 500},
-         hidden=56, intermediate=104, heads=6, kv_heads=3, head_dim=18, vocab=167),
-    Case(name="fp8_yarn", seed=541, block=(16, 16), lengths=(40,),
-         hidden=64, intermediate=92, heads=4, kv_heads=2, head_dim=24, vocab=180,
-         settings={"rope_theta": 2000, "rope_scaling": YARN, "max_position_embeddings": 80}),
-    Case(name="bf16_yarn_new_form", seed=696, lengths=(40,), new_form=True, settings={"rope_parameters": NEW_YARN},
-         hidden=56, intermediate=72, heads=4, kv_heads=2, head_dim=32, vocab=160),
-    Case(name="fp8_sliding_window", seed=704, block=(16, 24), layers=3, lengths=(16, 16),
-         hidden=60, intermediate=76, heads=6, kv_heads=2, head_dim=20, vocab=161,
-         settings={"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
-    Case(name="fp8_left_padding", seed=833, block=(24, 16), lengths=(7, 12, 4),
-         hidden=72, intermediate=88, heads=4, kv_heads=2, head_dim=26, vocab=170),
-    Case(name="fp8_right_padding", seed=968, block=(16, 24), lengths=(7, 12, 4), padding_side="right",
-         hidden=70, intermediate=90, heads=4, kv_heads=2, head_dim=22, vocab=166),
-    Case(name="fp8_shards", seed=1006, block=(16, 16), shards=3,
-         hidden=58, intermediate=82, heads=6, kv_heads=3, head_dim=16, vocab=165),
-    Case(name="fp8_mixed_unquantised", seed=1166, block=(24, 16),
-         not_converted=("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"),
-         hidden=66, intermediate=86, heads=4, kv_heads=2, head_dim=28, vocab=168),
-    Case(name="bf16_plain", seed=1346, settings={"rope_theta": 1000000},
-         hidden=58, intermediate=74, heads=6, kv_heads=2, head_dim=16, vocab=162),
-    Case(name="fp8_tied_with_lm_head", seed=1340, tied=True, block=(16, 16),
-         hidden=62, intermediate=78, heads=4, kv_heads=2, head_dim=20, vocab=172),
-)  # fmt: skip
-
-
-def published_config(case: Case) -> dict:
-    sizes = {
-        "hidden_size": case.hidden, "intermediate_size": case.intermediate, "vocab_size": case.vocab,
-        "num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads, "head_dim": case.head_dim,
-        "num_hidden_layers": case.layers, "max_window_layers": case.layers, "tie_word_embeddings": case.tied,
-        "bos_token_id": case.vocab - 3, "eos_token_id": case.vocab - 2, "pad_token_id": case.vocab - 1,
-    }  # fmt: skip
-    config = PUBLISHED | (NEW_FORM if case.new_form else OLD_FORM) | sizes | case.settings
-    if case.block:
-        quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
-        config["quantization_config"] = quantization | {"weight_block_size": list(case.block)}
-    if case.not_converted:
-        config["quantization_config"]["modules_to_not_convert"] = ["lm_head", *case.not_converted]
-    return config
-
-
-def model_config(config: dict) -> Qwen3Config:
+def model_config(config: dict) -> PreTrainedConfig:
     config = json.loads(json.dumps(config))  # transformers edits what it gets
     config.pop("quantization_config", None)
-    return Qwen3Config(**config)
+    return AutoConfig.for_model(**config)
 
 
 def random_fp8(
@@ -145,31 +62,52 @@ def random_fp8(
     return torch.from_numpy(codes).view(torch.float8_e4m3fn), torch.from_numpy(scales).to(scale_dtype)
 
 
-def dequantise(payload: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+def random_fp8_of_one_scale(
+    rng: np.random.Generator, shape: tuple[int, int], scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An FP8 payload using every finite code, and its one scale, which differs from others' by up to 2**2."""
+    codes = rng.permutation(np.resize(FINITE_CODES, math.prod(shape))).reshape(shape)
+    scale = 2.0 ** rng.uniform(-1, 1, 1) / (CODE_RMS * math.sqrt(shape[1]))
+    return torch.from_numpy(codes).view(torch.float8_e4m3fn), torch.from_numpy(scale).to(scale_dtype)
+
+
+def dequantise(payload: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
+    """The weight in float32. Without a block, each row has a scale or the whole weight has one."""
+    if block is None:
+        return payload.float() * scales.float()
     rows, columns = payload.shape
-    scale_of_element = scale_inv.float().repeat_interleave(block[0], dim=0).repeat_interleave(block[1], dim=1)
+    scale_of_element = scales.float().repeat_interleave(block[0], dim=0).repeat_interleave(block[1], dim=1)
     return payload.float() * scale_of_element[:rows, :columns]
+
+
+def is_scale(name: str) -> bool:
+    return name.endswith(("weight_scale", "weight_scale_inv"))
 
 
 def random_checkpoint(rng: np.random.Generator, case: Case, config: dict) -> Tensors:
     with torch.device("meta"):
-        model = Qwen3ForCausalLM(model_config(config))
+        model = AutoModelForCausalLM.from_config(model_config(config))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if case.tied:
         del shapes["lm_head.weight"]
     tensors = {}
     for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
-        if case.block and kind == "weight" and module.endswith("_proj") and module not in case.not_converted:
+        projection = kind == "weight" and module.endswith("_proj") and module not in case.not_converted
+        if projection and case.block:
             tensors[name], tensors[f"{name}_scale_inv"] = random_fp8(rng, shape, case.block, case.scale_dtype)
-            continue
-        if module.endswith("norm"):
-            values = rng.uniform(0.5, 1.5, shape)
-        elif kind == "bias":
-            values = rng.normal(size=shape) * 0.3
+        elif projection and case.strategy == "channel":
+            tensors[name], tensors[f"{name}_scale"] = random_fp8(rng, shape, (1, shape[1]), case.scale_dtype)
+        elif projection and case.strategy == "tensor":
+            tensors[name], tensors[f"{name}_scale"] = random_fp8_of_one_scale(rng, shape, case.scale_dtype)
         else:
-            values = rng.normal(size=shape) / math.sqrt(shape[1])
-        tensors[name] = torch.from_numpy(values).to(case.plain_dtype)
+            if module.endswith("norm"):
+                values = rng.uniform(0.5, 1.5, shape)
+            elif kind == "bias":
+                values = rng.normal(size=shape) * 0.3
+            else:
+                values = rng.normal(size=shape) / math.sqrt(shape[1])
+            tensors[name] = torch.from_numpy(values).to(case.plain_dtype)
     if case.tied and case.head_stored:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     return tensors
@@ -203,16 +141,18 @@ def save_checkpoint(folder: Path, tensors: Tensors, shards: int) -> None:
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def reference_model(config: dict, tensors: Tensors, dtype: torch.dtype) -> Qwen3ForCausalLM:
+def reference_model(config: dict, tensors: Tensors, dtype: torch.dtype) -> PreTrainedModel:
     """The transformers model of a checkpoint, FP8 weights dequantised in float32 and then rounded to `dtype`."""
     block = config.get("quantization_config", {}).get("weight_block_size")
     weights = {}
     for name, tensor in tensors.items():
-        if f"{name}_scale_inv" in tensors:
-            weights[name] = dequantise(tensor, tensors[f"{name}_scale_inv"], block)
-        elif not name.endswith("_scale_inv"):
+        scales = [tensors[scale] for scale in (f"{name}_scale", f"{name}_scale_inv") if scale in tensors]
+        if scales:
+            weights[name] = dequantise(tensor, scales[0], block)
+        elif not is_scale(name):
             weights[name] = tensor.float()
-    model, loading = Qwen3ForCausalLM.from_pretrained(
+    model_class = getattr(transformers, config["architectures"][0])  # the Auto class wants a folder
+    model, loading = model_class.from_pretrained(
         None,
         config=model_config(config),
         state_dict=weights,
@@ -225,32 +165,94 @@ def reference_model(config: dict, tensors: Tensors, dtype: torch.dtype) -> Qwen3
     return model.eval()
 
 
-def check_settings(config: dict, model: Qwen3ForCausalLM) -> None:
+def rope_settings(config: dict) -> tuple[dict, float]:
+    """The settings of the rope type, and theta."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {"rope_type": "default"}
+    return rope, rope.get("rope_theta") or config["rope_theta"]
+
+
+def expected_frequencies(rope: dict, theta: float, head_dim: int) -> torch.Tensor:
+    """The rotation of each pair in radians per position, from the definition of the rope type."""
+    plain = theta ** -(torch.arange(0, head_dim, 2) / head_dim)
+    if rope["rope_type"] == "default":
+        return plain
+    divided = plain / rope["factor"]
+    if rope["rope_type"] == "linear":
+        return divided
+    original = rope["original_max_position_embeddings"]
+    turns = original * plain / (2 * math.pi)  # in the original context
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        assert 0 in kept, "no frequency is low"
+        assert 1 in kept, "no frequency is high"
+        assert ((kept > 0) & (kept < 1)).sum() > 1, "hardly a frequency is between low and high"
+    else:
+        assert rope["rope_type"] == "yarn"
+        fast, slow = (
+            head_dim * math.log(original / (2 * math.pi * beta)) / (2 * math.log(theta))
+            for beta in (rope.get("beta_fast", 32), rope.get("beta_slow", 1))
+        )
+        if rope.get("truncate", True):
+            fast, slow = math.floor(fast), math.ceil(slow)
+        fast, slow = max(fast, 0), min(slow, head_dim - 1)
+        kept = 1 - ((torch.arange(head_dim // 2) - fast) / (slow - fast)).clamp(0, 1)
+    return kept * plain + (1 - kept) * divided
+
+
+def check_settings(config: dict, model: PreTrainedModel) -> None:
     """Assert that transformers took the settings that a silent default could replace."""
-    rope = config.get("rope_parameters") or config["rope_scaling"] or {}
-    theta = rope.get("rope_theta") or config["rope_theta"]
-    plain_frequencies = theta ** -(torch.arange(0, config["head_dim"], 2) / config["head_dim"])
+    assert model.config.model_type == config["model_type"]
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    rope, theta = rope_settings(config)
     rotary = model.model.rotary_emb
+    assert rotary.rope_type == rope["rope_type"]
     assert rotary.inv_freq.dtype == torch.float32
-    assert torch.allclose(rotary.inv_freq, plain_frequencies) == (not rope)
-    attention_factor = rope.get("attention_factor", 1 + 0.1 * math.log(rope.get("factor", 1)))
-    assert math.isclose(rotary.attention_scaling, attention_factor)
-    first_sliding = config["max_window_layers"] if config["use_sliding_window"] else config["num_hidden_layers"]
+    assert torch.allclose(rotary.inv_freq, expected_frequencies(rope, theta, head_dim), rtol=1e-5, atol=0)
+    default_factor = 1 + 0.1 * math.log(rope["factor"]) if rope["rope_type"] == "yarn" else 1
+    assert math.isclose(rotary.attention_scaling, rope.get("attention_factor", default_factor))
+
+    qkv_bias = config["model_type"] == "qwen2" or config["attention_bias"]
+    biases = dict.fromkeys(("q_proj", "k_proj", "v_proj"), qkv_bias)
+    biases["o_proj"] = config.get("attention_bias", False)
+    biases |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), config.get("mlp_bias", False))
+    first_sliding = config["max_window_layers"] if config.get("use_sliding_window") else config["num_hidden_layers"]
     for number, layer in enumerate(model.model.layers):
-        assert layer.self_attn.sliding_window == (config["sliding_window"] if number >= first_sliding else None)
-        assert (layer.self_attn.q_proj.bias is not None) == config["attention_bias"]
+        window = getattr(layer.self_attn, "sliding_window", None)
+        assert window == (config["sliding_window"] if number >= first_sliding else None)
+        assert layer.self_attn.head_dim == head_dim
+        assert hasattr(layer.self_attn, "q_norm") == (config["model_type"] == "qwen3")
+        assert layer.input_layernorm.variance_epsilon == config["rms_norm_eps"]
+        projections = {name: module for name, module in layer.named_modules() if name.endswith("_proj")}
+        assert {name.split(".")[1]: module.bias is not None for name, module in projections.items()} == biases
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == config["tie_word_embeddings"]
     assert model.config._attn_implementation == "eager"
 
 
-def compute_logits(model: Qwen3ForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def misreadings(config: dict, tensors: Tensors) -> Iterator[tuple[str, dict, Tensors]]:
+    """What is read wrongly, and the checkpoint that a wrong reader sees."""
+    for name, tensor in tensors.items():
+        if is_scale(name):
+            yield name, config, tensors | {name: 2 * tensor if tensor.numel() == 1 else tensor.flip(0, 1)}
+        elif name.endswith(".bias"):
+            yield name, config, tensors | {name: torch.zeros_like(tensor)}
+    rope, theta = rope_settings(config)
+    if rope["rope_type"] != "default":
+        for wrong in {"default", "linear"} - {rope["rope_type"]}:
+            settings = {"rope_type": wrong, "rope_theta": theta, "factor": rope["factor"]}
+            yield f"rope_type, not {wrong}", config | {"rope_parameters": settings, "rope_scaling": None}, tensors
+    if config.get("sliding_window"):
+        yield "use_sliding_window", config | {"use_sliding_window": not config["use_sliding_window"]}, tensors
+
+
+def compute_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     with torch.no_grad():
         logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits
     return logits.float().masked_fill(attention_mask[:, :, None] == 0, 0.0)
 
 
-def continue_greedily(model: Qwen3ForCausalLM, prompt: torch.Tensor) -> tuple[torch.Tensor, float]:
+def continue_greedily(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The greedy tokens after an unpadded row, and the smallest gap between the two best logits on the way."""
     model.generation_config = GenerationConfig(
         max_new_tokens=GREEDY_TOKENS,
@@ -280,8 +282,8 @@ def make_case(case: Case) -> None:
     deviation = logits[attention_mask.bool()].std().item()
     assert margin > NOTICEABLE * deviation, f"{case.name}: margin {margin}, choose another seed"
     assert all(len(row.unique()) >= GREEDY_TOKENS // 2 for row in greedy), f"{case.name}: choose another seed"
-    for name in (name for name in tensors if name.endswith("_scale_inv")):
-        changed = reference_model(config, tensors | {name: tensors[name].flip(0, 1)}, torch.float32)
+    for name, *misread in misreadings(config, tensors):
+        changed = reference_model(*misread, torch.float32)
         difference = (compute_logits(changed, input_ids, attention_mask) - logits).abs().max()
         assert difference > NOTICEABLE * deviation, f"{case.name}: {name} hardly matters"
 
@@ -310,12 +312,19 @@ def make_case(case: Case) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+    names = sys.argv[1:]
+    unknown = set(names) - {case.name for case in CASES}
+    assert not unknown, f"no such case: {', '.join(sorted(unknown))}"
     libraries = {module.__name__: module.__version__ for module in (np, safetensors, torch, transformers)}
     versions = {"python": platform.python_version()} | libraries
     print(versions)
-    write_json(GOLDEN / "VERSIONS.json", versions)
+    recorded = GOLDEN / "VERSIONS.json"
+    if names:
+        assert versions == json.loads(recorded.read_text()), "not the versions of VERSIONS.json: make all cases"
+    write_json(recorded, versions)
     for case in CASES:
-        make_case(case)
+        if not names or case.name in names:
+            make_case(case)
 
 
 if __name__ == "__main__":
