@@ -77,7 +77,7 @@ def train(policy: perparam.Policy, steps: int = 60, learning_rate: float = 5e-3)
 
 
 def finetune(
-    model: perparam.models.Qwen3, steps: int = 30, learning_rate: float = 1e-2
+    model: perparam.models.Decoder, steps: int = 30, learning_rate: float = 1e-2
 ) -> tuple[list[float], nnx.Optimizer]:
     """The loss of every step of AdamW on the norms and embeddings of `model`, its narrow kernels frozen.
 

@@ -25,7 +25,7 @@ from perparam.examples.make_checkpoint import make_checkpoint
 POLICY = perparam.Policy(params={"kernel": None, "default": "f32"}, compute={"kernel": None, "default": "bf16"})
 
 
-def training_state(folder: str | os.PathLike[str], devices: int = 1) -> tuple[perparam.models.Qwen3, dict]:
+def training_state(folder: str | os.PathLike[str], devices: int = 1) -> tuple[perparam.models.Decoder, dict]:
     """A model over `devices` devices, kernels in FP8 and the rest float32; its arrays and Adam's as a plain tree."""
     mesh = jax.make_mesh((devices,), ("tensor",), axis_types=(AxisType.Auto,))
     model = perparam.load_model(folder, POLICY, sharding=mesh)
@@ -46,7 +46,7 @@ def restore(like: dict, folder: str | os.PathLike[str]) -> dict:
         return checkpointer.restore(pathlib.Path(folder).absolute(), abstract)
 
 
-def with_state(model: perparam.models.Qwen3, state: dict) -> perparam.models.Qwen3:
+def with_state(model: perparam.models.Decoder, state: dict) -> perparam.models.Qwen3:
     """`model` with the arrays of a restored state."""
     graphdef, variables = nnx.split(model)
     nnx.replace_by_pure_dict(variables, state["model"])

@@ -24,6 +24,7 @@ from ..policies.trees import ArrayInfo
 from .families import family_of, read_config
 from .families.family import Family
 from .families.names import explained, prefixes
+from .families.quantization import SCALE_SUFFIX
 from .fields import Fields
 from .json_file import read_json
 from .layout import CONFIG, GENERATION, INDEX, WHOLE
@@ -202,6 +203,8 @@ def _placed(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str
     placed: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
     problems = []
+    quantization = config.quantization or Quantization()
+    suffix = SCALE_SUFFIX[quantization.method]
     wanted = family_of(config).tensors(config, prefixes(tensors))
     for name, (path, shape) in wanted.items():
         tensor = tensors.get(name)
@@ -215,7 +218,9 @@ def _placed(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str
                 f"wrong dtype: {name} is {dtype_name(tensor.dtype)}, expected f32, bf16, f16 or a float8 matrix"
             )
         placed[path] = tensor
-        scales = tensors.get(f"{name}_scale_inv")
+        scales = tensors.get(f"{name}{suffix}")
+        if scales is not None and quantization.block == (-1, -1) and scales.shape in ((), (1,)):
+            scales = dataclasses.replace(scales, shape=(1, 1))
         if scales is None and tensor.dtype == np.int8:
             problems.append(f"{path}: int8 {shape} without its scales {scale_path(path)!r}, so its magnitude is lost")
         if scales is not None:
@@ -223,7 +228,7 @@ def _placed(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str
             if not is_activation(scales.dtype):
                 problems.append(f"wrong dtype: {scales.name} is {dtype_name(scales.dtype)}, expected f32, bf16 or f16")
     for name in tensors:
-        kernel = name.removesuffix("_scale_inv")
+        kernel = name.removesuffix(suffix)
         if kernel not in wanted:
             if why := explained(kernel, config):
                 left_out[name] = why
@@ -244,6 +249,9 @@ def _cross_check(folder: pathlib.Path, config: DecoderConfig, tensors: dict[str,
             )
         return
     listed = set(config.quantization.not_converted)
+    if any(name.startswith("re:") for name in listed):  # a regular expression of compressed-tensors
+        return
+    field = "ignore" if config.quantization.method == "compressed-tensors" else "modules_to_not_convert"
     ends = {".".join(name.rsplit(".", count)[1:]) for name in listed for count in range(1, 7) if "." in name}
 
     def exempt(path: str) -> bool:
@@ -256,9 +264,9 @@ def _cross_check(folder: pathlib.Path, config: DecoderConfig, tensors: dict[str,
 
     projections = {path for path in tensors if path.startswith("layers/") and path.endswith("/kernel")}
     if named := [path for path in narrow if exempt(path)]:
-        _warn(folder, "modules_to_not_convert lists modules that are quantised", named)
+        _warn(folder, f"{field} lists modules that are quantised", named)
     if plain := [path for path in projections - narrow if not exempt(path)]:
-        _warn(folder, "modules_to_not_convert does not list modules that are not quantised", plain)
+        _warn(folder, f"{field} does not list modules that are not quantised", plain)
 
 
 def _warn(folder: pathlib.Path, text: str, paths: Iterable[str]) -> None:

@@ -11,29 +11,27 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from ..models.config import DecoderConfig, Quantization
+from ..models.config import DecoderConfig
 from ..models.decoder import CausalLM
-from ..policies.dtypes import dtype_name, is_activation, is_narrow
-from ..policies.errors import InvalidCheckpoint, InvalidPolicy, UnsupportedExport
-from ..policies.paths import is_scale, scale_path
+from ..policies.errors import InvalidCheckpoint, InvalidPolicy
 from ..policies.policy import Policy
 from ..policies.presets import get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
 from ..policies.trees import ArrayInfo, parameters
 from .atomic import new_folder
 from .checkpoint import Checkpoint, generation_ids, open_checkpoint
-from .families import config_to_json, family_of
+from .export import export
+from .families import config_to_json
 from .families.config_json import unused_fields
 from .infer import describe
 from .json_file import read_json
 from .layout import CONFIG, GENERATION, INDEX, POLICY, TOKENIZER
 from .load import in_file_order
-from .placement import box_of
 from .progress import Progress
-from .safetensors.writer import NAMES, Tensors, Writer, in_shards, size_in_bytes, tensor_bytes
+from .rows import ArrayRows
+from .safetensors.writer import Writer, in_shards, size_in_bytes, tensor_bytes
 from .slabs import Source, in_turn, run
 
 
@@ -66,7 +64,7 @@ def save_model(
     """
     policy = get_policy(policy)
     resolved = resolve(policy, model)
-    sources = {path: _Rows(path, array) for path, array in parameters(model).items()}
+    sources = {path: ArrayRows(path, array) for path, array in parameters(model).items()}
     dtype, kept = model.activations, get_policy(model.policy)
     if policy != Policy():
         dtype, kept = policy.activations or model.config.dtype or dtype, policy
@@ -103,10 +101,8 @@ def shard_sizes(checkpoint: Checkpoint, resolved: Resolved, max_shard_size: int 
     Raises:
       UnsupportedExport: where it would write none.
     """
-    stored = resolved.stored
-    names = _names(checkpoint.config, stored)
-    _quantization(stored, names)
-    shards = in_shards(_groups(names, stored), size_in_bytes(max_shard_size))
+    groups = export(checkpoint.config, resolved.stored).groups
+    shards = in_shards(groups, size_in_bytes(max_shard_size))
     return {file: sum(map(tensor_bytes, tensors.values())) for file, tensors in shards.items()}
 
 
@@ -121,8 +117,8 @@ def _write(
 ) -> pathlib.Path:
     """Writes `params` in their order, read from `sources`."""
     stored = {path: info for param in params for path, info in param.stored.items()}
-    names = _names(config, stored)
-    config = dataclasses.replace(config, quantization=_quantization(stored, names))
+    written = export(config, stored)
+    config = written.config
     policy = policy if _holds(policy, stored) else describe(stored, config)
     with new_folder(folder, _ours) as work:
         _carry_over(config, work)
@@ -130,10 +126,10 @@ def _write(
         (work / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         policy.dump(work / POLICY)
         bar = Progress(f"saving {pathlib.Path(folder).name}", sum(param.current.bytes for param in params), progress)
-        with Writer(work, in_shards(_groups(names, stored), limit)) as writer, bar:
+        with Writer(work, in_shards(written.groups, limit)) as writer, bar:
 
             def work_on(param: ResolvedParam, report: Callable[[int], None]) -> None:
-                run(param, sources, {path: _Sink(writer, names[path]) for path in param.stored}, report)
+                run(param, sources, {path: _Sink(writer, written.names[path]) for path in param.stored}, report)
 
             for _ in in_turn(params, work_on, bar):
                 pass
@@ -147,83 +143,6 @@ def _holds(policy: Policy, stored: Mapping[str, ArrayInfo]) -> bool:
     except InvalidPolicy:
         return False
     return policy != Policy()
-
-
-def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, str]:
-    """What a checkpoint calls every parameter, by path.
-
-    Raises:
-      UnsupportedExport: for parameters without a name in the family's checkpoints.
-    """
-    wanted = {path: (name, shape) for name, (path, shape) in family_of(config).tensors(config).items()}
-    names = {path: name for path, (name, _) in wanted.items()}
-    names |= {scale_path(path): f"{name}_scale_inv" for path, name in names.items()}
-    if strange := [path for path in stored if path not in names]:
-        raise UnsupportedExport(
-            f"a {family_of(config).architecture} checkpoint has no name for {len(strange)} parameters: "
-            f"{', '.join(strange[:5])}. Merge added parameters into the model's kernels first."
-        )
-    for path, (_, shape) in wanted.items():
-        if path not in stored or stored[path].shape != shape:
-            found = stored[path].shape if path in stored else "none"
-            raise UnsupportedExport(
-                f"{path}: found {found}, where the model's config says {shape}. Correct the config."
-            )
-    return names
-
-
-def _groups(names: Mapping[str, str], stored: Mapping[str, ArrayInfo]) -> list[Tensors]:
-    """Every parameter as it is to be written, with the scales that belong to it, in the order of `names`."""
-    return [
-        {
-            names[each]: jax.ShapeDtypeStruct(stored[each].shape, stored[each].dtype)
-            for each in (path, scale_path(path))
-            if each in stored
-        }
-        for path in names
-        if path in stored and not is_scale(path)
-    ]
-
-
-def _quantization(stored: Mapping[str, ArrayInfo], names: Mapping[str, str]) -> Quantization | None:
-    """What config.json has to say of the narrow kernels.
-
-    Raises:
-      UnsupportedExport: where it has no way to say it.
-    """
-    narrow = {path: one for path, one in stored.items() if is_narrow(one.dtype)}
-    for path, one in stored.items():
-        if one.dtype not in NAMES:
-            raise UnsupportedExport(
-                f"{path}: {dtype_name(one.dtype)} has no place in this layout, whose dtypes are "
-                f"{', '.join(map(dtype_name, NAMES))}. Save under a policy that stores it as one of them."
-            )
-        if is_scale(path) and not is_activation(one.dtype):
-            raise UnsupportedExport(
-                f"{path}: {dtype_name(one.dtype)} has no place in this layout, whose scales are f32, bf16 or f16. Save "
-                "under a policy with such scales, or use Orbax."
-            )
-        if path in narrow and not path.endswith("/kernel"):
-            raise UnsupportedExport(
-                f"{path}: {dtype_name(one.dtype)}, but in this layout only kernels are quantised: others would read it "
-                "without its scales. Save under a policy that stores it in bf16."
-            )
-    if not narrow:
-        return None
-    blocks = sorted({one.block for one in narrow.values() if one.block is not None})
-    if len(blocks) == 1 and -1 in blocks[0]:
-        raise UnsupportedExport(
-            f"kernels in blocks of {list(blocks[0])}, -1 for a whole axis: config.json has one block of two numbers. "
-            "Save under a policy with such a block, or use Orbax."
-        )
-    if len(blocks) != 1:
-        raise UnsupportedExport(
-            f"kernels in blocks of {blocks}: config.json names one. Save under a policy with a block."
-        )
-    plain = [name for path, name in names.items() if path.endswith("/kernel") and path in stored and path not in narrow]
-    # A tied head is none of its own, but transformers makes it one that is quantised unless it is listed.
-    tied = () if "lm_head/kernel" in names else ("lm_head",)
-    return Quantization(blocks[0], (*tied, *(name.removesuffix(".weight") for name in plain)))
 
 
 def _carry_over(config: DecoderConfig, folder: pathlib.Path) -> None:
@@ -263,48 +182,3 @@ class _Sink:
 
     def write(self, start: int, rows: np.ndarray) -> None:
         self.writer.write(self.name, start * (rows.nbytes // len(rows) if rows.ndim and len(rows) else 0), rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Rows of an array, on its devices or on the host."""
-
-    path: str
-    array: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.array.dtype
-
-    def read(self, start: int = 0, stop: int | None = None, into: np.ndarray | None = None) -> np.ndarray:
-        if not isinstance(self.array, jax.Array):
-            return np.asarray(self.array)[start:stop]
-        if not self.array.is_fully_addressable:
-            raise UnsupportedExport(f"{self.path}: lies on devices of other processes. Gather it first.")
-        shards = {box_of(shard.index, self.shape): shard.data for shard in self.array.addressable_shards}
-        start, stop, _ = slice(start, stop).indices(self.shape[0])
-        if len(shards) == 1:
-            (data,) = shards.values()
-            return _on_host(data, start, stop)
-        rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        for ((first, last), *rest), data in shards.items():
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                columns = tuple(slice(*side) for side in rest)
-                rows[(slice(low - start, high - start), *columns)] = _on_host(data, low - first, high - first)
-        return rows
-
-
-def _on_host(array: jax.Array, start: int, stop: int) -> np.ndarray:
-    """Rows of an array on one device.
-
-    Elsewhere than on a CPU they are cut there, by one program for all slabs: the array itself, asked for its values,
-    would keep a copy of all of them on the host.
-    """
-    if all(device.platform == "cpu" for device in array.devices()):
-        return np.asarray(array)[start:stop]
-    return np.asarray(jax.lax.dynamic_slice_in_dim(array, start, stop - start))

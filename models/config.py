@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Literal
 
 import numpy as np
 
@@ -11,17 +12,21 @@ from ..policies.blocks import Block
 from ..policies.dtypes import is_narrow
 from .rope import RopeScaling
 
+Method = Literal["fp8", "compressed-tensors"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
     """What a checkpoint's `quantization_config` says; a cross-check, since the tensors decide.
 
-    block          (rows, columns) of a kernel that share one scale
+    block          (rows, columns) of a kernel that share one scale; -1 for a whole axis
     not_converted  names of modules that are not quantised, as the checkpoint spells them
+    method         layout of the checkpoint: Qwen's and DeepSeek's, or that of vLLM's tools
     """
 
     block: Block = (128, 128)
     not_converted: tuple[str, ...] = ()
+    method: Method = "fp8"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,13 @@
 """Name tables: the name of each tensor in a checkpoint, its path in the model, and its shape.
 
-A kernel may have scales: `….weight_scale_inv` beside `….weight`.
+A kernel may have scales: `….weight_scale_inv` or `….weight_scale` beside `….weight`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Container, Sequence
 from typing import Literal
 
@@ -113,7 +114,7 @@ def expected_tensors(
 
 def explained(name: str, config: DecoderConfig) -> str | None:
     """Why the model has no parameter for a tensor, where the config explains it; else None."""
-    if config.tie_word_embeddings and name.endswith(("lm_head.weight", "lm_head.weight_scale_inv")):
+    if config.tie_word_embeddings and re.search(r"lm_head\.weight(_scale(_inv)?)?$", name):
         return "the head is tied to the embedding"
     if name.endswith("rotary_emb.inv_freq"):
         return "frequencies follow from rope_theta"

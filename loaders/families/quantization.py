@@ -1,60 +1,149 @@
-"""The `quantization_config` of a config.json: block-scaled float8 kernels."""
+"""The `quantization_config` of a config.json: float8 kernels as Qwen and DeepSeek publish them ("fp8"), and as vLLM's
+tools write them ("compressed-tensors")."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ...models.config import Quantization
 from ...policies.errors import named, shown
 from ..fields import Fields
 
-_ONLY = {
+_FP8_READ = ("quant_method", "weight_block_size", "modules_to_not_convert")
+_FP8_ONLY: Mapping[str, Any] = {
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
     "dequantize": False,
     "scale_fmt": "float",
     "modules_to_convert": None,
 }
-"""Fields of which one value is implemented."""
+"""Fields of "fp8" of which one value is implemented."""
 
-_READ = ("quant_method", "weight_block_size", "modules_to_not_convert")
+_COMPRESSED_READ = ("quant_method", "config_groups", "ignore", "version", "global_compression_ratio")
+_COMPRESSED_ONLY: Mapping[str, Any] = {
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "sparsity_config": {},
+    "transform_config": {},
+}
+_GROUP_READ = ("weights", "input_activations")
+_GROUP_ONLY: Mapping[str, Any] = {"targets": ["Linear"], "format": "float-quantized"}
+_WEIGHTS_READ = ("strategy", "block_structure", "observer", "observer_kwargs")
+_NUMBERS: Mapping[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
+"""The same for "compressed-tensors": of the whole, of its one group, and of the group's weights and activations."""
+
+_STRATEGIES = {"channel": (1, -1), "tensor": (-1, -1)}
+"""The blocks of `strategy` in "compressed-tensors"."""
+
+SCALE_SUFFIX = {"fp8": "_scale_inv", "compressed-tensors": "_scale"}
+"""The end of the name of a kernel's scales, by `Quantization.method`; both are multipliers."""
 
 
 def read_quantization(config: Fields) -> Quantization | None:
-    """What `quantization_config` says; None without one.
+    """The contents of `quantization_config`; None without one.
 
     Raises:
-      UnsupportedConfig: a method or a field that is not implemented.
+      UnsupportedConfig: a method or a field that is not implemented, by name.
       InvalidCheckpoint: a field of the wrong type.
     """
     if config.get("quantization_config", dict) is None:
         return None
     fields = config.within("quantization_config")
     method = fields.get("quant_method", str)
-    if method != "fp8":
-        raise config.unsupported(
-            f"quant_method {shown(method)} is not implemented. Implemented: 'fp8', block-scaled float8."
+    if method not in _READERS:
+        listed = ", ".join(map(repr, _READERS))
+        raise config.unsupported(f"quant_method {shown(method)} is not implemented. Implemented: {listed}.")
+    return _READERS[method](fields)
+
+
+def _read_fp8(fields: Fields) -> Quantization:
+    _refuse_others(fields, "quantization_config", _FP8_READ, _FP8_ONLY)
+    block = _block(fields, "weight_block_size", [128, 128])
+    return Quantization(block, _modules(fields, "modules_to_not_convert"))
+
+
+def _read_compressed(fields: Fields) -> Quantization:
+    """Float8 weights with a scale for each output channel, for the tensor, or for each block."""
+    _refuse_others(fields, "quantization_config", _COMPRESSED_READ, _COMPRESSED_ONLY)
+    groups = fields.within("config_groups")
+    if len(groups.values) != 1:
+        raise fields.unsupported(
+            f"quantization_config: {len(groups.values)} config_groups are not implemented. Implemented: one."
         )
+    (key,) = groups.values
+    group = groups.within(key)
+    _refuse_others(group, "config_groups", _GROUP_READ, _GROUP_ONLY)
+    weights, activations = group.within("weights"), group.within("input_activations")
+    _refuse_others(weights, "weights", _WEIGHTS_READ, {**_NUMBERS, "dynamic": False})
+    if activations.values.get("dynamic", True) is not True:
+        raise fields.unsupported(
+            "input_activations: dynamic = false is not implemented, since policies scale activations as they come. "
+            "Quantise the model with dynamic activations."
+        )
+    strategy = weights.get("strategy", str)
+    if strategy == "block":
+        block = _block(weights, "block_structure", None)
+    elif strategy in _STRATEGIES:
+        block = _STRATEGIES[strategy]
+    else:
+        listed = ", ".join(map(repr, [*_STRATEGIES, "block"]))
+        raise fields.unsupported(f"weights: strategy {shown(strategy)} is not implemented. Implemented: {listed}.")
+    return Quantization(block, _modules(fields, "ignore"), "compressed-tensors")
+
+
+_READERS = {"fp8": _read_fp8, "compressed-tensors": _read_compressed}
+
+
+def _refuse_others(fields: Fields, name: str, read: tuple[str, ...], only: Mapping[str, Any]) -> None:
+    """Raises UnsupportedConfig for a field that is neither read nor null nor at its implemented value."""
     for key, value in fields.values.items():
-        if key not in _READ and value is not None and (key not in _ONLY or value != _ONLY[key]):
-            raise config.unsupported(f"quantization_config: {named(key)} = {shown(value)} is not implemented.")
-    block = fields.get("weight_block_size", list, [128, 128])
-    if len(block) != 2 or any(type(side) is not int or not 1 <= side < 2**31 for side in block):
-        raise config.invalid(f"weight_block_size: expected two positive integers, found {shown(block)}.")
-    listed = fields.get("modules_to_not_convert", list, [])
+        if key not in read and value is not None and (key not in only or value != only[key]):
+            raise fields.unsupported(f"{name}: {named(key)} = {shown(value)} is not implemented.")
+
+
+def _block(fields: Fields, key: str, default: list[int] | None) -> tuple[int, int]:
+    block = fields.get(key, list, default)
+    if block is None or len(block) != 2 or any(type(side) is not int or not 1 <= side < 2**31 for side in block):
+        raise fields.invalid(f"{key}: expected two positive integers, found {shown(block)}.")
+    return block[0], block[1]
+
+
+def _modules(fields: Fields, key: str) -> tuple[str, ...]:
+    listed = fields.get(key, list, [])
     if any(not isinstance(module, str) for module in listed):
-        raise config.invalid(f"modules_to_not_convert: expected names of modules, found {shown(listed)}.")
-    return Quantization((block[0], block[1]), tuple(listed))
+        raise fields.invalid(f"{key}: expected names of modules, found {shown(listed)}.")
+    return tuple(listed)
 
 
 def quantization_to_json(quantization: Quantization | None) -> dict[str, Any] | None:
-    """The `quantization_config` of block-scaled e4m3 kernels; None for an unquantised checkpoint."""
+    """The `quantization_config` of scaled e4m3 kernels; None for an unquantised checkpoint."""
     if quantization is None:
         return None
+    if quantization.method == "compressed-tensors":
+        return _compressed_to_json(quantization)
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": list(quantization.block),
         "modules_to_not_convert": list(quantization.not_converted),
+    }
+
+
+def _compressed_to_json(quantization: Quantization) -> dict[str, Any]:
+    strategies = {block: strategy for strategy, block in _STRATEGIES.items()}
+    strategy = strategies.get(quantization.block, "block")
+    weights = {**_NUMBERS, "dynamic": False, "strategy": strategy}
+    activations = {**_NUMBERS, "dynamic": True, "strategy": "token"}
+    if strategy == "block":
+        weights["block_structure"] = list(quantization.block)
+        activations |= {"strategy": "group", "group_size": quantization.block[1]}
+    group = {**_GROUP_ONLY, "weights": weights, "input_activations": activations}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(quantization.not_converted),
     }

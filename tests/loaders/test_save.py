@@ -511,7 +511,7 @@ def broken(fp8, name):
     if name == "e8m0 scales":
         return load_model(fp8, {"params": {"**/mlp/*/kernel": "mxfp8", "kernel": None}})
     if name == "whole axes":
-        return load_model(fp8, {"params": {"kernel": {"dtype": "f8_e4m3fn", "block": [1, -1]}}})
+        return load_model(fp8, {"params": {"kernel": {"dtype": "f8_e4m3fn", "block": [16, -1]}}})
     if name == "embedding":
         return load_model(fp8, {"params": {"embedding": "f8_e4m3fn"}})
     if name == "blocks":
@@ -531,7 +531,7 @@ REFUSALS = {
     "e5m2": r"layers/0/mlp/.*: f8_e5m2 has no place in this layout",
     "int8": r"layers/0/mlp/.*: (int8|i8) has no place in this layout",
     "e8m0 scales": r"layers/0/mlp/.*/scale_inv: f8_e8m0fnu has no place in this layout",
-    "whole axes": r"kernels in blocks of \[1, -1\], -1 for a whole axis: config.json has one block of two numbers",
+    "whole axes": r"kernels in blocks of \[16, -1\], -1 for a whole axis: no quantization_config can say that",
     "embedding": r"embed_tokens/embedding: f8_e4m3fn, but in this layout only kernels are quantised",
     "blocks": r"kernels in blocks of \[\(16, 24\), \(32, 32\)\]: config.json names one",
     "more": r"no name for 1 parameters: layers/0/mlp/up_proj/lora_a",

@@ -3,6 +3,7 @@
 import builtins
 
 import checkpoints
+import numpy as np
 import pytest
 from checkpoints import FAMILIES
 
@@ -87,3 +88,20 @@ def test_every_command_runs(family, tmp_path, capsys, monkeypatch):
     assert "layers/0-1/self_attn/q_proj/kernel" in printed.out
     assert printed.out.count("tokens, the first after") == 2
     assert perparam.checkpoint_tree(tmp_path / "bf16")["layers"]["0"]["mlp"]["up_proj"]["kernel"].block is None
+
+
+@pytest.mark.parametrize("block", [(1, -1), (-1, -1)], ids=["channel", "tensor"])
+def test_kernels_scaled_by_channel_or_tensor_are_saved_as_compressed_tensors(block, tmp_path):
+    _, folder = written(tmp_path, "llama")
+    policy = {"params": {"lm_head/kernel": None, "kernel": {"dtype": "f8_e4m3fn", "block": block, "scale": "bf16"}}}
+    model = perparam.load_model(folder, policy)
+    saved = perparam.save_model(model, tmp_path / "saved")
+    config = families.read_config(saved / "config.json").quantization
+    assert (config.method, config.block, config.not_converted) == ("compressed-tensors", block, ("lm_head",))
+    tensors = checkpoints.read(saved)
+    out = model.config.intermediate_size
+    assert tensors["model.layers.0.mlp.up_proj.weight_scale"].shape == ((out, 1) if block == (1, -1) else (1,))
+    again = perparam.load_model(saved)
+    for (path, array), other in zip(parameters(model).items(), parameters(again).values(), strict=True):
+        assert array.dtype == other.dtype, path
+        np.testing.assert_array_equal(np.asarray(array).view(np.uint8), np.asarray(other).view(np.uint8))

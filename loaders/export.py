@@ -1,0 +1,143 @@
+"""The tensors and the `quantization_config` of a checkpoint that is to be written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+
+from ..models.config import DecoderConfig, Method, Quantization
+from ..policies.blocks import Block
+from ..policies.dtypes import dtype_name, is_activation, is_narrow
+from ..policies.errors import UnsupportedExport
+from ..policies.paths import is_scale, scale_path
+from ..policies.trees import ArrayInfo
+from .families import family_of
+from .families.quantization import SCALE_SUFFIX
+from .safetensors.writer import NAMES, Tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A checkpoint that is to be written.
+
+    config  the model's config with the quantization of its stored kernels
+    names   the tensor name of every parameter and its scales, by path
+    groups  shapes and dtypes of each parameter's tensors, by name, in the order of the files
+    """
+
+    config: DecoderConfig
+    names: dict[str, str]
+    groups: list[Tensors]
+
+
+def export(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> Export:
+    """The checkpoint of parameters that are stored as `stored` says, by path.
+
+    Raises:
+      UnsupportedExport: parameters without a name in the family's checkpoints, or a format that no
+        `quantization_config` can describe.
+    """
+    names = _names(config, stored)
+    quantization = _quantization(stored, names, config.quantization)
+    suffix = SCALE_SUFFIX[(quantization or Quantization()).method]
+    names |= {scale_path(path): f"{name}{suffix}" for path, name in names.items()}
+    groups = [
+        {
+            names[each]: jax.ShapeDtypeStruct(_file_shape(each, stored[each], quantization), stored[each].dtype)
+            for each in (path, scale_path(path))
+            if each in stored
+        }
+        for path in names
+        if path in stored and not is_scale(path)
+    ]
+    return Export(dataclasses.replace(config, quantization=quantization), names, groups)
+
+
+def _file_shape(path: str, info: ArrayInfo, quantization: Quantization | None) -> tuple[int, ...]:
+    """The shape in the file: one scale for a whole tensor is a vector there."""
+    one_scale = is_scale(path) and quantization is not None and quantization.block == (-1, -1)
+    return (1,) if one_scale else info.shape
+
+
+def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, str]:
+    """The name of every parameter in the family's checkpoints, by path, without the scales.
+
+    Raises:
+      UnsupportedExport: parameters that the family's checkpoints have no name for, or no such shape.
+    """
+    family = family_of(config)
+    wanted = {path: (name, shape) for name, (path, shape) in family.tensors(config).items()}
+    scales = {scale_path(path) for path in wanted}
+    if unnamed := [path for path in stored if path not in wanted.keys() | scales]:
+        raise UnsupportedExport(
+            f"a {family.architecture} checkpoint has no name for {len(unnamed)} parameters: "
+            f"{', '.join(unnamed[:5])}. Merge added parameters into the model's kernels first."
+        )
+    for path, (_, shape) in wanted.items():
+        if path not in stored or stored[path].shape != shape:
+            found = stored[path].shape if path in stored else "none"
+            raise UnsupportedExport(
+                f"{path}: found {found}, where the model's config says {shape}. Correct the config."
+            )
+    return {path: name for path, (name, _) in wanted.items()}
+
+
+def _quantization(
+    stored: Mapping[str, ArrayInfo], names: Mapping[str, str], source: Quantization | None
+) -> Quantization | None:
+    """The quantization of the narrow kernels; `source` is that of the checkpoint they come from.
+
+    Raises:
+      UnsupportedExport: formats that no `quantization_config` can describe.
+    """
+    narrow = {path: one for path, one in stored.items() if is_narrow(one.dtype)}
+    for path, one in stored.items():
+        if one.dtype not in NAMES:
+            raise UnsupportedExport(
+                f"{path}: {dtype_name(one.dtype)} has no place in this layout, whose dtypes are "
+                f"{', '.join(map(dtype_name, NAMES))}. Save under a policy that stores it as one of them."
+            )
+        if is_scale(path) and not is_activation(one.dtype):
+            raise UnsupportedExport(
+                f"{path}: {dtype_name(one.dtype)} has no place in this layout, whose scales are f32, bf16 or f16. Save "
+                "under a policy with such scales, or use Orbax."
+            )
+        if path in narrow and not path.endswith("/kernel"):
+            raise UnsupportedExport(
+                f"{path}: {dtype_name(one.dtype)}, but in this layout only kernels are quantised: others would read it "
+                "without its scales. Save under a policy that stores it in bf16."
+            )
+    if not narrow:
+        return None
+    blocks = sorted({one.block for one in narrow.values() if one.block is not None})
+    if len(blocks) != 1:
+        raise UnsupportedExport(
+            f"kernels in blocks of {blocks}: config.json names one. Save under a policy with a block."
+        )
+    plain = [name for path, name in names.items() if path.endswith("/kernel") and path in stored and path not in narrow]
+    # transformers gives a tied model a head of its own, and quantises it unless it is listed.
+    tied = () if "lm_head/kernel" in names else ("lm_head",)
+    not_converted = (*tied, *(name.removesuffix(".weight") for name in plain))
+    return Quantization(blocks[0], not_converted, _method(blocks[0], source))
+
+
+def _method(block: Block, source: Quantization | None) -> Method:
+    """The layout that can describe a block; where both can, that of `source`.
+
+    Raises:
+      UnsupportedExport: a block that neither can describe.
+    """
+    if block in _COMPRESSED_ONLY or (-1 not in block and source is not None and source.method != "fp8"):
+        return "compressed-tensors"
+    if -1 in block:
+        raise UnsupportedExport(
+            f"kernels in blocks of {list(block)}, -1 for a whole axis: no quantization_config can say that. Save under "
+            "a policy with a block of two numbers, [1, -1] or [-1, -1], or use Orbax."
+        )
+    return "fp8"
+
+
+_COMPRESSED_ONLY = ((1, -1), (-1, -1))
+"""A scale for each output channel, and one for the tensor."""
