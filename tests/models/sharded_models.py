@@ -1,4 +1,4 @@
-"""A program for eight devices: a Qwen3 loaded over several meshes, one line of JSON for each. Run by test_sharding.py.
+"""A program for eight devices: models loaded over several meshes, one line of JSON for each. Run by test_sharding.py.
 
 A line is `{"name", "shards", "devices", "same", "error", "kernels", "tokens"}`: the shape of a shard of each parameter
 of the first layer, the most devices that share one, whether all arrays are those of the whole model bit for bit, the
@@ -36,8 +36,14 @@ def mesh(*shape):
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
 
 
+FAMILIES = {f"{family} over four": family for family in checkpoints.FAMILIES if family != "qwen3"}
+"""Names of layouts in which a model of another family is cut over four devices."""
+
+
 def layouts():
     """`(name, sharding, policy)`."""
+    for name in FAMILIES:
+        yield name, mesh(4), None
     yield "one mesh axis of four", mesh(4), None
     yield "one mesh axis of eight", mesh(8), None
     yield "two axes", mesh(2, 4), None
@@ -80,7 +86,11 @@ def report(folder, name, sharding, policy):
 
 if __name__ == "__main__":
     assert jax.device_count() == 8, jax.devices()
-    folder = checkpoints.write(pathlib.Path(sys.argv[1]), CONFIG, checkpoints.tensors(CONFIG))
     for layout in layouts():
         if layout[0] in sys.argv[2:]:
+            family = FAMILIES.get(layout[0], "qwen3")
+            config = {key: x for key, x in {**CONFIG, **checkpoints.FAMILIES[family]}.items() if x is not None}
+            folder = pathlib.Path(sys.argv[1]) / family
+            if not folder.is_dir():
+                checkpoints.write(folder, config, checkpoints.tensors(config))
             report(folder, *layout)

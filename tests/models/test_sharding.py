@@ -28,7 +28,7 @@ LAYOUTS = (
     "one mesh axis of four", "requantised to blocks of 64", "by pattern, both axes cut", "on the last device",
     "in float32",
 )  # fmt: skip
-MORE = ("one mesh axis of eight", "two axes", "dequantised", "copied to all")
+MORE = ("one mesh axis of eight", "two axes", "dequantised", "copied to all", "llama over four", "qwen2 over four")
 
 
 def printed(folder, names):
@@ -101,6 +101,17 @@ def test_scales_are_cut_with_whole_blocks_and_copied_where_a_cut_falls_within_on
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_biases_are_cut_with_the_rows_of_their_kernel(more, family):
+    shards = more[f"{family} over four"]["shards"]
+    assert shards["layers/0/self_attn/q_proj/bias"] == [768 // 4]
+    assert shards["layers/0/self_attn/k_proj/bias"] == [256 // 4]
+    if family == "llama":
+        assert shards["layers/0/mlp/up_proj/bias"] == [768 // 4]
+        assert shards["layers/0/mlp/down_proj/bias"] == [256]  # of a kernel that is cut by columns
+
+
 def test_heads_that_do_not_divide_are_copied(more):
     shards = more["one mesh axis of eight"]["shards"]
     assert shards["layers/0/self_attn/q_proj/kernel"] == [768, 256]

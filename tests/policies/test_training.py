@@ -11,7 +11,7 @@ from flax import nnx
 from helpers import bits
 
 from perparam import apply, init
-from perparam.policies import Narrow, UnsupportedCast
+from perparam.policies import Narrow, UnmatchedRule, UnsupportedCast, parameters
 from perparam.policies.dtypes import is_narrow
 from perparam.training import combine, partition, refuse_narrow
 
@@ -52,6 +52,29 @@ def state():
 
 
 trees = pytest.mark.parametrize("tree", [plain, linen, state])
+
+
+def trainable_paths(tree, *choice):
+    return set(parameters(partition(tree(), *choice)[0]))
+
+
+@trees
+def test_patterns_and_functions_choose_what_is_trained_by_path(tree):
+    every = trainable_paths(tree)
+    biases = {path for path in every if path.endswith("bias")}
+    assert biases
+    assert biases < every
+    assert trainable_paths(tree, "bias") == trainable_paths(tree, lambda path: path.endswith("bias")) == biases
+    assert trainable_paths(tree, ["bias", "lora_a?"]) == biases
+    assert trainable_paths(tree, ("bias", "**")) == every
+    assert trainable_paths(tree, []) == set()
+    chex.assert_trees_all_equal(combine(*partition(tree(), "bias")), tree())
+
+
+@trees
+def test_a_pattern_that_matches_no_trainable_parameter_is_an_error(tree):
+    with pytest.raises(UnmatchedRule, match=r"'kernel' \(trainable\) matches none of \d+ trainable"):
+        partition(tree(), "kernel")  # narrow, so it is frozen
 
 
 def leaves(tree) -> list[str]:
