@@ -88,7 +88,7 @@ class TestConstructor:
 
     @pytest.mark.parametrize("key", [0, None, True, "", "?"])
     def test_keys_are_text(self, key):
-        with pytest.raises(InvalidPolicy, match=r"is no name of a parameter in params. Keys are text"):
+        with pytest.raises(InvalidPolicy, match=r"is not the name or path of a parameter. Write text"):
             Policy(params={key: "f32"})
 
     def test_the_default_is_never_optional(self):
