@@ -1,7 +1,7 @@
-"""Training over narrow storage: what is trained, what is frozen, and a guard for optimizers.
+"""Training with narrow parameters: splits a tree into a trainable and a frozen part, and checks optimizer inputs.
 
-NNX needs none of this: narrow pairs are `Narrow` variables, and `nnx.grad` and `nnx.Optimizer` over `nnx.Param` pass
-them by.  These functions are for plain trees and states.
+These functions are for trees and states.  NNX modules do not need them: scaled pairs are `Narrow` variables, which
+`nnx.grad` and `nnx.Optimizer` over `nnx.Param` ignore.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from .trees import is_leaf, map_parameters, parameters, rebox, unbox
 
 
 def split_trainable(variables: Any) -> tuple[Any, Any]:
-    """`(trainable, frozen)`: the floating-point parameters, and all the rest: scaled pairs, integers, other state.
+    """Returns `(trainable, frozen)`: the floating-point parameters without scales, and all other leaves.
 
-    Both have the structure of `variables`, with None where the other holds the leaf, so that gradients and optimizers
-    see the trainable leaves alone; an `nnx.State` is divided into two states.  `join_trainable` puts them together.
+    Frozen are scaled pairs, integers and other state.  Both trees have the structure of `variables`, with None in place
+    of the leaves of the other tree, so that gradients and optimizers see only the trainable leaves.  An `nnx.State` is
+    split into two states.  `join_trainable` is the inverse.
 
     >>> trainable, frozen = split_trainable({"kernel": jax.numpy.ones((2, 2), "float8_e4m3fn"),
     ...                                      "scale_inv": jax.numpy.ones((1, 1)), "bias": jax.numpy.ones(2)})
@@ -32,28 +33,28 @@ def split_trainable(variables: Any) -> tuple[Any, Any]:
     flat = parameters(variables)
     narrow = {path for path in flat if not is_scale(path) and scale_path(path) in flat}
     scales = {scale_path(path) for path in narrow}
-    trained = {p for p, x in flat.items() if _trains(x.dtype) and p not in narrow | scales}
+    paths = {p for p, x in flat.items() if _is_trainable(x.dtype) and p not in narrow | scales}
     if isinstance(variables, nnx.State):
-        leaves = [("/".join(map(str, keys)) in trained, (keys, leaf)) for keys, leaf in nnx.to_flat_state(variables)]
-        inside = nnx.from_flat_state([leaf for is_trained, leaf in leaves if is_trained])
-        return inside, nnx.from_flat_state([leaf for is_trained, leaf in leaves if not is_trained])
-    mask = map_parameters(lambda path, leaf: rebox(leaf, _Trained()) if path in trained else leaf, variables)
-    sides = jax.tree.map(lambda leaf, mark: isinstance(unbox(mark), _Trained), variables, mask, is_leaf=is_leaf)
-    trainable = jax.tree.map(lambda leaf, side: leaf if side else None, variables, sides, is_leaf=is_leaf)
-    frozen = jax.tree.map(lambda leaf, side: None if side else leaf, variables, sides, is_leaf=is_leaf)
+        leaves = [("/".join(map(str, keys)) in paths, (keys, leaf)) for keys, leaf in nnx.to_flat_state(variables)]
+        trainable = nnx.from_flat_state([leaf for in_first, leaf in leaves if in_first])
+        return trainable, nnx.from_flat_state([leaf for in_first, leaf in leaves if not in_first])
+    marked = map_parameters(lambda path, leaf: rebox(leaf, _Trainable()) if path in paths else leaf, variables)
+    mask = jax.tree.map(lambda leaf, mark: isinstance(unbox(mark), _Trainable), variables, marked, is_leaf=is_leaf)
+    trainable = jax.tree.map(lambda leaf, in_first: leaf if in_first else None, variables, mask, is_leaf=is_leaf)
+    frozen = jax.tree.map(lambda leaf, in_first: None if in_first else leaf, variables, mask, is_leaf=is_leaf)
     return trainable, frozen
 
 
-def _trains(dtype: Any) -> bool:
+def _is_trainable(dtype: Any) -> bool:
     return dtypes.is_floating(dtype) and not dtypes.is_narrow(dtype)
 
 
-class _Trained:
-    """A mark in the place of a leaf."""
+class _Trainable:
+    """A marker that replaces a trainable leaf."""
 
 
 def join_trainable(trainable: Any, frozen: Any) -> Any:
-    """The variables whose two halves `split_trainable` gave."""
+    """Returns the variables that `split_trainable` split into `trainable` and `frozen`."""
     if isinstance(trainable, nnx.State):
         return nnx.merge_state(trainable, frozen)
     return jax.tree.map(
@@ -65,9 +66,9 @@ def join_trainable(trainable: Any, frozen: Any) -> Any:
 
 
 def refuse_narrow() -> optax.GradientTransformation:
-    """A transform that changes nothing and refuses to be initialised with a narrow leaf; put it first in `optax.chain`.
+    """Returns an identity transformation whose `init` raises an error for narrow leaves; put it first in `optax.chain`.
 
-    `optax.adam` over float8 parameters would keep float8 moments, which round every step away.
+    `optax.adam` would give float8 parameters float8 moments, in which small updates are rounded away.
 
     Raises:
       UnsupportedCast: from `init`, with the path of the leaf.
@@ -78,8 +79,8 @@ def refuse_narrow() -> optax.GradientTransformation:
             if dtypes.is_narrow(leaf.dtype):
                 raise UnsupportedCast(
                     f"{path}: {dtypes.dtype_name(leaf.dtype)} {leaf.shape} cannot be trained: its moments would be "
-                    "narrow, and an update smaller than half a step is lost. Give the optimizer the first half of "
-                    "perparam.split_trainable(variables), or store the parameter as f32."
+                    "narrow, and updates smaller than half a step would be lost. Initialise the optimizer with the "
+                    "first result of perparam.split_trainable(variables), or store the parameter as f32."
                 )
         return optax.EmptyState()
 

@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
         Raises:
           _Unsupported: for an alias, an anchor or an explicit tag, with its line.
         """
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             problem = f"the alias '*{event.anchor}' is not supported in a policy. Write the value itself"
         elif getattr(event, "anchor", None) is not None:

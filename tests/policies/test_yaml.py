@@ -334,7 +334,7 @@ class TestErrorsOfResolutionHaveTheLine:
             policy.explain(TREE)
         assert str(caught.value) == (
             "policy.yaml:2: 'bias' (params) asks f8_e4m3fn of 'layers/0/mlp/down_proj/bias', whose shape is (2,). "
-            "Narrow dtypes are for parameters of two or more dimensions."
+            "Use narrow dtypes only for parameters of two or more dimensions."
         )
 
     def test_a_narrow_compute_dtype_for_one_dimension(self):
