@@ -1,4 +1,4 @@
-"""Whole Qwen3 models of the published shapes, for benchmarks: shapes alone, nothing is allocated."""
+"""Qwen3 models of the published shapes for benchmarks, as abstract arrays without memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
 TIED = ("0.6B", "1.7B", "4B")
 VOCABULARY = 151936
 MODES = {"W8A16": "fp8_weight_only", "W8A8": "fp8_dynamic"}
-"""The preset that computes in each."""
+"""The preset with the compute rules of each mode."""
 
 
 def abstract_model(size: str, mode: str = "W8A16") -> Qwen3:
-    """A Qwen3 of shapes, stored as its FP8 checkpoints are: FP8 kernels, the rest in bfloat16."""
+    """Returns an abstract Qwen3 with the dtypes of the published FP8 checkpoints: FP8 kernels, the rest in bfloat16."""
     hidden, wide, heads, kv_heads = shapes._MODELS[size]
     config = Qwen3Config(
         VOCABULARY, hidden, wide, LAYERS[size], heads, kv_heads, 128, tie_word_embeddings=size in TIED,
