@@ -70,8 +70,8 @@ def check_grid(shape: tuple[int, ...], grid: tuple[int, ...], block: Block, wher
     if tuple(grid) != expected:
         raise InvalidScale(
             f"{where}: scales of shape {tuple(grid)} do not fit a kernel of shape {tuple(shape)} in blocks of "
-            f"{tuple(block)}, expected {expected}. Pass the block with which the kernel was quantised, or a "
-            "ScaledArray, which includes it."
+            f"{tuple(block)}, expected {expected}. Name the block the kernel was quantised with. "
+            "A ScaledArray includes its block."
         )
 
 

@@ -200,7 +200,7 @@ def _with_model(policy: PolicyRules, params: Mapping[str, ResolvedParam], config
     activations = policy.activations or (None if config is None else config.dtype)
     kv_cache = policy.kv_cache or activations
     kv_bytes = 0 if config is None or kv_cache is None else config.kv_bytes(kv_cache)
-    # The result of a module without such a config is not cast; perparam's models return their activations' dtype.
+    # Without a rule for it, the result of perparam's models has the activations' dtype, and other results are not cast.
     output = policy.output or (None if config is None or config.dtype is None else activations)
     return Resolved(policy, params, activations, output, kv_cache if kv_bytes else None, kv_bytes)
 
@@ -220,25 +220,24 @@ def _before_and_after(
     scales   the current scales of the parameter
     rule     the rule of `storage` that applies to the parameter
     """
-    asked = None if rule is None or (not dtypes.is_floating(info.dtype) and scales is None) else rule.format
-    if asked is not None and asked.narrow and len(info.shape) < 2:
+    requested = None if rule is None or (not dtypes.is_floating(info.dtype) and scales is None) else rule.format
+    if requested is not None and requested.narrow and len(info.shape) < 2:
         assert rule is not None
         raise too_flat(rule, path, info.shape)
     if scales is None:
         plain = Format(info.dtype)
-        return ArrayInfo(info.shape, plain), plain if asked is None else asked.completed(
-            storage.block, storage.scale(path)
-        )
+        after = plain if requested is None else requested.completed(storage.block, storage.scale(path))
+        return ArrayInfo(info.shape, plain), after
     scale, block = storage.scale(path) or scales.dtype, current_block(path, info, policy)
-    is_complete = info.format.scale is not None  # the format of a ScaledArray is
+    is_complete = info.format.scale is not None  # as in a ScaledArray
     current = info.format if is_complete else stored_format(info.dtype, block, scales.dtype)
-    if asked is None:  # only a rule for the scales can change the pair
-        completed = stored_format(info.dtype, block, scale)
+    if requested is None:  # only a rule for the scales can change the pair
+        after = stored_format(info.dtype, block, scale)
     else:
-        completed = asked.completed(storage.block or block, scale)
-    if completed != asked and completed.represents_as(current, info.shape):  # unspecified fields do not change
-        completed = current
-    return ArrayInfo(info.shape, current), completed
+        after = requested.completed(storage.block or block, scale)
+    if after != requested and after.represents_as(current, info.shape):  # unspecified fields do not change
+        after = current
+    return ArrayInfo(info.shape, current), after
 
 
 def current_block(path: str, info: ArrayInfo, policy: PolicyRules) -> Block:

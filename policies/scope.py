@@ -67,7 +67,7 @@ class Scope:
             return ParamSpec(self.policy.storage(path), self.policy.compute.format(path))
         if path not in self.stored:
             raise InvalidPolicy(
-                f"{path}: the module has this parameter, but the stored variables ({len(self.stored)}) do not. "
+                f"{path}: the module has this parameter, but it is not among the stored variables. "
                 "Pass the variables of the same module."
             )
         return self.stored[path]

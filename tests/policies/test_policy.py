@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perparam import Policy
-from perparam.policies import Format, InvalidPolicy, ParamSpec, PerparamError, UnknownDtype
+from perparam.policies import Format, InvalidPolicy, ParamSpec, PerparamError, Scope, UnknownDtype
 
 FP8 = {"kernel": "f8_e4m3fn", "scale_inv": None, "default": "f32"}
 
@@ -273,3 +273,11 @@ class TestScope:
         assert self.policy.at("a").spec("kernel").storage.scale == np.dtype("float32")
         storage = policy.at("a").spec("kernel").storage
         assert (storage.scale, storage.block) == (np.dtype(ml_dtypes.bfloat16), (32, 16))
+
+    def test_a_parameter_that_is_not_stored_is_an_error_with_its_path(self):
+        scope = Scope(self.policy, None, stored={"a/kernel": ParamSpec()})
+        assert scope.at("a").spec("kernel") == ParamSpec()
+        with pytest.raises(
+            InvalidPolicy, match=r"b/kernel: .* is not among the stored variables. Pass the variables of"
+        ):
+            scope.at("b").spec("kernel")

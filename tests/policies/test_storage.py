@@ -364,7 +364,7 @@ class TestErrors:
             Policy(block=BLOCK).store(tree(layer))
         assert str(caught.value) == (
             f"a/scale_inv: scales of shape {grid} do not fit a kernel of shape (5, 7) in blocks of (2, 3), "
-            "expected (3, 3). Pass the block with which the kernel was quantised, or a ScaledArray, which includes it."
+            "expected (3, 3). Name the block the kernel was quantised with. A ScaledArray includes its block."
         )
 
     @trees

@@ -133,9 +133,9 @@ def test_a_plain_pair_is_read_in_the_block_of_its_rule_and_refused_where_the_gri
         perparam.Policy({"kernel": {"dtype": "f8_e4m3fn", "block": [64, 64]}}).explain(stored).rows[0].change == "kept"
     )
     for policy in (perparam.Policy(), perparam.Policy(block=(32, 32)), perparam.Policy("bf16")):
-        with pytest.raises(InvalidScale, match=r"scales of shape \(4, 4\) do not fit .*Pass the block"):
+        with pytest.raises(InvalidScale, match=r"scales of shape \(4, 4\) do not fit .*Name the block"):
             policy.store(stored)
-        with pytest.raises(InvalidScale, match="Pass the block"):
+        with pytest.raises(InvalidScale, match="Name the block"):
             policy.explain(stored)
 
 
