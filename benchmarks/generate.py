@@ -1,23 +1,23 @@
-"""Generation by whole models: how fast prompts are read and tokens are made, in what memory, beside what is possible.
+"""Measures the speed of prefill and decoding of whole models, and their memory.
 
     python benchmarks/generate.py beside [--transformers PYTHON] [--batches 1,8,64] [--rounds 5]
     python benchmarks/generate.py device [MODEL ...] [--batches 1,8,64] [--rounds 5]
 
-`beside` takes a model of Qwen3-0.6B's shape on a CPU.  All contenders load the same FP8 checkpoint, with random
-weights, made in a temporary folder.  perparam keeps it FP8: once as it does without a policy, exactly, and once with
-weights rounded to bfloat16 within products.  transformers, which has no FP8 matmul for CPUs, dequantises it, to
-bfloat16 and to float32.  Each runs in a process of its own, transformers under the Python that `--transformers` names,
-with as many threads as there are cores; rounds alternate, so that a machine that slows down slows all of them.  A ratio
-is taken within a round; its median and quartiles are reported.
+`beside` compares perparam with transformers on a CPU, with a model of Qwen3-0.6B's shape.  All contenders load the same
+FP8 checkpoint with random weights from a temporary folder.  perparam stores the weights in FP8; one contender has no
+policy and exact products, the other rounds weights to bfloat16 in products.  transformers has no FP8 matmul for CPUs
+and dequantises the weights, to bfloat16 or to float32.  Each contender runs in its own process, with as many threads as
+there are cores; transformers runs in the Python of `--transformers`.  In each round every contender runs once, so that
+changes in the speed of the machine affect all of them.  Ratios are computed within a round; their median and quartiles
+are reported.
 
-    prefill   seconds to the first new token of every row; prompts have 512 tokens in all, but at least 16 each
-    decode    seconds a step, which makes a token of every row, after prompts of 16
-    streamed  the same, handed over in parts of 8 tokens (perparam; 64 steps, beside as many at once)
-    resident  bytes of the whole process after loading, before the first token
+    prefill   seconds until the first new token of every row; prompts have 512 tokens in total, but at least 16 each
+    decode    seconds per step, which generates one token of every row, after prompts of 16 tokens
+    streamed  seconds per step when tokens are returned in parts of 8 (perparam; 64 steps), and the same at once
+    resident  resident bytes of the process after loading, before the first token
 
-`device` takes models of random weights, in FP8 with bfloat16 heads, on whatever JAX computes on, a GPU if there is one:
-prefill and decode as above, and which part of the bandwidth of copying a large array, measured in the same rounds, it
-is to read every weight once a step.
+`device` measures models with random weights, FP8 with bfloat16 heads, on JAX's default device: prefill and decode as
+above, and the bandwidth of reading every weight once per step, relative to copying a large array in the same rounds.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ Report = dict[str, Any]
 PROMPT, SHORTEST, STREAMED, PART = 512, 16, 64, 8
 VOCABULARY = 151936
 NEW = {1: 24, 8: 16, 64: 8}
-"""Steps that are timed at a batch; of others as many as of the next smaller one."""
+"""Number of timed steps by batch size; other batch sizes have that of the next smaller one."""
 
 CONTENDERS = ("perparam", "perparam compute=bf16", "transformers bfloat16", "transformers float32")
 
 
 def write_checkpoint(folder: pathlib.Path) -> None:
-    """An FP8 checkpoint of Qwen3-0.6B's shape with random weights, in Hugging Face layout."""
+    """Writes an FP8 checkpoint of Qwen3-0.6B's shape with random weights, in Hugging Face layout."""
     from perparam.examples import make_checkpoint as maker
 
     config = maker._COMMON | {
@@ -64,31 +64,30 @@ def write_checkpoint(folder: pathlib.Path) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Returns the resident bytes of this process."""
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 Generator = Callable[[np.ndarray, int], Any]
-"""From prompts (rows, length) and a count to that many new tokens a row."""
+"""`generator(prompts, count)` generates `count` new tokens for each of the prompts (rows, length)."""
 
 
 def perparam_generator(model: Any, part: int | None = None) -> Generator:
-    """Greedy; in parts of `part` tokens, or at once."""
+    """Returns a greedy generator with perparam, which returns tokens in parts of `part`, or all at once."""
     import perparam
     from perparam.models import decode
 
     def generate(prompts, count):
         if part is None:
             return np.asarray(perparam.generate(model, prompts, max_new_tokens=count, eos_token_id=()))
-        return [
-            each.tokens for each in decode(model, prompts, None, GenerationConfig(count, eos_token_id=()), chunk=part)
-        ]
+        config = GenerationConfig(count, eos_token_id=())
+        return [chunk.tokens for chunk in decode(model, prompts, None, config, chunk=part)]
 
     return generate
 
 
 def transformers_generator(folder: str, dtype: str) -> Generator:
-    """Greedy, with transformers."""
+    """Returns a greedy generator with transformers."""
     import torch
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
@@ -109,17 +108,17 @@ def transformers_generator(folder: str, dtype: str) -> Generator:
 
 
 def steps(batch: int) -> int:
-    """How many steps are timed."""
-    return NEW[max(each for each in NEW if each <= batch)]
+    """Returns the number of timed steps for a batch size."""
+    return NEW[max(size for size in NEW if size <= batch)]
 
 
 def prompts(batch: int, length: int) -> np.ndarray:
-    """Random ids (batch, length), the same whoever asks."""
+    """Returns random ids (batch, length), which are the same in every process."""
     return np.random.default_rng(length).integers(1, VOCABULARY, (batch, length))
 
 
 def measure(generate: Generator, batch: int) -> dict[str, float]:
-    """Seconds of a prefill and of a decoding step."""
+    """Returns the seconds of a prefill and of a decoding step."""
 
     def seconds(length: int, count: int) -> float:
         ids = prompts(batch, length)
@@ -133,12 +132,12 @@ def measure(generate: Generator, batch: int) -> dict[str, float]:
 
 
 def length(batch: int) -> int:
-    """Tokens of each prompt that is timed."""
+    """Returns the length of the prompts for the timed prefill."""
     return max(PROMPT // batch, SHORTEST)
 
 
 def streaming(whole: Generator, in_parts: Generator) -> dict[str, float]:
-    """Seconds a step of a row at once and in parts, the prefill included in both."""
+    """Returns seconds per step for one row, at once and in parts; both include the prefill."""
     ids, result = prompts(1, SHORTEST), {}
     for name, generate in (("at once", whole), ("streamed", in_parts)):
         start = time.perf_counter()
@@ -148,21 +147,21 @@ def streaming(whole: Generator, in_parts: Generator) -> dict[str, float]:
 
 
 def spread(values: Any) -> dict[str, float]:
-    """The median and the quartiles around it."""
+    """Returns the median and the quartiles of `values`."""
     lower, median, upper = np.percentile(values, (25, 50, 75))
     return {"lower": float(lower), "median": float(median), "upper": float(upper)}
 
 
 def shown(values: dict[str, float]) -> str:
-    """`median (lower–upper)`."""
+    """Returns `median (lower–upper)` as text."""
     return f"{values['median']:.3g} ({values['lower']:.3g}–{values['upper']:.3g})"
 
 
-# Beside transformers.
-
-
 def work(contender: str, folder: str) -> None:
-    """A worker: loads, says what is resident, then answers each line of its input, a batch, with seconds."""
+    """Runs one contender of `beside` as a worker process.
+
+    Loads the model and prints the resident bytes; then reads a batch size from each line of stdin and prints seconds.
+    """
     name, *argument = contender.split()
     in_parts = None
     if name == "perparam":
@@ -181,49 +180,49 @@ def work(contender: str, folder: str) -> None:
 
 
 def beside(arguments: argparse.Namespace) -> tuple[str, Report]:
-    """Runs the contenders; the name of the results and the results."""
+    """Measures perparam and transformers on a CPU, and returns the name of the results and the results."""
     contenders = CONTENDERS if arguments.transformers else CONTENDERS[:2]
     workers, memory = {}, {}
     rounds: dict[int, list[dict[str, dict[str, float]]]] = {batch: [] for batch in arguments.batches}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(pathlib.Path(folder))
-        for one in contenders:
-            python = sys.executable if one.startswith("perparam") else arguments.transformers
-            command = [python, os.path.abspath(__file__), "work", one, folder]
-            workers[one] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        for name in contenders:
+            python = sys.executable if name.startswith("perparam") else arguments.transformers
+            command = [python, os.path.abspath(__file__), "work", name, folder]
+            workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True,
             )  # fmt: skip
-            memory[one] = int(workers[one].stdout.readline())
+            memory[name] = int(workers[name].stdout.readline())
         for number in range(arguments.rounds + 1):
             for batch in arguments.batches:
                 times = {}
-                for one, worker in workers.items():
+                for name, worker in workers.items():
                     worker.stdin.write(f"{batch}\n")
                     worker.stdin.flush()
-                    times[one] = json.loads(worker.stdout.readline())
-                if number:  # the first compiles
+                    times[name] = json.loads(worker.stdout.readline())
+                if number:  # the first round compiles
                     rounds[batch].append(times)
-                    print(batch, {one: {k: round(v, 4) for k, v in t.items()} for one, t in times.items()}, flush=True)
+                    print(batch, {n: {k: round(v, 4) for k, v in t.items()} for n, t in times.items()}, flush=True)
         for worker in workers.values():
             worker.stdin.close()
             worker.wait()
     return "generate-beside", {
         "resident": memory,
-        "batches": {str(batch): ratios(contenders, each) for batch, each in rounds.items()},
+        "batches": {str(batch): ratios(contenders, times) for batch, times in rounds.items()},
     }
 
 
 def ratios(contenders: tuple[str, ...], rounds: list[dict[str, dict[str, float]]]) -> Report:
-    """Of each contender: seconds, and how many times as fast as each of transformers' it is, round by round."""
+    """Returns, for each contender, the seconds, and the speed relative to each contender of transformers per round."""
     result: Report = {}
-    for one in contenders:
-        seconds = {what: np.array([times[one][what] for times in rounds]) for what in rounds[0][one]}
-        result[one] = {"seconds": {what: spread(values) for what, values in seconds.items()}}
+    for name in contenders:
+        seconds = {what: np.array([times[name][what] for times in rounds]) for what in rounds[0][name]}
+        result[name] = {"seconds": {what: spread(values) for what, values in seconds.items()}}
         if "streamed" in seconds:
-            result[one]["streamed, of the speed at once"] = spread(seconds["at once"] / seconds["streamed"])
-        if one.startswith("perparam"):
+            result[name]["streamed, of the speed at once"] = spread(seconds["at once"] / seconds["streamed"])
+        if name.startswith("perparam"):
             for other in contenders[2:]:
-                result[one][f"times as fast as {other}"] = {
+                result[name][f"times as fast as {other}"] = {
                     what: spread(np.array([times[other][what] for times in rounds]) / seconds[what])
                     for what in ("prefill", "decode")
                 }
@@ -231,30 +230,26 @@ def ratios(contenders: tuple[str, ...], rounds: list[dict[str, dict[str, float]]
 
 
 def beside_table(results: Report) -> str:
-    """A line a batch and contender."""
+    """Returns the results of `beside` as text, with a line for each batch size and contender."""
     lines = []
     for batch, contenders in results["batches"].items():
-        for one, result in contenders.items():
-            each = {what: result["seconds"][what]["median"] for what in ("prefill", "decode")}
-            line = (
-                f"batch {batch:>2}  {one:22}  prefill {length(int(batch)) * int(batch) / each['prefill']:5.0f} tokens/s"
-            )
-            line += f"  decode {int(batch) / each['decode']:6.1f} tokens/s"
+        for contender, result in contenders.items():
+            medians = {what: result["seconds"][what]["median"] for what in ("prefill", "decode")}
+            prefill = length(int(batch)) * int(batch) / medians["prefill"]
+            line = f"batch {batch:>2}  {contender:22}  prefill {prefill:5.0f} tokens/s"
+            line += f"  decode {int(batch) / medians['decode']:6.1f} tokens/s"
             for name, values in result.items():
                 if name.startswith("times"):
                     line += f"  | {name}: {', '.join(f'{what} {shown(value)}' for what, value in values.items())}"
                 if name.startswith("streamed"):
                     line += f"  | {name} {shown(values)}"
             lines.append(line)
-    lines += [f"{one}: {size / 2**20:.0f} MiB resident" for one, size in results["resident"].items()]
+    lines += [f"{name}: {size / 2**20:.0f} MiB resident" for name, size in results["resident"].items()]
     return "\n".join(lines)
 
 
-# On a device.
-
-
 def random_model(size: str) -> Any:
-    """A Qwen3 stored as its FP8 checkpoints are, of random numbers made on the device."""
+    """Returns a Qwen3 with the dtypes of the published FP8 checkpoints, and random weights generated on the device."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -270,12 +265,12 @@ def random_model(size: str) -> Any:
 
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    made = [values(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(tree, made))
+    weights = [values(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, weights))
 
 
 def device(arguments: argparse.Namespace) -> tuple[str, Report]:
-    """Times the models; the name of the results and the results."""
+    """Measures models on JAX's default device, and returns the name of the results and the results."""
     import jax
     import timing
     from flax import nnx
@@ -292,7 +287,7 @@ def device(arguments: argparse.Namespace) -> tuple[str, Report]:
             rounds = []
             for _ in range(arguments.rounds):
                 rounds.append(measure(generate, batch) | {"copy": copy.moved / copy.sample()})
-            column = {what: np.array([each[what] for each in rounds]) for what in rounds[0]}
+            column = {what: np.array([times[what] for times in rounds]) for what in rounds[0]}
             results[size]["batches"][str(batch)] = {
                 "prefill, tokens per second": spread(length(batch) * batch / column["prefill"]),
                 "decode, tokens per second": spread(batch / column["decode"]),
@@ -303,7 +298,7 @@ def device(arguments: argparse.Namespace) -> tuple[str, Report]:
 
 
 def device_table(results: Report) -> str:
-    """A line a model and batch."""
+    """Returns the results of `device` as text, with a line for each model and batch size."""
     return "\n".join(
         f"{size:>5}  batch {batch:>2}  " + "  ".join(f"{name} {shown(values)}" for name, values in result.items())
         for size, model in results["models"].items()
@@ -312,18 +307,18 @@ def device_table(results: Report) -> str:
 
 
 def main() -> int:
-    """Runs, prints a table and writes it as JSON."""
+    """Runs a command, prints its results as a table and writes them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--batches", type=lambda text: [int(word) for word in text.split(",")], default=[1, 8, 64])
     common.add_argument("--rounds", type=int, default=5)
     common.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    one = commands.add_parser("beside", parents=[common], help="perparam and transformers on a CPU")
-    one.add_argument("--transformers", metavar="PYTHON", help="a Python with torch, transformers and accelerate")
-    one = commands.add_parser("device", parents=[common], help="perparam beside the device's bandwidth")
-    one.add_argument(
-        "models", nargs="*", default=["0.6B"], metavar="MODEL", help="0.6B, 1.7B, 4B, 8B, 14B or 32B; else 0.6B"
+    command = commands.add_parser("beside", parents=[common], help="perparam and transformers on a CPU")
+    command.add_argument("--transformers", metavar="PYTHON", help="a Python with torch, transformers and accelerate")
+    command = commands.add_parser("device", parents=[common], help="perparam relative to the device's bandwidth")
+    command.add_argument(
+        "models", nargs="*", default=["0.6B"], metavar="MODEL", help="0.6B, 1.7B, 4B, 8B, 14B, 32B; default: 0.6B"
     )
     worker = commands.add_parser("work")
     worker.add_argument("contender")

@@ -1,20 +1,20 @@
-"""All implementations of the block-scaled matmul that take a call on this machine, beside what one uses without them.
+"""Measures all implementations of the block-scaled matmul on this machine, and the usual alternatives.
 
     python benchmarks/matmul.py                      # the default shapes: minutes on a CPU, longer on a GPU
-    python benchmarks/matmul.py --quick              # three rounds of one small shape: does it run?
+    python benchmarks/matmul.py --quick              # three rounds of one small shape, to test the script
     python benchmarks/matmul.py --shapes 4096x4096,1024x3072 --rows 1,16 --modes W8A16
 
-x is bfloat16, kernels are f8_e4m3fn in blocks of 128×128; shapes are OUT×IN, as checkpoints store kernels.  Ratios are
-taken round by round; their medians and quartiles are reported.  The baselines:
+x is bfloat16, kernels are f8_e4m3fn in blocks of 128×128; shapes are OUT×IN, the layout of checkpoints.  Ratios are
+computed within a round; their medians and quartiles are reported.  The baselines:
 
-    bf16 dot     XLA's product of x with the kernel in bfloat16; on NVIDIA GPUs by cuBLAS or Triton: the table says
+    bf16 dot     XLA's product of x and the kernel in bfloat16; on NVIDIA GPUs with cuBLAS or Triton, as in the table
     f32 dot      the same with x and kernel in float32, in JAX's default precision: on NVIDIA GPUs that is TF32
-    naive        the kernel times its repeated scales, rounded to bfloat16 (on a CPU: left in float32), then a dot
-    torch …      where it is installed with CUDA: cuBLAS in bfloat16, and on float8 with one scale a tensor
+    naive        the kernel times its repeated scales, rounded to bfloat16 (on a CPU: in float32), then a dot
+    torch …      if torch is installed with CUDA: cuBLAS in bfloat16, and in float8 with one scale per tensor
 
-Contenders in a mode are named for `perparam.policies.matmul.IMPLEMENTATIONS`; a star marks the one that perparam takes.
-W8A8 is timed whole, from bfloat16 x, and in parts.  Errors are relative to the product in
-float32 of the weight before it was rounded.  Results are written after each shape as JSON, and drawn at the end.
+Contenders have the names in `perparam.policies.matmul.IMPLEMENTATIONS`; a star marks the choice of perparam.  W8A8 is
+timed as a whole, with the quantisation of x, and in parts.  Errors are relative to the float32 product with the weight
+before it was rounded.  Results are written as JSON after each shape, and drawn at the end.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ from perparam.policies.targets import HOPPER, here
 BF16, E4M3 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
 
 BLOCK = (128, 128)
-"""What published FP8 checkpoints have."""
+"""The block of published FP8 checkpoints."""
 
 MODES = {"W8A16": None, "W8A8": E4M3, "plain": None}
-"""What `compute` is in each; in plain the kernel is bfloat16."""
+"""The argument `compute` of `scaled_matmul` in each mode; in the mode "plain" the kernel is bfloat16."""
 
 ROUNDS, QUICK_ROUNDS = 15, 3
-"""Enough for quartiles, and enough to see that it runs."""
+"""Rounds by default, which are enough for quartiles, and with `--quick`."""
 
 QUICK_CASES = ((1, (2048, 1024)), (64, (2048, 1024)))
 
 LARGE_CASES = ((4096, (7168, 16384)), (4096, (24576, 7168)))
-"""Those for which figures of other FP8 kernels on Hopper are published, with DeepGEMM and by sglang."""
+"""Cases with published measurements of other FP8 kernels on Hopper, by DeepGEMM and sglang."""
 
 Shape = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One of those compared in a case.
+    """One function that is measured in a case.
 
-    name    unique in its case
-    mode    one of MODES; None for what has no mode, the baselines
+    name    its name, unique in the case
+    mode    one of MODES; None for a baseline
     build   compiles it
-    chosen  whether perparam takes it for this call
+    chosen  whether perparam chooses this implementation for the call
     """
 
     name: str
@@ -78,12 +78,12 @@ class Contender:
 
 
 class Case:
-    """A product of `rows` of x with a kernel of `shape` (out, in), and so many copies of its operands as exceed caches.
+    """A product of `rows` rows of x with a kernel of `shape` (out, in), with copies of the operands that exceed caches.
 
     x          (rows, in) each           bfloat16
     kernel     (out, in) each            f8_e4m3fn
     scale_inv  (out/128, in/128) each    float32
-    weight     (out, in) each            bfloat16, what was quantised
+    weight     (out, in) each            bfloat16, the weight before quantisation
     exact      (rows, out)               float32, the product with the weight before it was rounded or quantised
     """
 
@@ -100,20 +100,20 @@ class Case:
         self.exact = oracle.dot(x.astype(jnp.float32), weight)
 
     def copied(self, array: jax.Array) -> list[jax.Array]:
-        """Copies, each in memory of its own."""
+        """Returns copies of an array in separate memory."""
         return [jnp.array(array, copy=True) for _ in range(self.copies)]
 
     def product(
         self, name: str, mode: str | None, function: Callable[..., Any], *operands: list[jax.Array]
     ) -> Contender:
-        """A contender that carries out the product, from lists of copies of its operands."""
+        """Returns a contender that computes the product, for lists of copies of its operands."""
         copies = list(zip(*operands, strict=True))
         return Contender(name, mode, functools.partial(timing.timed, function, copies, self.operations))
 
     def contenders(self, modes: Sequence[str]) -> Iterator[Contender]:
-        """All that take part."""
+        """Yields the contenders of the case."""
         yield self.product("bf16 dot", None, timing.dot, self.x, self.weight)
-        wide = [[one.astype(jnp.float32) for one in copies] for copies in (self.x, self.weight)]
+        wide = [[array.astype(jnp.float32) for array in copies] for copies in (self.x, self.weight)]
         yield self.product("f32 dot", None, timing.dot, *wide)
         yield self.product("naive", None, naive, self.x, self.kernel, self.scale_inv)
         for mode in modes:
@@ -121,8 +121,8 @@ class Case:
             dtype, compute = operands[1][0].dtype, MODES[mode]
             plan = matmul_plan(self.rows, self.shape, kernel=dtype, block=BLOCK, compute=compute)
             for name in implementations(self.rows, self.shape, dtype, compute):
-                one = self.product(f"{mode} {name}", mode, forced(name, compute), *operands)
-                yield dataclasses.replace(one, chosen=name == plan.implementation)
+                contender = self.product(f"{mode} {name}", mode, with_implementation(name, compute), *operands)
+                yield dataclasses.replace(contender, chosen=name == plan.implementation)
         if "W8A8" in modes:
             yield from self.parts()
         for name, mode, build in torch_cuda.products(self.rows, *self.shape, self.copies):
@@ -130,7 +130,7 @@ class Case:
                 yield Contender(name, mode, build)
 
     def parts(self) -> Iterator[Contender]:
-        """W8A8 in parts: activations quantised alone; on Hopper its own kernels alone, where they need no padding."""
+        """Yields the parts of W8A8: the quantisation of x, and on Hopper its kernels, for shapes without padding."""
 
         def quantized(name: str, function: Callable[..., Any]) -> Contender:
             return Contender(name, "W8A8", functools.partial(timing.timed, function, [(x,) for x in self.x]))
@@ -149,42 +149,42 @@ class Case:
             yield self.product("hopper_rows alone", "W8A8", run, *operands)
 
     def error(self, result: Any) -> float | None:
-        """How far from exact: the norm of the difference over the norm; None for what is no product."""
+        """Returns the norm of the error divided by the norm of the exact product; None for a part of a product."""
         if getattr(result, "shape", None) != self.exact.shape:
             return None
         return float(jnp.linalg.norm(result.astype(jnp.float32) - self.exact) / jnp.linalg.norm(self.exact))
 
     def measured(self, modes: Sequence[str], rounds: int, yardsticks: dict[str, timing.Timed]) -> dict[str, Any]:
-        """The results, as they stand in the JSON."""
-        entered, ready, failed = {}, {}, {}
-        for one in self.contenders(modes):
+        """Returns the results of the case for the JSON file."""
+        contenders, ready, failed = {}, {}, {}
+        for contender in self.contenders(modes):
             try:
-                ready[one.name], entered[one.name] = one.build(), one
-            except Exception as error:  # the others still run, and why this one does not is a result
-                failed[one.name] = f"{type(error).__name__}: {error}"
+                ready[contender.name], contenders[contender.name] = contender.build(), contender
+            except Exception as error:  # the other contenders still run, and the error is part of the results
+                failed[contender.name] = f"{type(error).__name__}: {error}"
         seconds = timing.race(ready | yardsticks, rounds)
         copy = yardsticks["copy"].moved / seconds["copy"]
         peak = yardsticks["large bf16 dot"].operations / seconds["large bf16 dot"]
         results = [
             {
                 "name": name,
-                "mode": entered[name].mode,
-                "chosen": entered[name].chosen,
-                "kernels": one.kernels,
-                "bytes": one.moved,
-                "operations": one.operations,
-                "error": self.error(one.result),
+                "mode": contenders[name].mode,
+                "chosen": contenders[name].chosen,
+                "kernels": timed.kernels,
+                "bytes": timed.moved,
+                "operations": timed.operations,
+                "error": self.error(timed.result),
                 "seconds": timing.spread(seconds[name]),
-                "bytes per second": timing.spread(one.moved / seconds[name]),
-                "of copy": timing.spread(one.moved / seconds[name] / copy),
-                "operations per second": timing.spread(one.operations / seconds[name]),
-                "of peak": timing.spread(one.operations / seconds[name] / peak),
+                "bytes per second": timing.spread(timed.moved / seconds[name]),
+                "of copy": timing.spread(timed.moved / seconds[name] / copy),
+                "operations per second": timing.spread(timed.operations / seconds[name]),
+                "of peak": timing.spread(timed.operations / seconds[name] / peak),
                 "ratios": {
                     base: timing.spread(seconds[name] / seconds[base]) for base in report.BASELINES if base in ready
                 },
                 "samples": seconds[name].tolist(),
             }
-            for name, one in ready.items()
+            for name, timed in ready.items()
         ]
         return {
             "rows": self.rows,
@@ -199,17 +199,20 @@ class Case:
 
 
 def implementations(rows: int, shape: Shape, kernel: np.dtype, compute: np.dtype | None) -> list[str]:
-    """Names of those for this device, the oracle included, that take the call; of a plain call what perparam takes."""
-    asked = None if compute is None else Format(compute)
-    call = dispatch.describe(rows, shape, BF16, Format(kernel).completed(BLOCK), asked)
+    """Returns the names of the implementations for this device that accept the call, including the oracle.
+
+    For a plain call, returns only the name of the one that perparam chooses.
+    """
+    compute_format = None if compute is None else Format(compute)
+    call = dispatch.describe(rows, shape, BF16, Format(kernel).completed(BLOCK), compute_format)
     if call.mode == "plain":
         return [dispatch.choose(call, here())[0].name]
     candidates = (*dispatch.candidates(here()), oracle.ORACLE)
-    return [one.name for one in candidates if one.refuses(call) is None]
+    return [candidate.name for candidate in candidates if candidate.refuses(call) is None]
 
 
-def forced(implementation: str, compute: np.dtype | None) -> Callable[..., jax.Array]:
-    """`scaled_matmul` as `implementation` carries it out."""
+def with_implementation(implementation: str, compute: np.dtype | None) -> Callable[..., jax.Array]:
+    """Returns `scaled_matmul` restricted to one implementation."""
 
     def run(x: jax.Array, kernel: jax.Array, scale_inv: jax.Array | None = None) -> jax.Array:
         with matmul_override(implementation):
@@ -219,7 +222,7 @@ def forced(implementation: str, compute: np.dtype | None) -> Callable[..., jax.A
 
 
 def naive(x: jax.Array, kernel: jax.Array, scale_inv: jax.Array) -> jax.Array:
-    """The product as one writes it first: the whole kernel widened, then a dot."""
+    """Returns the product in its simplest form: widens the whole kernel, then one dot."""
     scales = jnp.repeat(jnp.repeat(scale_inv, BLOCK[0], axis=0), BLOCK[1], axis=1)[: kernel.shape[0], : kernel.shape[1]]
     dtype = BF16 if timing.on_gpu() else jnp.float32
     weight = (kernel.astype(jnp.float32) * scales).astype(dtype)
@@ -227,7 +230,7 @@ def naive(x: jax.Array, kernel: jax.Array, scale_inv: jax.Array) -> jax.Array:
 
 
 def default_cases() -> list[tuple[int, Shape]]:
-    """Rows and shape of each case for the device here."""
+    """Returns rows and shape of each default case for this device."""
     if timing.on_gpu():
         return [*itertools.product(ROWS, SHAPES), *LARGE_CASES]
     small = sorted(set(linears("0.6B").values()))
@@ -235,13 +238,13 @@ def default_cases() -> list[tuple[int, Shape]]:
 
 
 def parse() -> argparse.Namespace:
-    """What the command line asks for."""
+    """Returns the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--shapes",
         type=lambda text: [tuple(map(int, shape.split("x"))) for shape in text.split(",")],
         metavar="OUTxIN,…",
-        help="kernels, instead of the default ones",
+        help="shapes of kernels, instead of the default shapes",
     )
     parser.add_argument(
         "--rows", type=lambda text: list(map(int, text.split(","))), metavar="ROWS,…", help="rows of x, for every shape"
@@ -255,12 +258,12 @@ def parse() -> argparse.Namespace:
     )
     arguments = parser.parse_args()
     if unknown := set(arguments.modes) - set(MODES):
-        parser.error(f"no mode {', '.join(unknown)}, there are: {', '.join(MODES)}")
+        parser.error(f"unknown mode {', '.join(unknown)}, expected one of {', '.join(MODES)}")
     return arguments
 
 
 def main() -> int:
-    """Measures, prints, writes and draws."""
+    """Measures all cases, prints and writes their results, and draws the picture."""
     arguments = parse()
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     cases = list(QUICK_CASES) if arguments.quick else default_cases()

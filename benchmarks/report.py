@@ -1,6 +1,6 @@
-"""What `matmul.py` has measured, as a table and as a picture.
+"""Shows the results of `matmul.py` as a table and as a picture.
 
-    python benchmarks/report.py benchmarks/results/matmul-cpu-….json    # draws the picture again
+    python benchmarks/report.py benchmarks/results/matmul-cpu-….json    # draws the picture
 
 The picture needs matplotlib: `pip install matplotlib`.
 """
@@ -14,13 +14,13 @@ import sys
 from typing import Any
 
 BASELINES = ("bf16 dot", "naive")
-"""What ratios are given to."""
+"""The contenders by whose time ratios are divided."""
 
-LONGEST = 3.0
-"""The ratio at which bars are cut, so that short ones can be told apart; the numbers beside them are whole."""
+MAX_RATIO = 3.0
+"""The ratio at which bars end, so that short bars can be distinguished; the numbers next to them are not limited."""
 
-MOST_SHAPES = 8
-"""Shapes in a panel; of more, that many are drawn, spread over their sizes.  The JSON has all."""
+MAX_SHAPES = 8
+"""Maximum number of shapes in a panel; of more shapes, a sample over their sizes is drawn.  The JSON has all."""
 
 BAR, AROUND, WIDTH = 0.16, 1.0, 6.5
 """Inches of a bar and its label in 7 points, of a panel's title and axis, and of a panel from side to side."""
@@ -32,7 +32,7 @@ PART = {"facecolor": "lightsteelblue", "hatch": "////"}
 
 
 def table(case: dict[str, Any]) -> str:
-    """A case as lines to read, a star at what perparam takes."""
+    """Returns the results of a case as a table of text, with a star at the implementation that perparam chooses."""
     copy, peak = case["copy, bytes per second"]["median"], case["large bf16 dot, operations per second"]["median"]
     smallest = case["smallest program, seconds"]["median"]
     lines = [
@@ -54,25 +54,26 @@ def table(case: dict[str, Any]) -> str:
 
 
 def shape(case: dict[str, Any]) -> str:
-    """The kernel's shape, as people write it."""
+    """Returns the shape of the kernel as text: 4096×1024."""
     return "{}×{}".format(*case["shape"])
 
 
 def between(values: dict[str, float], scale: float = 1.0) -> str:
-    """The median, and in brackets the quartiles, in three digits."""
+    """Returns the median, and in brackets the quartiles, in three digits."""
     median, lower, upper = (digits(values[name] * scale) for name in ("median", "lower", "upper"))
     return f"{median} ({lower}–{upper})"
 
 
 def digits(value: float) -> str:
-    """`value` in three digits: in all that are before the point, and in two where it is small."""
+    """Returns `value` in three digits: without decimals from 100 on, and in two digits below 0.1."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}" if value >= 0.1 else f"{value:.2g}"
 
 
 def draw(path: pathlib.Path) -> str:
-    """Draws the results in the JSON at `path` beside it, and says where, or what is missing.
+    """Draws the results in the JSON file at `path`, and returns a message with the path of the picture.
 
-    A panel for each mode and number of rows.  Bars are times relative to the bf16 dot, whiskers their quartiles.
+    There is one panel for each mode and number of rows.  Bars are times relative to the bf16 dot, with their
+    quartiles as lines.  Without matplotlib nothing is drawn, and the message says how to install it.
     """
     try:
         import matplotlib
@@ -96,7 +97,7 @@ def draw(path: pathlib.Path) -> str:
             panel(axis, cases, mode)
             axis.set_ylim(length - 0.5, -1)
             axis.set_title(f"{mode}, rows: {rows}", fontsize=10, fontweight="bold")
-    kinds = {"baseline": BASELINE, "what perparam takes": CHOSEN, "what it does not take": OTHER, "a part": PART}
+    kinds = {"baseline": BASELINE, "perparam's choice": CHOSEN, "other implementation": OTHER, "part of W8A8": PART}
     handles = [patches.Patch(label=kind, edgecolor="white", linewidth=0, **look) for kind, look in kinds.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), fontsize=9, frameon=False)
     about = f"{results['device']}, {results['cores']} cores, jax {results['versions']['jax']}, {results['date'][:10]}"
@@ -108,19 +109,19 @@ def draw(path: pathlib.Path) -> str:
 
 
 def drawn(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most MOST_SHAPES of the cases, from the largest kernel to smaller ones."""
+    """Returns at most MAX_SHAPES of the cases, in descending order of the size of the kernel."""
     ordered = sorted(cases, key=lambda case: -math.prod(case["shape"]))
-    return ordered[:: math.ceil(len(ordered) / MOST_SHAPES)]
+    return ordered[:: math.ceil(len(ordered) / MAX_SHAPES)]
 
 
 def bars(case: dict[str, Any], mode: str) -> list[dict[str, Any]]:
-    """The contenders that are drawn in the panel of a mode: its own and the baselines, but for the unit."""
+    """Returns the contenders in the panel of a mode: those of the mode and the baselines, without the bf16 dot."""
     shown = [one for one in case["contenders"] if one["mode"] in (mode, None) and one["name"] != BASELINES[0]]
     return [one for one in shown if BASELINES[0] in one["ratios"]]
 
 
 def panel(axis: Any, cases: list[dict[str, Any]], mode: str) -> None:
-    """Draws a group of horizontal bars for each case, from top to bottom."""
+    """Draws a group of horizontal bars for each case into a panel, from top to bottom."""
     position, ticks, headings = 0.0, {}, []
     for case in cases:
         headings.append(len(ticks))
@@ -138,7 +139,7 @@ def panel(axis: Any, cases: list[dict[str, Any]], mode: str) -> None:
     axis.set_yticks(list(ticks), ticks.values(), fontsize=7)
     for heading in headings:
         axis.get_yticklabels()[heading].set_fontweight("bold")
-    axis.set_xlim(0, LONGEST)
+    axis.set_xlim(0, MAX_RATIO)
     axis.axvline(1.0, color="black", linewidth=1)
     axis.tick_params(axis="x", labelsize=8)
     axis.tick_params(axis="y", length=0)

@@ -1,7 +1,7 @@
-"""Times of contenders measured side by side: operands beyond the caches, rounds in shuffled order.
+"""Timing of several contenders: operands larger than the caches, and rounds in shuffled order.
 
-A machine slows down and speeds up for reasons of its own, by more than contenders differ.  So all take a turn in every
-round, and what is compared is their ratio within a round, never times of different rounds.
+The speed of a machine varies over time by more than contenders differ.  So every contender runs once in each round, and
+benchmarks compare ratios within a round, not times of different rounds.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ MIB = 2**20
 ROTATED_ON_GPU = 256 * MIB
 """Bytes of operands that calls cycle through on a GPU: five times the second-level cache of an H100 or H200."""
 
-MOST_ROTATED_ON_CPU = 512 * MIB
-"""The most on a CPU, where a virtual machine may report the third-level cache of a whole server."""
+MAX_ROTATED_ON_CPU = 512 * MIB
+"""Maximum on a CPU, since a virtual machine may report the third-level cache of a whole server."""
 
 UNKNOWN_CACHE = 32 * MIB
-"""What a CPU that does not say how large its third-level cache is, is taken to have."""
+"""Assumed size of the third-level cache of a CPU that does not report it."""
 
 SAMPLE_SECONDS = 0.01
-"""How long the calls of one sample take together: long beside what it costs to start and to wait for one."""
+"""Seconds of all calls of one sample, which is long compared to the time to start and to wait for a call."""
 
 SEED = 0
-"""Of the operands, and of the order of contenders in each round."""
+"""Seed of the operands, and of the order of contenders in each round."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """What can be timed, compiled and warm.
+    """A compiled function that can be timed.
 
-    sample      runs it and returns the seconds of a call
-    moved       bytes of its operands and its result, each counted once: the least that it moves
+    sample      runs the function several times and returns the seconds of one call
+    moved       bytes of operands and result, each counted once: the minimum of bytes moved
     operations  floating-point operations of a call
-    kernels     what XLA calls in it, where that is no code of its own: cuBLAS, Triton, Mosaic
-    result      of its first call, None where that does not matter
+    kernels     names of the library kernels and hand-written kernels that it calls: cuBLAS, Triton, Mosaic
+    result      the result of the first call, or None
     """
 
     sample: Callable[[], float]
@@ -62,12 +62,12 @@ class Timed:
 
 
 def on_gpu() -> bool:
-    """Whether JAX computes on a GPU."""
+    """Returns whether JAX's default device is a GPU."""
     return jax.default_backend() == "gpu"
 
 
 def last_level_cache() -> int:
-    """Bytes of the CPU's third-level cache."""
+    """Returns the bytes of the CPU's third-level cache."""
     try:
         text = pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
     except OSError:
@@ -76,15 +76,15 @@ def last_level_cache() -> int:
 
 
 def rotated_bytes() -> int:
-    """Bytes of operands through which calls cycle, so that none finds its own in a cache."""
-    return ROTATED_ON_GPU if on_gpu() else min(2 * last_level_cache(), MOST_ROTATED_ON_CPU)
+    """Returns the bytes of operands through which calls cycle, so that no call finds its operands in a cache."""
+    return ROTATED_ON_GPU if on_gpu() else min(2 * last_level_cache(), MAX_ROTATED_ON_CPU)
 
 
 def chained(function: Callable[..., Any]) -> Callable[[Sequence[tuple]], list]:
-    """A function from copies of the operands to the results for all of them, each computed after the one before.
+    """Returns a program that calls `function` on each copy of the operands in order, and returns all results.
 
-    A barrier ties operands to the result before them, and the result leaves the program through it: XLA can neither
-    drop a call, nor merge it with others, nor change the order.
+    A barrier makes the operands of each call depend on the result of the call before, which is returned through the
+    barrier: XLA can neither remove calls, nor merge them, nor change their order.
     """
 
     def program(copies: Sequence[tuple]) -> list:
@@ -99,10 +99,11 @@ def chained(function: Callable[..., Any]) -> Callable[[Sequence[tuple]], list]:
 
 
 def timed(function: Callable[..., Any], copies: Sequence[tuple], operations: int = 0) -> Timed:
-    """`function` compiled for `copies` of its operands.
+    """Returns `function`, compiled for `copies` of its operands.
 
-    On a CPU each call is waited for and takes the next copy.  On a GPU a program chains calls on all copies, so that
-    the host's part in starting one is paid once for many, and only the last program of a sample is waited for.
+    On a CPU each call uses the next copy and ends before the next call starts.  On a GPU one program chains calls on
+    all copies, so that the cost of a launch from the host is shared by many calls, and only the end of a sample is
+    waited for.
     """
     if on_gpu():
         compiled = jax.jit(chained(function)).lower(copies).compile()
@@ -118,7 +119,7 @@ def timed(function: Callable[..., Any], copies: Sequence[tuple], operations: int
 
 
 def sampler(run: Callable[[], Any], calls: int = 1) -> Callable[[], float]:
-    """A function that runs `run`, of `calls` calls, for SAMPLE_SECONDS and returns the seconds of a call."""
+    """Returns a function that repeats `run`, of `calls` calls, for SAMPLE_SECONDS and returns the seconds per call."""
 
     def sample(count: int) -> float:
         start = time.perf_counter()
@@ -134,15 +135,15 @@ def sampler(run: Callable[[], Any], calls: int = 1) -> Callable[[], float]:
 
 
 def kernels(program: str) -> tuple[str, ...]:
-    """The names of libraries' and hand-written kernels in the text of an optimised program."""
-    called = re.findall(r'custom_call_target="([^"]+)"', program) + re.findall(r'"kind":"(__[^"]+)"', program)
-    return tuple(sorted(set(called)))
+    """Returns the names of library kernels and hand-written kernels in the text of an optimised program."""
+    names = re.findall(r'custom_call_target="([^"]+)"', program) + re.findall(r'"kind":"(__[^"]+)"', program)
+    return tuple(sorted(set(names)))
 
 
 def yardsticks() -> dict[str, Timed]:
-    """What the machine can do: copy an array, multiply large bfloat16 matrices, and run the smallest program."""
+    """Returns measures of the machine: a copy of an array, a large bfloat16 product, and the smallest program."""
     source = jnp.ones(rotated_bytes() // 4, jnp.float32)
-    # Into an array that is there: a new one costs a CPU a page fault every 4 KiB.
+    # The copy goes to an existing array: a new array costs a CPU a page fault every 4 KiB.
     copy = jax.jit(lambda source, target: jnp.copy(source), donate_argnums=1, keep_unused=True)
     target = [jnp.zeros_like(source)]
 
@@ -150,7 +151,7 @@ def yardsticks() -> dict[str, Timed]:
         target[0] = copy(source, target[0])
         return target[0]
 
-    side = 8192 if on_gpu() else 2048  # large enough that no larger one is faster
+    side = 8192 if on_gpu() else 2048  # larger products have no higher throughput
     square = jax.random.normal(jax.random.key(SEED), (side, side), jnp.bfloat16)
     small = jnp.ones(8)
     return {
@@ -161,14 +162,15 @@ def yardsticks() -> dict[str, Timed]:
 
 
 def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """XLA's product x (rows, in) @ kernel (out, in).T in their dtype, written so that XLA is fast at it."""
-    # Rounding the result after the product takes a CPU a third of the time that it takes within; a GPU, a kernel more.
+    """Returns XLA's product x (rows, in) @ kernel (out, in).T in their dtype, in the form that XLA computes fastest."""
+    # On a CPU rounding the result after the product takes a third of the time of rounding in the product; on a GPU it
+    # takes an additional kernel.
     sums = None if on_gpu() else jnp.float32
     return jax.lax.dot_general(x, kernel, (((1,), (1,)), ((), ())), preferred_element_type=sums).astype(x.dtype)
 
 
 def race(contenders: dict[str, Timed], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds a call of each contender in each of `rounds`, in which they take turns in shuffled order."""
+    """Returns the seconds per call of each contender in each of `rounds`, each round in a shuffled order."""
     order, shuffle = list(contenders), random.Random(SEED).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
@@ -179,13 +181,13 @@ def race(contenders: dict[str, Timed], rounds: int) -> dict[str, np.ndarray]:
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
-    """The median of `values`, and the quartiles around it."""
+    """Returns the median and the quartiles of `values`."""
     lower, median, upper = np.percentile(values, (25, 50, 75))
     return {"lower": float(lower), "median": float(median), "upper": float(upper)}
 
 
 def machine() -> dict[str, Any]:
-    """When and where this runs, and on which versions."""
+    """Returns the date, the device, and the versions of Python and packages."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -198,16 +200,16 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """What the processor calls itself."""
+    """Returns the model name of the processor."""
     try:
-        named = re.search(r"^model name\s*:\s*(.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        named = None
-    return named[1] if named else platform.processor() or platform.machine()
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def slug(device: str) -> str:
-    """`device` as part of a file name.
+    """Returns `device` in a form for file names, with the prefix "cpu-" for a CPU.
 
     >>> slug("NVIDIA H200")
     'nvidia-h200'

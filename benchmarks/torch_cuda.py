@@ -1,4 +1,4 @@
-"""What torch makes of the same shapes on an NVIDIA GPU, if it is installed there: cuBLAS in bfloat16 and in float8."""
+"""Torch's products on an NVIDIA GPU, for comparison: cuBLAS in bfloat16 and in float8."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Build = Callable[[], timing.Timed]
 
 
 def products(rows: int, out_features: int, in_features: int, copies: int) -> list[tuple[str, str | None, Build]]:
-    """Name, mode and builder of each product; none where torch, or CUDA in it, is missing.
+    """Returns name, mode and builder of each product; an empty list without torch or without CUDA.
 
-    `_scaled_mm` multiplies float8 operands that are quantised already, with one scale for each whole tensor instead of
-    one a block, and sums in the tensor cores alone (`use_fast_accum`): less than W8A8 asks for.
+    `_scaled_mm` multiplies float8 operands that are already quantised, with one scale per tensor instead of one per
+    block, and sums only in the tensor cores (`use_fast_accum`): this is less work than W8A8.
     """
     try:
         import torch.cuda
@@ -47,10 +47,10 @@ def products(rows: int, out_features: int, in_features: int, copies: int) -> lis
 
 
 def timed(function: Callable[..., Any], copies: Sequence[tuple], operations: int) -> timing.Timed:
-    """`timing.timed` for a torch function: the calls on all copies are captured in a CUDA graph, and events time it."""
+    """Returns `timing.timed` for a torch function: events measure a CUDA graph of the calls on all copies."""
     import torch
 
-    result = function(*copies[0])  # what libraries set up at their first call cannot be captured
+    result = function(*copies[0])  # the first call initialises libraries, which a graph cannot capture
     graph, start, end = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.graph(graph):
         for operands in copies:

@@ -1,4 +1,4 @@
-"""What dtype a parameter has: policies, their resolution, casting, block formats, the matmul, and wrappers."""
+"""Mixed-precision policies per parameter: rules, formats, plans, storage, casts, the matmul and the Flax wrappers."""
 
 from .blocks import DEFAULT_BLOCK
 from .dtypes import as_dtype, dtype_name, saturating_cast

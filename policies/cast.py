@@ -1,4 +1,4 @@
-"""Casts that keep a tree's structure: by path for parameters, uniform for inputs and outputs."""
+"""Casts that keep the structure of a tree: by path for parameters, to one dtype for inputs and outputs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .trees import map_parameters, parameters, rebox, unbox
 
 
 def cast(policy: PolicyRules, tree: Any, slot: str, path: str | None = None) -> Any:
-    """See `Policy.cast`."""
+    """Returns `tree` with its parameters cast; see `Policy.cast`."""
     if slot not in ("params", "compute"):
         raise InvalidPolicy(
-            f"cast to slot {slot!r}: parameters are cast to 'params' or 'compute', results by cast_output."
+            f"cast to slot {slot!r}: expected 'params' or 'compute'. Use cast_output for the results of a model."
         )
     if path is not None:
         rule = policy.slot(slot).rule(path)
@@ -42,6 +42,7 @@ def cast(policy: PolicyRules, tree: Any, slot: str, path: str | None = None) -> 
 
 
 def _cast_leaf(path: str, value: Any, rule: Rule | None, slot: str, paired: bool) -> Any:
+    """Returns one parameter cast as `rule` says; `paired` parameters (values with scales, or scales) are unchanged."""
     if rule is None or rule.format is None or paired or isinstance(value, ScaledArray):
         return value
     dtype = rule.format.values
@@ -50,20 +51,19 @@ def _cast_leaf(path: str, value: Any, rule: Rule | None, slot: str, paired: bool
     if rule.format.narrow:
         raise UnsupportedCast(
             f"{path}: a plain {dtypes.dtype_name(np.dtype(value.dtype))} array cannot be cast to "
-            f"{dtypes.dtype_name(dtype)} ({slot}, rule {rule.key!r}) without scales, which a cast "
-            "cannot add. "
+            f"{dtypes.dtype_name(dtype)} ({slot}, rule {rule.key!r}) without scales, which a cast cannot add. "
             "Use policy.store(tree), perparam.init or perparam.quantize."
         )
     if dtypes.is_narrow(value.dtype):
         raise UnsupportedCast(
-            f"{path}: a {dtypes.dtype_name(np.dtype(value.dtype))} array without its {scale_path(path)!r} has lost its "
-            "magnitude. Give the tree with both."
+            f"{path}: a {dtypes.dtype_name(np.dtype(value.dtype))} array cannot be cast without its scales. "
+            f"Add {scale_path(path)!r} to the tree."
         )
     return dtypes.saturating_cast(value, dtype)
 
 
 def cast_floats(tree: Any, dtype: np.dtype) -> Any:
-    """`tree` with every floating-point array cast plainly to `dtype`: overflow becomes infinity and stays visible."""
+    """Returns `tree` with every floating-point array cast to `dtype` without saturation: overflow becomes infinity."""
 
     def visit(leaf: Any) -> Any:
         floating = isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and dtypes.is_floating(leaf.dtype)

@@ -1,6 +1,7 @@
-"""Names of dtypes, and casts that keep finite values finite.
+"""Names and properties of dtypes, and the saturating cast.
 
-A dtype is normalised once, at the boundary, to `np.dtype`: `hash(jnp.bfloat16) != hash(np.dtype("bfloat16"))`.
+Public functions convert a dtype to `np.dtype` once: dtypes are dict keys, and
+`hash(jnp.bfloat16) != hash(np.dtype("bfloat16"))`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ _NARROW_FLOATS = (
     "float8_e4m3fnuz",
     "float8_e5m2fnuz",
 )
-# Known by name, so that they can be told apart from a misspelling; a parameter is never stored as one.
+# No parameter is stored in these dtypes.  Their names are known so that errors distinguish them from misspellings.
 _OTHERS = (
     *("bool", "int2", "int4", "int16", "int32", "int64", "uint2", "uint4", "uint8", "uint16", "uint32", "uint64"),
     *("complex64", "complex128", "float8_e8m0fnu", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn"),
 )
-# What safetensors headers call them, where that differs from the rule "upper case of the short name".
+# Names in safetensors headers that are not the short name in upper case.
 _SAFETENSORS = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
@@ -51,7 +52,7 @@ def _numpy(name: str) -> np.dtype:
 
 
 def _short(name: str) -> str:
-    """The short form: `bf16`, `f8_e4m3fn`, `i32`, …"""
+    """Returns the short form of a dtype name: `bf16`, `f8_e4m3fn`, `i32`, …"""
     for long, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "i"), ("complex", "c")):
         if name.startswith(long):
             return short + name.removeprefix(long)
@@ -65,52 +66,55 @@ for _name in (*_FLOATS, *_NARROW_FLOATS, "int8", *_OTHERS):
     _dtype = _numpy(_name)
     _BY_NAME |= {_name: _dtype, _short(_name): _dtype, _short(_name).upper(): _dtype}
 _BY_NAME |= {"half": _numpy("float16"), "single": _numpy("float32"), "double": _numpy("float64")}
-_BY_NAME |= {theirs: _numpy(ours) for theirs, ours in _SAFETENSORS.items()}
+_BY_NAME |= {alias: _numpy(name) for alias, name in _SAFETENSORS.items()}
 for _name in _AMBIGUOUS:
     _BY_NAME.pop(_name, None)
 
 
 def as_dtype(dtype: DTypeLike) -> np.dtype:
-    """The `np.dtype` that a name, scalar type or dtype stands for.
+    """Returns the `np.dtype` for a name, a scalar type or a dtype.
 
-    Accepts `f8_e4m3fn`, `float8_e4m3fn`, `F8_E4M3` and the like for every dtype of numpy and ml_dtypes, and what jax
-    and numpy call a dtype.
+    Names are short (`f8_e4m3fn`), long (`float8_e4m3fn`) or as in safetensors headers (`F8_E4M3`), for every dtype of
+    numpy and ml_dtypes.  Scalar types are those of jax and numpy, such as `jnp.bfloat16`.
 
     >>> as_dtype("f8_e4m3fn") == as_dtype("F8_E4M3") == as_dtype(jnp.float8_e4m3fn)
     True
 
     Raises:
-      UnknownDtype: for any other name, with the nearest one; for float64 while `jax_enable_x64` is off.
+      UnknownDtype: for any other name, with the nearest valid name; for float64 while `jax_enable_x64` is off.
     """
     if isinstance(dtype, str):
         if dtype in _AMBIGUOUS:
             raise UnknownDtype(f"dtype {dtype!r} is ambiguous. Write {_AMBIGUOUS[dtype]}.")
-        found = _BY_NAME.get(dtype)
-        if found is None:
+        result = _BY_NAME.get(dtype)
+        if result is None:
             raise UnknownDtype(f"unknown dtype {dtype!r}{_nearest(dtype)}")
     else:
-        inner = getattr(dtype, "dtype", None)  # jax's scalar types and arrays have one; numpy's types an attribute
-        known = inner if isinstance(inner, np.dtype) else dtype
-        if not isinstance(known, np.dtype) and not (isinstance(known, type) and issubclass(known, np.generic)):
-            raise UnknownDtype(f"{dtype!r} is no dtype. Write a name such as 'bf16', 'f32' or 'f8_e4m3fn'.")
-        found = np.dtype(known).newbyteorder("=")
-    if found == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != found:
-        raise UnknownDtype("float64 needs jax_enable_x64, else JAX makes it float32. Enable it, or write f32.")
-    return found
+        # A scalar type of jax has an np.dtype as attribute `dtype`; a scalar type of numpy has a descriptor there.
+        attribute = getattr(dtype, "dtype", None)
+        candidate = attribute if isinstance(attribute, np.dtype) else dtype
+        is_scalar_type = isinstance(candidate, type) and issubclass(candidate, np.generic)
+        if not isinstance(candidate, np.dtype) and not is_scalar_type:
+            raise UnknownDtype(f"{dtype!r} is not a dtype. Write a name such as 'bf16', 'f32' or 'f8_e4m3fn'.")
+        result = np.dtype(candidate).newbyteorder("=")
+    if result == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != result:
+        raise UnknownDtype("float64 needs jax_enable_x64: without it JAX uses float32. Enable it, or write f32.")
+    return result
 
 
 def is_dtype_name(name: str) -> bool:
-    """Whether `name` is meant as a dtype's: a known one, or one that is refused as ambiguous."""
+    """Returns whether `name` is the name of a dtype, or one of the names that `as_dtype` rejects as ambiguous."""
     return name in _BY_NAME or name in _AMBIGUOUS
 
 
 def _nearest(name: str) -> str:
+    """Returns the hint at the end of the error for an unknown name."""
     near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.5)
-    return f". The nearest name is {near[0]!r}." if near else ". Names are such as 'bf16', 'f32' and 'f8_e4m3fn'."
+    return f". The nearest name is {near[0]!r}." if near else ". Write a name such as 'bf16', 'f32' or 'f8_e4m3fn'."
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """The short name that `as_dtype` reads back: `f8_e4m3fn`, `bf16`, `f32`.
+    """Returns the short name of a dtype, which `as_dtype` accepts: `f8_e4m3fn`, `bf16`, `f32`.
 
     >>> dtype_name(np.dtype("float32"))
     'f32'
@@ -120,40 +124,40 @@ def dtype_name(dtype: np.dtype) -> str:
 
 
 def is_narrow(dtype: DTypeLike) -> bool:
-    """Whether values of `dtype` need a scale: the float8 types and int8."""
+    """Returns whether values of `dtype` need scales: True for the float8 types and int8, the narrow dtypes."""
     return np.dtype(dtype) in _NARROW
 
 
 def is_floating(dtype: DTypeLike) -> bool:
-    """Whether a leaf of `dtype` is cast at all: the floats a parameter can be, not integers, booleans or PRNG keys."""
+    """Returns whether leaves of `dtype` are cast: True for floats, False for integers, booleans and PRNG keys."""
     return bool(jnp.issubdtype(dtype, jnp.floating)) and can_store(np.dtype(dtype))
 
 
 def is_activation(dtype: DTypeLike) -> bool:
-    """Whether activations, and the scales of narrow kernels, may have `dtype`: f32, bf16 and f16."""
+    """Returns whether activations may have `dtype`: True for f32, bf16 and f16."""
     return np.dtype(dtype) in _ACTIVATIONS
 
 
 def can_store(dtype: np.dtype) -> bool:
-    """Whether a parameter may be stored as `dtype`."""
+    """Returns whether a parameter may be stored as `dtype`."""
     return is_narrow(dtype) or dtype.name in _FLOATS
 
 
 def largest(dtype: DTypeLike) -> float:
-    """The largest finite value: 448 for e4m3fn, 127 for int8."""
+    """Returns the largest finite value of `dtype`: 448 for e4m3fn, 127 for int8."""
     dtype = np.dtype(dtype)
     return float(np.iinfo(dtype).max if dtype.kind == "i" else ml_dtypes.finfo(dtype).max)
 
 
 def smallest_normal(dtype: DTypeLike) -> float:
-    """The smallest positive normal value: 2**-126 for f32 and bf16, 2**-14 for f16."""
+    """Returns the smallest positive normal number of `dtype`: 2**-126 for f32 and bf16, 2**-14 for f16."""
     return float(ml_dtypes.finfo(np.dtype(dtype)).smallest_normal)
 
 
 def saturating_cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
-    """`x` in `dtype`; a finite value beyond its range becomes the largest one instead of infinity or NaN.
+    """Returns `x` cast to `dtype`, with finite values clipped to the range of `dtype`.
 
-    NaN and infinities stay what they are as far as `dtype` has them.
+    NaN and infinities are cast without clipping: infinity becomes NaN in a float dtype without infinities.
 
     >>> saturating_cast(jnp.float32(1000), "float8_e4m3fn")
     Array(448, dtype=float8_e4m3fn)
@@ -163,7 +167,7 @@ def saturating_cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
         return x
     limit = largest(dtype)
     if limit < largest(x.dtype):
-        # In 16 bits the limit itself may round up: float16's 65504 is 65536 in bfloat16.
+        # Clipping happens in float32, since the limit may not be exact in 16 bits: bfloat16 rounds 65504 to 65536.
         wide = x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
         bound = jnp.asarray(limit, wide.dtype)
         x = jnp.where(jnp.isfinite(wide), jnp.clip(wide, -bound, bound), wide)
@@ -171,7 +175,7 @@ def saturating_cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
 
 
 def _as_array(x: ArrayLike) -> jax.Array:
-    """`x` on a device; where JAX makes float64 float32, that cast saturates as well."""
+    """Returns `x` as a JAX array; where JAX converts float64 to float32, that conversion saturates too."""
     if isinstance(x, (np.ndarray, np.generic)) and x.dtype == np.float64 != jax.dtypes.canonicalize_dtype(np.float64):
         bound = largest(np.float32)
         x = np.where(np.isfinite(x), np.clip(x, -bound, bound), x)

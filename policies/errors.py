@@ -1,115 +1,117 @@
-"""The errors of perparam.
+"""The exceptions of perparam.
 
-Every message says where (the path, the file and line), what was found, what was expected and what to do.  All derive
-from `PerparamError` and from the builtin that fits, so that `except ValueError` keeps working.
+Every message says where the problem is (the path, or the file and line), the current value, the expected value and the
+remedy.  Every class derives from `PerparamError` and from a builtin exception, so that `except ValueError` keeps
+working.
 """
 
 from __future__ import annotations
 
-_LONGEST = 8000  # characters
+_MAX_CHARACTERS = 8000
 
 
 class PerparamError(Exception):
-    """Base of every error that perparam raises on purpose.
+    """Base class of the exceptions of perparam.
 
-    Whatever a message quotes, `str(error)` has no control character but the end of a line, and is no book.
+    `str(error)` escapes every control character except newlines, and truncates a message of more than 8,000 characters,
+    since messages quote text from files that are not trusted.
     """
 
     def __str__(self) -> str:
         text = Exception.__str__(self)
-        if len(text) > _LONGEST:
-            text = f"{text[: _LONGEST // 2]}… ({len(text)} characters) …{text[-_LONGEST // 4 :]}"
+        if len(text) > _MAX_CHARACTERS:
+            text = f"{text[: _MAX_CHARACTERS // 2]}… ({len(text)} characters) …{text[-_MAX_CHARACTERS // 4 :]}"
         if text.isascii() and text.replace("\n", "").isprintable():
             return text
         return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object) -> str:
-    """`value` as an error quotes it: its repr, cut where it is long."""
+    """Returns the repr of `value` for an error message, truncated to 150 characters if it has more than 200."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:150]}… ({len(text)} characters)"
 
 
 def named(name: str) -> str:
-    """A name as an error quotes it: without quotes where it is an ordinary one."""
+    """Returns `name` for an error message, with quotes only if it is empty, long or not printable."""
     return name if name.isprintable() and 0 < len(name) <= 200 else shown(name)
 
 
 class UnknownDtype(PerparamError, ValueError):
-    """A dtype name that nobody knows, or a dtype that cannot stand where it was written."""
+    """A name is not the name of a dtype, or a dtype is not allowed in this place."""
 
 
 class InvalidPolicy(PerparamError, ValueError):
-    """A policy that cannot be read: YAML, a pattern, a slot, a preset name."""
+    """A policy is not valid: its YAML, a pattern, a slot, a block or the name of a preset."""
 
 
 class UnmatchedRule(InvalidPolicy):
-    """A rule that matches no parameter."""
+    """A rule matches no parameter."""
 
 
 class ShadowedRule(InvalidPolicy):
-    """A rule whose every parameter is taken by the rules before it."""
+    """A rule has no effect: earlier rules match every parameter that it matches."""
 
 
 class UnpairedScale(PerparamError, ValueError):
-    """A narrow kernel without its scale, or a scale without its kernel."""
+    """A narrow parameter has no scales, or scales have no narrow parameter."""
 
 
 class InvalidScale(PerparamError, ValueError):
-    """A grid of scales that does not fit its kernel, or a scale that is not a positive finite number."""
+    """The grid of scales does not fit the kernel, or a scale is not a positive finite number."""
 
 
 class UnsupportedCast(PerparamError, TypeError):
-    """A cast that the operation asked for cannot do."""
+    """An operation does not support a cast, or the dtypes, shapes or container of its arguments."""
 
 
 class InvalidCheckpoint(PerparamError, ValueError):
-    """Files that do not hold what their names, headers or config promise."""
+    """The files of a checkpoint are damaged, incomplete or inconsistent."""
 
 
 class UnsupportedConfig(PerparamError, ValueError):
-    """A field of a model's config that perparam does not implement."""
+    """The config of a model has a field or value that perparam does not implement."""
 
 
 class MissingFile(PerparamError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A file or folder does not exist."""
 
 
 class InvalidTokens(PerparamError, ValueError):
-    """Token ids or a mask that the model cannot take."""
+    """Token ids or an attention mask are not valid for the model."""
 
 
 class UnknownTarget(PerparamError, ValueError):
-    """A target of a matmul that nobody knows."""
+    """A name is not the name of a compilation target."""
 
 
 class UnknownImplementation(PerparamError, KeyError):
-    """An implementation of the matmul that nobody knows."""
+    """A name is not the name of an implementation of the matmul."""
 
 
 class InvalidSharding(PerparamError, ValueError):
-    """A sharding that a parameter cannot have."""
+    """A parameter cannot have the requested sharding."""
 
 
 class UnsupportedExport(PerparamError, ValueError):
-    """Parameters that a file format has no way to say."""
+    """A file format cannot represent the parameters."""
 
 
 class SaveFailed(PerparamError, OSError):
-    """Files that could not be written; nothing of them is left."""
+    """Files could not be written; the incomplete files were removed."""
 
 
 class InvalidSize(PerparamError, ValueError):
-    """What is no number of bytes."""
+    """A size is not a number of bytes."""
 
 
 class InvalidSampling(PerparamError, ValueError):
-    """A way of drawing tokens that is none: a value outside its range."""
+    """A sampling parameter is out of range."""
 
 
 class InvalidText(PerparamError, ValueError):
-    """Text or messages of a chat that cannot be made into tokens."""
+    """Text or chat messages cannot be tokenised."""
 
 
 class MissingPackage(PerparamError, ImportError):
-    """A package that something optional needs."""
+    """An optional dependency is not installed."""

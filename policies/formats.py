@@ -1,13 +1,14 @@
-"""Formats: how an array is represented, and the arithmetic that takes weights into a format and back.
+"""Formats: the representation of an array as values and scales, with quantisation and dequantisation.
 
-A narrow format holds, for every block of an array, values in a narrow dtype and one scale; the weight is
-`values * scale_inv` in float32 (the published name notwithstanding, the scale is a multiplier).  All quantiser
-arithmetic of perparam is in this file and `scales`; kernels that cannot call it are tested against it.
+An array in a narrow format has values in a narrow dtype, and one scale for each block; the weight is
+`values * scale_inv` in float32.  Despite the name `scale_inv`, which published checkpoints use, the scale is a
+multiplier.  All quantisation arithmetic of perparam is in this file and in `scales`; kernels that cannot call it are
+tested against it.
 
 Invariants of `quantize`, for an array whose last two axes are divided into blocks, ragged at the edges:
 
-- `scale_inv = rule(amax(block))`, rounded to the format's scale dtype before anything is divided by it;
-- `values = weight / scale_inv`, the quotient correctly rounded, then rounded half to even, saturating;
+- `scale_inv = rule(amax(block))`, rounded to the format's scale dtype before the division;
+- `values = weight / scale_inv`, a correctly rounded quotient, cast to the values' dtype half to even and saturating;
 - the largest value times its scale is finite in float32.
 """
 
@@ -34,23 +35,23 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 ROW_BLOCK: Block = (1, 128)
-"""The block in which activations are quantised where a format names none: a row, 128 columns (DeepSeek-V3)."""
+"""The default block of activations: one row and 128 columns, as in DeepSeek-V3."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How an array is represented.
+    """The representation of an array: the dtype of its values, and for narrow dtypes the block and dtype of its scales.
 
-    values       dtype of its values
-    block        (rows, columns) over which one scale holds, -1 for a whole axis; None for a dtype that is not narrow.
-                 In a rule None leaves it open: the policy's block, or the one that an array already has
-    scale        dtype of the scales; None as for `block`
-    rule         how scales are made
-    activations  the format in which activations meet a kernel of this format when both are narrow (W8A8);
+    values       dtype of the values
+    block        (rows, columns) that share one scale, -1 for a whole axis; None for a dtype that is not narrow.
+                 In a rule None means unspecified: the block of the stored array, or else the policy's block
+    scale        dtype of the scales; None likewise
+    rule         computes the scales
+    activations  format of activations that are multiplied with a kernel of this format when both are narrow (W8A8);
                  None: float32 scales for each row and 128 columns
 
-    A plain dtype is a format without scales.  What an array of a format consists of is said by `parts` alone: a format
-    with a further sibling, or with several values in a byte, changes that method and `quantize`.
+    A dtype that is not narrow is a format without scales.  Only `parts` and `quantize` depend on the arrays that make
+    up a format: a format with a third array, or with several values in a byte, would change these two.
 
     >>> str(Format(np.dtype("float32"))), str(as_format({"dtype": "int8", "block": [1, -1]}))
     ('f32', 'int8 1×all')
@@ -64,23 +65,25 @@ class Format:
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, np.dtype):
-            raise UnknownDtype(f"{self.values!r} is no np.dtype. Use as_format, which reads names, types and mappings.")
+            raise UnknownDtype(
+                f"Format.values is an np.dtype, found {self.values!r}. Use as_format, which accepts names and types."
+            )
         if self.block is not None:
             object.__setattr__(self, "block", as_block(self.block))
         if self.values.kind == "i" and self.scale == E4M3:
             raise InvalidPolicy(
-                f"scales in f8_e4m3fn begin at 2**-6, too coarse for {dtypes.dtype_name(self.values)}. "
+                f"scales in f8_e4m3fn are at least 2**-6, which is too large for {dtypes.dtype_name(self.values)}. "
                 "Write f32, bf16 or f16."
             )
 
     @property
     def narrow(self) -> bool:
-        """Whether the values need scales."""
+        """Whether the dtype of the values is narrow, so that it needs scales."""
         return dtypes.is_narrow(self.values)
 
     @property
     def name(self) -> str | None:
-        """The name it is registered under."""
+        """The name under which the format is registered, or None."""
         return next((name for name, format in FORMATS.items() if format == self), None)
 
     def __str__(self) -> str:
@@ -94,79 +97,82 @@ class Format:
         return " ".join(words)
 
     def plain(self) -> Any:
-        """The format as constructors, `repr` and YAML write it: a name, or a mapping of dtype, block and scale."""
+        """Returns the value that `as_format` reads back: a name, or a mapping of dtype, block and scale."""
         if self.name is not None:
             return self.name
-        written: dict[str, Any] = {"dtype": dtypes.dtype_name(self.values)}
+        fields: dict[str, Any] = {"dtype": dtypes.dtype_name(self.values)}
         if self.block is not None:
-            written["block"] = list(self.block)
+            fields["block"] = list(self.block)
         if self.scale is not None:
-            written["scale"] = dtypes.dtype_name(self.scale)
-        return written if len(written) > 1 else written["dtype"]
+            fields["scale"] = dtypes.dtype_name(self.scale)
+        return fields if len(fields) > 1 else fields["dtype"]
 
     def completed(self, block: Block | None = None, scale: np.dtype | None = None) -> Format:
-        """The format with what it leaves open filled in: `block`, else (128, 128); `scale`, else float32."""
+        """Returns the format with defaults for unspecified fields: `block`, or (128, 128); `scale`, or float32."""
         if not self.narrow or (self.block is not None and self.scale is not None):
             return self
         return dataclasses.replace(self, block=self.block or block or DEFAULT_BLOCK, scale=self.scale or scale or F32)
 
     def parts(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], np.dtype], ...]:
-        """Shape and dtype of the arrays that an array of `shape` consists of: its values, then its scales if any."""
+        """Returns shape and dtype of each array that represents an array of `shape`: the values, then any scales."""
         if self.block is None or self.scale is None:
             return ((shape, self.values),)
         return (shape, self.values), (grid_shape(shape, self.block), self.scale)
 
     def represents_as(self, other: Format, shape: tuple[int, ...]) -> bool:
-        """Whether an array of `shape` has the same parts with the same meaning in both, however scales are made."""
+        """Returns whether both formats represent an array of `shape` by the same arrays, whatever their scale rules."""
         if (self.values, self.scale) != (other.values, other.scale):
             return False
-        sides = [None if each.block is None else block_sides(each.block, shape) for each in (self, other)]
+        sides = [None if format.block is None else block_sides(format.block, shape) for format in (self, other)]
         return sides[0] == sides[1]
 
     def of_rows(self, values: np.dtype) -> Format:
-        """The format in which activations of dtype `values` meet a kernel of this format."""
+        """Returns the format of activations of dtype `values` that are multiplied with a kernel of this format."""
         activations = self.activations
         if activations is None and self.block is not None and self.scale is not None:
-            activations = stored_format(self.values, self.block, self.scale).activations  # a pair knows its parts alone
+            # The format of a stored pair has no activations, which the registered format with the same parts has.
+            activations = stored_format(self.values, self.block, self.scale).activations
         return dataclasses.replace(activations or Format(values, ROW_BLOCK, F32), values=values)
 
 
 FORMATS: dict[str, Format] = {}
-"""The named formats.  `register_format` adds one."""
+"""The registered formats by name; see `register_format`."""
 
 
 def register_format(name: str, format: Format) -> Format:
-    """`format`, which rules may call `name` from now on.
+    """Registers `format` under `name`, for use in rules, and returns it.
 
     Raises:
-      InvalidPolicy: for a name that is taken, and for a narrow format without block or scale.
+      InvalidPolicy: for a name that is in use, for a format that is not narrow or has no block or scale, and for the
+        values, block and scale of a format that is already registered.
     """
     if name in FORMATS or dtypes.is_dtype_name(name):
-        raise InvalidPolicy(f"{name!r} is the name of a format or dtype already. Choose another one.")
+        raise InvalidPolicy(f"{name!r} is already the name of a format or dtype. Choose another name.")
     if not format.narrow or format.block is None or format.scale is None:
         raise InvalidPolicy(f"{name!r}: a named format needs narrow values, a block and the dtype of its scales.")
     same = [
         other
-        for other, each in FORMATS.items()
-        if (each.values, each.block, each.scale) == (format.values, format.block, format.scale)
+        for other, registered in FORMATS.items()
+        if (registered.values, registered.block, registered.scale) == (format.values, format.block, format.scale)
     ]
     if same:
         raise InvalidPolicy(
-            f"{name!r}: {same[0]!r} has the same values, block and scales: pairs of the two look alike. Use that name."
+            f"{name!r}: {same[0]!r} has the same values, block and scales, so that stored pairs of the two would look "
+            "alike. Use that name."
         )
     FORMATS[name] = format
     return format
 
 
-MXFP8 = register_format(
+# OCP's MXFP8 with e4m3 values: one power of two for every 32 values of a row, in kernels and in activations.
+register_format(
     "mxfp8",
     Format(E4M3, (1, 32), E8M0, shared_exponent_rule, activations=Format(E4M3, (1, 32), E8M0, shared_exponent_rule)),
 )
-"""OCP's MXFP8 with e4m3 values: a power of two for every 32 values of a row, of kernels and of activations."""
 
 
 def stored_format(values: np.dtype, block: Block, scale: np.dtype) -> Format:
-    """The format of a stored pair: the registered one with these parts, or else one of no name."""
+    """Returns the format of a stored pair: the registered format with these fields, or else one without a name."""
     for format in FORMATS.values():
         if (format.values, format.block, format.scale) == (values, block, scale):
             return format
@@ -174,16 +180,16 @@ def stored_format(values: np.dtype, block: Block, scale: np.dtype) -> Format:
 
 
 def as_format(value: Any) -> Format:
-    """The format that `value` writes: a Format, a dtype, the name of either, or a mapping.
+    """Returns the format for a Format, a dtype, the name of either, or a mapping.
 
-    The keys of a mapping are `dtype`, `block` and `scale`; what it leaves out stays open.
+    The keys of a mapping are `dtype`, `block` and `scale`; the last two are optional.
 
     >>> as_format("bf16").values.name, as_format({"dtype": "f8_e4m3fn", "block": [64, 64]}).block
     ('bfloat16', (64, 64))
 
     Raises:
-      UnknownDtype: for a name that is neither a dtype's nor a format's.
-      InvalidPolicy: for other keys, and for a block or scales of a dtype that needs none.
+      UnknownDtype: for a name that is neither the name of a dtype nor of a format.
+      InvalidPolicy: for other keys, and for a block or scale with a dtype that is not narrow.
     """
     if isinstance(value, Format):
         return value
@@ -198,15 +204,17 @@ def as_format(value: Any) -> Format:
     if unknown := sorted(map(str, set(value) - {"dtype", "block", "scale"})):
         raise InvalidPolicy(f"a format has dtype, block and scale, found {unknown[0]!r}. Remove it.")
     if value.get("dtype") is None:
-        raise InvalidPolicy("a format needs a dtype: {dtype: f8_e4m3fn, block: [128, 128], scale: bf16}.")
+        raise InvalidPolicy("a format needs a dtype. Write {dtype: f8_e4m3fn, block: [128, 128], scale: bf16}.")
     if isinstance(value["dtype"], str) and value["dtype"] in FORMATS:
-        raise InvalidPolicy(f"{value['dtype']!r} names a whole format. Write the name alone, without block and scale.")
+        raise InvalidPolicy(
+            f"{value['dtype']!r} is the name of a format, which includes block and scale. Write only the name."
+        )
     values = dtypes.as_dtype(value["dtype"])
     block = None if value.get("block") is None else as_block(value["block"])
     scale = None if value.get("scale") is None else dtypes.as_dtype(value["scale"])
     if not dtypes.is_narrow(values) and (block or scale):
         raise InvalidPolicy(
-            f"{dtypes.dtype_name(values)} needs neither block nor scale. Write the dtype alone, or a narrow one."
+            f"{dtypes.dtype_name(values)} has neither block nor scale. Write only the dtype, or use a narrow dtype."
         )
     if scale is not None and not can_scale(scale):
         raise UnknownDtype(
@@ -215,20 +223,17 @@ def as_format(value: Any) -> Format:
     return Format(values, block, scale)
 
 
-# Arrays in a format.
-
-
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale_inv"], meta_fields=["format"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScaledArray:
-    """An array in a narrow format: a pytree of its values and scales, the format static.
+    """An array in a narrow format: a pytree of its values and scales, with the format as static metadata.
 
-    values     (*batch, rows, columns)  format.values
+    values     (*batch, rows, columns)                                format.values
     scale_inv  (*batch, ceil(rows/block[0]), ceil(columns/block[1]))  format.scale
-    format     complete: with a block and a scale dtype
+    format     complete, with a block and a scale dtype
 
-    It stands in the place of a leaf in trees whose containers have no room for a sibling.  `values, scale_inv = array`
-    takes it apart.
+    Trees whose containers have fixed fields hold a ScaledArray in place of the kernel.  `values, scale_inv = array`
+    unpacks it.
 
     >>> scaled = quantize(jnp.ones((2, 4)), "int8", (1, 4))
     >>> scaled.shape, scaled.scale_inv.shape, scaled.dequantize().dtype.name
@@ -241,7 +246,7 @@ class ScaledArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array that it represents."""
+        """The shape of the represented array, which is the shape of the values."""
         return tuple(self.values.shape)
 
     @property
@@ -251,7 +256,7 @@ class ScaledArray:
 
     @property
     def block(self) -> Block:
-        """The block in numbers, -1 resolved."""
+        """(rows, columns) that share one scale, with -1 replaced by the length of the axis."""
         assert self.format.block is not None
         return block_sides(self.format.block, self.shape)
 
@@ -264,16 +269,16 @@ class ScaledArray:
         return iter((self.values, self.scale_inv))
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        """`values * scale_inv` in float32, then cast to `dtype`, saturating."""
+        """Returns the weight: `values * scale_inv` in float32, then cast to `dtype`, saturating."""
         result: jax.Array = _dequantize(self, dtypes.as_dtype(dtype))
         return result
 
 
 def scaled_array(values: ArrayLike, scale_inv: ArrayLike, block: Block = DEFAULT_BLOCK) -> ScaledArray:
-    """The ScaledArray of a stored pair.
+    """Returns the ScaledArray of values and scales that are stored as two arrays.
 
     Raises:
-      InvalidScale: where the grid of scales does not fit.
+      InvalidScale: if the shape of the scales does not fit the shape of the values in this block.
     """
     values, scale_inv, block = jnp.asarray(values), jnp.asarray(scale_inv), as_block(block)
     check_grid(values.shape, scale_inv.shape, block)
@@ -283,11 +288,11 @@ def scaled_array(values: ArrayLike, scale_inv: ArrayLike, block: Block = DEFAULT
 def quantize(
     weight: ArrayLike, dtype: Any, block: Block | None = None, *, scale_dtype: DTypeLike | None = None
 ) -> ScaledArray:
-    """`weight` in a narrow format: `(values, scale_inv)`, whose product, block by block, is nearest to it.
+    """Returns `weight` quantised to a narrow format: a ScaledArray, which unpacks to `(values, scale_inv)`.
 
     weight       (..., rows, columns)  floating point
-    dtype        one of the float8 types or int8, a format's name, or a Format
-    block        (rows, columns) over which one scale holds, -1 for a whole axis; by default the format's, or (128, 128)
+    dtype        a float8 type or int8, the name of a format, or a Format
+    block        (rows, columns) that share one scale, -1 for a whole axis; by default the format's, or (128, 128)
     scale_dtype  f32, bf16, f16, f8_e8m0fnu or f8_e4m3fn; by default the format's, or f32
 
     The elementwise error of e4m3fn under the amax rule is at most `max(|w| * 2**-4, scale_inv * 2**-10)`.
@@ -297,18 +302,18 @@ def quantize(
     ([[448.0, 1.0], [0.0, -448.0]], [[1.0], [2.0]])
 
     Raises:
-      UnsupportedCast: where `weight` is not floating point or `dtype` is not narrow.
-      InvalidScale: where `weight` has fewer than two dimensions.
+      UnsupportedCast: if `weight` is not floating point or `dtype` is not narrow.
+      InvalidScale: if `weight` has fewer than two dimensions.
     """
     format = as_format(dtype)
     if not format.narrow:
         raise UnsupportedCast(
-            f"{dtypes.dtype_name(format.values)} needs no scales. Narrow types are f8_e4m3fn, f8_e5m2, …, int8."
+            f"{dtypes.dtype_name(format.values)} is not a narrow dtype. Write f8_e4m3fn, f8_e5m2, …, or int8."
         )
     scale = None if scale_dtype is None else dtypes.as_dtype(scale_dtype)
     if scale is not None and not can_scale(scale):
         raise UnsupportedCast(
-            f"scales are f32, bf16 or f16 (or f8_e8m0fnu, f8_e4m3fn), not {dtypes.dtype_name(scale)}."
+            f"scales are f32, bf16, f16, f8_e8m0fnu or f8_e4m3fn, not {dtypes.dtype_name(scale)}. Write one of these."
         )
     if block is not None or scale is not None:
         format = dataclasses.replace(
@@ -317,7 +322,7 @@ def quantize(
     format = format.completed()
     weight = jnp.asarray(weight)
     if not dtypes.is_floating(weight.dtype) or dtypes.is_narrow(weight.dtype):
-        raise UnsupportedCast(f"a {weight.dtype} array cannot be quantised. Give f32, bf16 or f16 weights.")
+        raise UnsupportedCast(f"an array of {weight.dtype} cannot be quantised. Pass f32, bf16 or f16 weights.")
     assert format.block is not None
     grid_shape(weight.shape, format.block)
     result: ScaledArray = _quantize(dtypes.saturating_cast(weight, F32), format)
@@ -335,12 +340,12 @@ def _quantize(weight: jax.Array, format: Format) -> ScaledArray:
 
 
 def quantize_rows(x: Float[Array, "*b columns"], dtype: Any) -> ScaledArray:
-    """Activations as they come in a narrow format whose blocks lie within rows; each row by itself.
+    """Returns activations quantised row by row: a ScaledArray whose blocks are within rows.
 
     x      (..., columns)  f32, bf16 or f16
-    dtype  a narrow dtype, which means float32 scales for 128 columns, or a Format whose block is (1, columns)
+    dtype  a narrow dtype, for a float32 scale per row and 128 columns, or a Format whose block is (1, columns)
 
-    On a CPU the same bits as `quantize`; elsewhere `quantize_in_one_pass`.
+    On CPUs the result has the same bits as that of `quantize`; on other platforms this is `quantize_in_one_pass`.
     """
     format = as_format(dtype)
     if format.block is None:
@@ -357,9 +362,9 @@ def quantize_rows(x: Float[Array, "*b columns"], dtype: Any) -> ScaledArray:
 
 
 def quantize_in_one_pass(x: Float[Array, "*b columns"], format: Format) -> ScaledArray:
-    """`quantize_rows` without barriers to fusion: one reduction and what follows it.
+    """Returns the result of `quantize_rows`, computed without barriers to fusion, so that XLA reads x once.
 
-    On a CPU a quotient may be an ulp of float32 off, and so a value that is nearly a tie may round the other way.
+    On CPUs a quotient may be off by an ulp of float32, so that a value close to a tie may round the other way.
     """
     assert format.block is not None
     assert format.scale is not None
@@ -378,24 +383,24 @@ def dequantize(
     block: Block = DEFAULT_BLOCK,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """The weight of a scaled pair: `kernel * scale_inv` in float32, then cast to `dtype`, saturating.
+    """Returns the weight of a kernel and its scales: `kernel * scale_inv` in float32, then cast to `dtype`, saturating.
 
-    kernel     (..., rows, columns), or a ScaledArray, which knows its scales and block
+    kernel     (..., rows, columns)  a narrow dtype; or a ScaledArray, which includes scales and block
     scale_inv  (..., ceil(rows/block[0]), ceil(columns/block[1]))
 
     >>> dequantize(jnp.ones((1, 3), "float8_e4m3fn"), jnp.array([[2.0, 3.0]]), (1, 2)).tolist()
     [[2.0, 2.0, 3.0]]
 
     Raises:
-      InvalidScale: where the grid of scales does not fit.
-      UnsupportedCast: for a kernel without scales.
+      InvalidScale: if the shape of the scales does not fit the kernel.
+      UnsupportedCast: for a kernel without scales, and for a ScaledArray with other scales or another block.
     """
     if isinstance(kernel, ScaledArray):
         if scale_inv is not None or as_block(block) not in (DEFAULT_BLOCK, kernel.format.block):
-            raise UnsupportedCast("a ScaledArray knows its scales and its block. Give it alone.")
+            raise UnsupportedCast("a ScaledArray includes its scales and its block. Pass neither beside it.")
         return kernel.dequantize(dtype)
     if scale_inv is None:
-        raise UnsupportedCast("a kernel is dequantised with its scales. Give scale_inv, or a ScaledArray.")
+        raise UnsupportedCast("a kernel cannot be dequantised without scales. Pass scale_inv, or a ScaledArray.")
     return scaled_array(kernel, scale_inv, block).dequantize(dtype)
 
 

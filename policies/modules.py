@@ -1,4 +1,4 @@
-"""Rebuilding NNX modules around variables that are stored already."""
+"""Rebuilds NNX modules around stored variables."""
 
 from __future__ import annotations
 
@@ -13,55 +13,65 @@ from .errors import UnsupportedCast
 
 
 def _tags(variables: nnx.State[Any, Any]) -> set[str]:
-    """The names of the random streams that a module kept."""
+    """Returns the names of the random streams in the state of a module."""
     return {leaf.tag for _, leaf in nnx.to_flat_state(variables) if isinstance(leaf, nnx.RngKey)}
 
 
 def streams(variables: nnx.State[Any, Any]) -> nnx.Rngs:
-    """Streams to rebuild a module with: those it kept, and a default one if parameters could not be drawn from them."""
+    """Returns random streams to rebuild a module with: those in its state.
+
+    A stream `default` is added where the state has neither `default` nor `params`, from which parameters are drawn.
+    """
     names = _tags(variables)
     return nnx.Rngs(**dict.fromkeys(sorted(names if names & {"default", "params"} else names | {"default"}), 0))
 
 
 def reseeded(rngs: Mapping[str, Any], variables: nnx.State[Any, Any]) -> dict[str, Any]:
-    """`rngs` by the streams that a module has: one it does not have stands for its default stream, as in `nnx.Rngs`."""
+    """Returns the keys of `rngs` by the streams of a module.
+
+    As in `nnx.Rngs`, the default stream stands in for a stream that the module does not have.
+
+    Raises:
+      UnsupportedCast: for a stream that the module does not have, if there is no default stream to stand in for it.
+    """
     tags = _tags(variables)
-    known = {name: key for name, key in rngs.items() if name in tags}
+    by_stream = {name: key for name, key in rngs.items() if name in tags}
     for name, key in rngs.items():
         if name not in tags and name != "params" and tags:
-            if "default" not in tags or "default" in known:
+            if "default" not in tags or "default" in by_stream:
                 raise UnsupportedCast(
-                    f"rngs: {name!r} is no stream of the module, which has {', '.join(sorted(tags))}. "
-                    "Name one of these."
+                    f"rngs: the module has no stream {name!r}, only {', '.join(sorted(tags))}. Use one of these."
                 )
-            known["default"] = key
-    return known
+            by_stream["default"] = key
+    return by_stream
 
 
 def takes_policy(module: Callable[..., Any]) -> bool:
-    """Whether `module` is called with `policy=`."""
+    """Returns whether `module` has a parameter `policy` that is not bound by a partial."""
     while isinstance(module, functools.partial):
         if "policy" in module.keywords:
             return False
         module = module.func
-    # Of an NNX class, inspect sees only the `*args, **kwargs` of its metaclass.
+    # For an NNX class, inspect shows only the `*args, **kwargs` of its metaclass.
     return "policy" in inspect.signature(module.__init__ if inspect.isclass(module) else module).parameters
 
 
 def fill(model: nnx.Module, variables: Mapping[str, Any]) -> Any:
-    """`model`, which may be abstract, with the arrays of `variables`, by path; types and metadata stay the model's.
+    """Returns `model`, which may be abstract, with the arrays of `variables`, by path.
+
+    Types and metadata of the variables are those of `model`.
 
     Raises:
-      UnsupportedCast: where the two do not have the same variables.
+      UnsupportedCast: if `model` and `variables` do not have the same paths.
     """
     graphdef, state = nnx.split(model)
     flat = [("/".join(map(str, keys)), keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
-    wanted = {path for path, _, leaf in flat if isinstance(leaf, nnx.Variable)}
-    if wanted != variables.keys():
-        missing, extra = sorted(wanted - variables.keys()), sorted(variables.keys() - wanted)
+    expected = {path for path, _, leaf in flat if isinstance(leaf, nnx.Variable)}
+    if expected != variables.keys():
+        missing, extra = sorted(expected - variables.keys()), sorted(variables.keys() - expected)
         raise UnsupportedCast(
-            f"the variables are not those of the module: it lacks {missing[:5]}, and does not have {extra[:5]}. "
-            "Give what init returned for the same module and policy."
+            f"the variables are not those of the module: missing {missing[:5]}, unexpected {extra[:5]}. "
+            "Pass the variables that init returned for the same module and policy."
         )
-    leaves = [(keys, leaf.replace(variables[path]) if path in wanted else leaf) for path, keys, leaf in flat]
+    leaves = [(keys, leaf.replace(variables[path]) if path in expected else leaf) for path, keys, leaf in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))

@@ -1,16 +1,16 @@
-"""Paths of scales: the scales of a parameter stand beside it, under a name of their own."""
+"""Paths of scales: the path under which the scales of a parameter are stored, next to the parameter."""
 
 from __future__ import annotations
 
 
 def is_scale(path: str) -> bool:
-    """Whether `path` is the path of the scales of a narrow parameter."""
+    """Returns whether `path` is the path of the scales of a narrow parameter."""
     name = path.rpartition("/")[2]
     return name == "scale_inv" or name.endswith("_scale_inv")
 
 
 def scale_path(path: str) -> str:
-    """The path of the scales that belong to the parameter at `path`.
+    """Returns the path of the scales of the parameter at `path`.
 
     >>> scale_path("layers/0/up/kernel"), scale_path("embed/embedding")
     ('layers/0/up/scale_inv', 'embed/embedding_scale_inv')

@@ -1,7 +1,7 @@
-"""Anchored path patterns: `layers/*/self_attn/**/kernel`.
+"""Path patterns, such as `layers/*/self_attn/**/kernel`.
 
-A pattern without `/`, `*` and `{` is a bare name and matches the last component of a path, whatever stands before it.
-Any other is anchored at the root: `*` is one component or part of one, `**` any number of components (none included),
+A pattern without `/`, `*` and `{` is a bare name and matches every path whose last component it is.  Any other pattern
+is anchored at the root: `*` matches one component or a part of one, `**` any number of components including none, and
 `{a,b}` alternatives within a component.
 """
 
@@ -15,9 +15,9 @@ from .errors import InvalidPolicy, shown
 
 _SPECIAL = re.compile(r"[?\[\]!()^$|\\,]")
 _BRACES = re.compile(r"\{([^{}/]*)\}")
-_LONGEST = 500  # characters
-_MOST_STARS = 16  # in a component
-_LIMIT = 64  # alternatives a pattern may have: a line of braces must not become a million patterns
+_MAX_CHARACTERS = 500
+_MAX_STARS = 16  # in a component
+_MAX_ALTERNATIVES = 64  # bounds the expansion of braces, whose number of alternatives is exponential
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,17 @@ class Pattern:
     @staticmethod
     @functools.lru_cache(4096)
     def of(text: str) -> Pattern:
-        """The pattern that `text` writes.
+        """Returns the pattern for `text`.
 
         Raises:
-          InvalidPolicy: for an empty component and for any glob character other than `*`, `**` and `{a,b}`.
+          InvalidPolicy: for an empty component, for any glob character other than `*`, `**` and `{a,b}`, and for a
+            pattern with too many characters, `*` or alternatives.
         """
-        if len(text) > _LONGEST:
-            raise InvalidPolicy(f"a pattern of {len(text)} characters, {shown(text)}. Write several rules, or use '*'.")
+        if len(text) > _MAX_CHARACTERS:
+            raise InvalidPolicy(
+                f"the pattern {shown(text)} has {len(text)} characters, expected at most {_MAX_CHARACTERS}. "
+                "Write several rules, or use '*'."
+            )
         bare = not any(character in text for character in "/*{}")
         alternatives = _expand(text)
         for alternative in alternatives:
@@ -55,22 +59,22 @@ class Pattern:
                         f"{text!r} has an empty component. Paths look like layers/0/dense/kernel, "
                         "without a leading, trailing or double '/'."
                     )
-                if component.count("*") > _MOST_STARS:
-                    raise InvalidPolicy(f"{text!r}: {component!r} has more than {_MOST_STARS} '*'.")
+                if component.count("*") > _MAX_STARS:
+                    raise InvalidPolicy(f"{text!r}: {component!r} has more than {_MAX_STARS} '*'. Write fewer.")
                 if "**" in component and component != "**":
                     raise InvalidPolicy(
-                        f"{text!r}: '**' is a component of its own. Write 'a/**/b', or 'a*' for a part."
+                        f"{text!r}: '**' must be a whole component. Write 'a/**/b', or 'a*' for part of a component."
                     )
         return Pattern(tuple(map(_components, alternatives)), bare)
 
     @functools.cached_property
     def exact(self) -> frozenset[str] | None:
-        """The paths that are meant, where the pattern names each in full."""
+        """The paths that match, for a pattern without `*` that is not a bare name; else None."""
         paths = frozenset("/".join(alternative) for alternative in self.alternatives)
         return None if self.bare or any("*" in path for path in paths) else paths
 
     def matches(self, path: str) -> bool:
-        """Whether the parameter at `path` is meant."""
+        """Returns whether the pattern matches `path`."""
         components = path.split("/")
         if self.bare:
             return components[-1] == self.alternatives[0][0]
@@ -80,36 +84,41 @@ class Pattern:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The last component of each alternative: what the pattern says of a parameter's name."""
+        """The last component of each alternative, which matches the name of a parameter."""
         return tuple(alternative[-1] for alternative in self.alternatives)
 
 
 def _components(alternative: str) -> tuple[str, ...]:
-    """The components of a pattern; `**` beside `**` says no more than one does."""
+    """Returns the components of a pattern, with adjacent `**` merged into one."""
     parts = alternative.split("/")
     return tuple(part for i, part in enumerate(parts) if not part == "**" == parts[i - 1] or i == 0)
 
 
 def _expand(text: str) -> list[str]:
-    """The alternatives of `{a,b}`, written out."""
-    done, waiting = [], [text]
-    while waiting:
-        head = waiting.pop(0)
+    """Returns the patterns that result from replacing every `{a,b}` by each of its alternatives."""
+    results, queue = [], [text]
+    while queue:
+        head = queue.pop(0)
         braces = _BRACES.search(head)
         if braces is None or "{" in head[: braces.start()]:
             if "{" in head or "}" in head:
-                raise InvalidPolicy(f"{text!r}: braces do not match. Alternatives are written '{{a,b}}', not nested.")
-            done.append(head)
+                raise InvalidPolicy(f"{text!r}: braces do not match. Write alternatives as '{{a,b}}', without nesting.")
+            results.append(head)
             continue
         words = braces.group(1).split(",")
-        if len(words) + len(waiting) + len(done) > _LIMIT:
-            raise InvalidPolicy(f"{text!r} has more than {_LIMIT} alternatives. Write several rules, or use '*'.")
-        waiting[:0] = [head[: braces.start()] + word + head[braces.end() :] for word in words]
-    return done
+        if len(words) + len(queue) + len(results) > _MAX_ALTERNATIVES:
+            raise InvalidPolicy(
+                f"{text!r} has more than {_MAX_ALTERNATIVES} alternatives. Write several rules, or use '*'."
+            )
+        queue[:0] = [head[: braces.start()] + word + head[braces.end() :] for word in words]
+    return results
 
 
 def _component_matches(pattern: str, component: str) -> bool:
-    """Whether `component` is `pattern`, each `*` standing for any text; taken greedily, so that it is linear."""
+    """Returns whether `component` matches `pattern`, in which `*` is any text.
+
+    Each part between stars is matched at its first occurrence, so that the time is linear.
+    """
     first, *middle = pattern.split("*")
     if not middle:
         return component == pattern
@@ -126,7 +135,11 @@ def _component_matches(pattern: str, component: str) -> bool:
 
 
 def _matches(pattern: tuple[str, ...], components: list[str]) -> bool:
-    """Walks the path once and keeps the set of pattern positions reached, so that many `**` cost no more than one."""
+    """Returns whether the components of a path match those of a pattern.
+
+    Reads the path once and tracks the set of reachable pattern positions, so that many `**` do not cost exponential
+    time.
+    """
     if len(pattern) - pattern.count("**") > len(components):
         return False
     for part, component in ((pattern[0], components[0]), (pattern[-1], components[-1])):
@@ -143,13 +156,13 @@ def _matches(pattern: tuple[str, ...], components: list[str]) -> bool:
 
     positions = skip({0})
     for component in components:
-        after = set()
+        following = set()
         for position in positions:
             if position == len(pattern):
                 continue
             if pattern[position] == "**":
-                after.add(position)
+                following.add(position)
             elif _component_matches(pattern[position], component):
-                after.add(position + 1)
-        positions = skip(after)
+                following.add(position + 1)
+        positions = skip(following)
     return len(pattern) in positions

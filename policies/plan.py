@@ -1,4 +1,4 @@
-"""The plan: what a policy does to every parameter, as data and as a table, before anything is allocated."""
+"""Plans: the effect of a policy on every parameter, as data and as a table, without allocating arrays."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from .tables import table
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a plan: a parameter, or the scales of one.
+    """One row of a plan: a parameter, or the scales of a parameter.
 
-    path            where it stands
-    shape           as stored afterwards
-    current         dtype before; None for scales that are made
-    storage         dtype afterwards; None for scales that are dissolved
-    format          the format afterwards as the table shows it: "f8_e4m3fn", "int8 1×all", a format's name; likewise
-    compute         dtype that the compute slot says; None: narrow as stored, anything else in the activations' dtype
-    compute_format  the format of it, as `format`
-    storage_rule    the key of the `params` slot that decided, "default", or None
-    storage_source  file and line of that key
-    compute_rule    likewise of the `compute` slot
-    compute_source  likewise
-    change          kept, cast, quantised, dequantised or requantised; of scales also made or dissolved
-    bytes_before    bytes before
-    bytes           bytes as stored
-    matmul          of a kernel, where the plan was asked for a target: what multiplies with it, for one row | for 512
+    path            path of the parameter or of the scales
+    shape           shape after storage; for scales that storage removes, the current shape
+    current         dtype before storage; None for scales that storage creates
+    storage         dtype after storage; None for scales that storage removes
+    format          the format after storage as text: "f8_e4m3fn", "int8 1×all" or a format's name; None likewise
+    compute         dtype in the compute slot; None: a narrow parameter as stored, another in the activations' dtype
+    compute_format  the format in the compute slot as text; None likewise
+    storage_rule    key of the rule in the `params` slot that applies: a pattern, "default", or None
+    storage_source  file and line of that rule
+    compute_rule    key of the rule in the `compute` slot that applies
+    compute_source  file and line of that rule
+    change          kept, cast, quantised, dequantised or requantised; for scales also made or dissolved (removed)
+    bytes_before    bytes before storage
+    bytes           bytes after storage
+    matmul          for a kernel in a plan with a target: the implementations of the matmul for 1 | 512 rows
     """
 
     path: str
@@ -57,20 +57,22 @@ class Row:
     matmul: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The row with dtypes by name."""
+        """Returns the fields of the row, with the names of dtypes."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: dtypes.dtype_name(x) if isinstance(x, np.dtype) else x for name, x in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a policy resolved to, an iterable of rows; `str(plan)` is the table, in which equal layers share a line.
+    """The effect of a policy on a tree of parameters, an iterable of rows.
 
-    rows         one a parameter, in the tree's order, scales after their kernel
-    activations  the dtype of activations, None where neither the policy nor the model names one
-    output       the dtype of what the model returns, likewise
-    kv_cache     the dtype of keys and values that attention keeps; None for models without such
-    kv_bytes     bytes of them for each token, scales included
+    `str(plan)` is a table with one line for equal layers.
+
+    rows         one for each parameter and for its scales, in the tree's order, scales after their kernel
+    activations  the dtype of activations; None if neither the policy nor the model specifies it
+    output       the dtype of the model's result; None likewise
+    kv_cache     the dtype of cached keys and values; None for a tree without a cache
+    kv_bytes     bytes of cached keys and values for each token, including scales
     """
 
     rows: tuple[Row, ...]
@@ -81,17 +83,17 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all parameters as stored."""
+        """Bytes of all parameters and scales after storage."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def total_bytes_before(self) -> int:
-        """Bytes of all parameters before storage."""
+        """Bytes of all parameters and scales before storage."""
         return sum(row.bytes_before for row in self.rows)
 
     @property
     def bytes_by_dtype(self) -> dict[np.dtype, int]:
-        """Bytes as stored, by dtype, the largest first."""
+        """Bytes after storage by dtype, in descending order."""
         totals: collections.Counter[np.dtype] = collections.Counter()
         for row in self.rows:
             if row.storage is not None:
@@ -100,13 +102,13 @@ class Plan:
 
     @property
     def largest(self) -> Row | None:
-        """The parameter that takes the most bytes as stored; None for a plan without any."""
+        """The row with the most bytes after storage; None for a plan without rows."""
         return max(self.rows, key=lambda row: row.bytes, default=None)
 
     def to_json(self) -> str:
-        """Rows and totals as JSON, one row a line and nothing that varies between runs: made to be diffed."""
+        """Returns rows and totals as JSON that suits a diff: one line for each row, the same in every run."""
         rows = ",\n".join(f"  {json.dumps(row.to_dict())}" for row in self.rows)
-        rest = {
+        totals = {
             "activations": self.activations and dtypes.dtype_name(self.activations),
             "output": self.output and dtypes.dtype_name(self.output),
             "kv_cache": self.kv_cache and dtypes.dtype_name(self.kv_cache),
@@ -115,12 +117,12 @@ class Plan:
             "bytes": self.total_bytes,
             "bytes_by_dtype": {dtypes.dtype_name(dtype): count for dtype, count in self.bytes_by_dtype.items()},
         }
-        return f'{{"rows": [\n{rows}\n],\n{json.dumps(rest)[1:]}\n'
+        return f'{{"rows": [\n{rows}\n],\n{json.dumps(totals)[1:]}\n'
 
     def __str__(self) -> str:
-        named = ("matmul (1 | 512 rows)",) if self._has_target else ()
+        matmul = ("matmul (1 | 512 rows)",) if self._has_target else ()
         lines: list[tuple[str, ...]] = [
-            ("path", "shape", "current", "storage", "compute", *named, "rule (params | compute)", "bytes")
+            ("path", "shape", "current", "storage", "compute", *matmul, "rule (params | compute)", "bytes")
         ]
         for label, rows in self._folded():
             lines.append((label, *self._cells(rows[0]), human_bytes(sum(row.bytes for row in rows))))
@@ -137,14 +139,17 @@ class Plan:
         return any(row.matmul for row in self.rows)
 
     def _folded(self) -> list[tuple[str, list[Row]]]:
-        """Rows that differ only in the numbers of their path share a line: `layers/0-27/mlp/up_proj/kernel ×28`."""
+        """Returns `(label, rows)` for each line of the table.
+
+        Rows that differ only in the numbers of their path share a line: `layers/0-27/mlp/up_proj/kernel ×28`.
+        """
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((re.sub(r"(?<![^/])\d+(?![^/])", "#", row.path), *self._cells(row)), []).append(row)
         return [(_label([row.path for row in group]), group) for group in groups.values()]
 
     def _cells(self, row: Row) -> tuple[str, ...]:
-        """What the table says of a row, its path and bytes apart."""
+        """Returns the cells of a row in the table, without path and bytes."""
         current = "–" if row.current is None else dtypes.dtype_name(row.current)
         storage = row.format or ""
         change = "" if row.change == "kept" else row.change
@@ -161,7 +166,7 @@ class Plan:
         return *cells, *([row.matmul or ""] if self._has_target else []), " | ".join(rules)
 
     def summary(self) -> str:
-        """The totals in three or four lines."""
+        """Returns the totals as two to four lines of text."""
         totals = ", ".join(
             f"{dtypes.dtype_name(dtype)} {human_bytes(count)}" for dtype, count in self.bytes_by_dtype.items()
         )
@@ -183,18 +188,18 @@ class Plan:
 
 
 def human_bytes(size: int) -> str:
-    """`size` bytes as people read them: 1.5 MiB."""
+    """Returns a number of bytes with a binary unit, such as 1.5 MiB."""
     power = min(max(size.bit_length() - 1, 0) // 10, 4)
     return f"{size} B" if power == 0 else f"{size / 1024**power:.1f} {'KMGT'[power - 1]}iB"
 
 
 def count(number: int, noun: str) -> str:
-    """`number` and a noun that agrees with it: 1 parameter, 2 parameters."""
+    """Returns `number` and `noun`, with a plural s where it is needed: 1 parameter, 2 parameters."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def plan(resolved: Resolved, target: str | Target | None = None) -> Plan:
-    """The plan of what was resolved; see `Policy.explain`."""
+    """Returns the plan of a resolved tree; see `Policy.explain`."""
     rows = []
     for param in resolved.params.values():
         row = _row(param)
@@ -207,7 +212,7 @@ def plan(resolved: Resolved, target: str | Target | None = None) -> Plan:
 
 
 def _matmul(param: ResolvedParam, activations: np.dtype | None, target: str | Target) -> str:
-    """The implementations that multiply with a kernel, for one row of activations and for 512."""
+    """Returns the names of the implementations of the matmul with a kernel, for 1 and for 512 rows of activations."""
     out_features, in_features = param.shape
     names = [
         matmul_plan(
@@ -224,7 +229,7 @@ def _matmul(param: ResolvedParam, activations: np.dtype | None, target: str | Ta
 
 
 def _row(param: ResolvedParam) -> Row:
-    """The row of a parameter, scales apart."""
+    """Returns the row of a parameter without its scales."""
     return Row(
         path=param.path,
         shape=param.shape,
@@ -241,7 +246,7 @@ def _row(param: ResolvedParam) -> Row:
 
 
 def _scale_row(param: ResolvedParam) -> Row:
-    """The row of the scales of a parameter."""
+    """Returns the row of the scales of a parameter."""
     before, after = (format.parts(param.shape)[1:] for format in (param.current.format, param.format))
     shape, _ = (after or before)[0]
     change: Change = param.change if after else "dissolved"
@@ -267,7 +272,7 @@ def _scale_row(param: ResolvedParam) -> Row:
 
 
 def _rules(rules: Decisions) -> dict[str, Any]:
-    """The columns that say which rules decided: a rule that leaves its default unsaid decides nothing."""
+    """Returns the fields of a row that show which rules apply; None without a rule."""
     columns: dict[str, Any] = {}
     for slot, column in (("params", "storage"), ("compute", "compute")):
         rule = rules.get(slot)
@@ -276,10 +281,8 @@ def _rules(rules: Decisions) -> dict[str, Any]:
     return columns
 
 
-# The table.
-
-
 def _label(paths: list[str]) -> str:
+    """Returns the label of a line in the table: a path, or one for several paths that differ only in numbers."""
     if len(paths) == 1:
         return paths[0]
     components = []
@@ -289,7 +292,7 @@ def _label(paths: list[str]) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as 0-2,5."""
+    """Returns ascending integers as ranges: "0-2,5" for [0, 1, 2, 5]."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
@@ -300,6 +303,6 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _key(rule: str | None, source: str | None) -> str:
-    """A rule with the line it stands on."""
+    """Returns the key of a rule, with its line if it has a source; "–" without a rule."""
     line = f":{source.rpartition(':')[2]}" if source else ""
     return f"{rule}{line}" if rule else "–"

@@ -1,4 +1,4 @@
-"""`Policy`: the rules of every slot, and what can be done with them."""
+"""`Policy`: the rules of every slot, with methods that read and write text and that apply the rules to trees."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from .store import store
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Policy(PolicyRules):
-    """How each parameter is stored (`params`) and computed (`compute`), and what the model returns (`output`).
+    """A mixed-precision policy: the storage and compute format of each parameter, and the dtype of the model's result.
 
-    params    None, one dtype, or a map from names and path patterns to formats; the first rule that matches wins
-    compute   likewise
-    output    None or one dtype
-    kv_cache  the dtype of cached keys and values: f32, bf16, f16, or f8_e4m3fn or int8 with a scale a head and token;
-              None: the activations' dtype
-    block     the block of rules that name none, (rows, columns) as stored, -1 for a whole axis; None means (128, 128)
-              where something is quantised, and that a stored pair keeps its own
+    params    storage: None, one dtype, or a map from names and path patterns to formats; the first rule that matches
+              wins
+    compute   the format for arithmetic, in the same form
+    output    the dtype of the model's result, or None
+    kv_cache  the dtype of cached keys and values: f32, bf16, f16, or f8_e4m3fn or int8 with one scale for each head and
+              token; None: the activations' dtype
+    block     (rows, columns) for rules without a block, -1 for a whole axis; None means (128, 128) for quantisation,
+              and no change of the block of a stored pair
 
     A format is a dtype, the name of a registered format, or a mapping of `dtype`, `block` and `scale`.
-    A policy is an immutable value: equal policies compare and hash equal, so one can be a static argument of `jax.jit`.
+    A policy is an immutable value: equal policies have equal hashes, so a policy can be a static argument of `jax.jit`.
 
     >>> Policy(params={"kernel": "f8_e4m3fn", "default": "f32"}, compute="bf16", output="f32")
     Policy(params={'kernel': 'f8_e4m3fn', 'default': 'f32'}, compute='bf16', output='f32')
 
     Raises:
-      UnknownDtype: for a dtype that is unknown or cannot stand where it was written.
-      InvalidPolicy: for a pattern, key, slot or block that cannot be read.
+      UnknownDtype: for a dtype that is unknown or that the slot does not accept.
+      InvalidPolicy: for an invalid pattern, key, slot or block.
     """
 
     def __init__(
@@ -53,26 +54,24 @@ class Policy(PolicyRules):
             {"params": params, "compute": compute, "output": output, "kv_cache": kv_cache, **others}, block
         )
 
-    # Ways in and out: text.
-
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Policy:
-        """The policy that a YAML file writes.
+        """Returns the policy in a YAML file.
 
         Raises:
-          MissingFile: where there is no such file.
-          InvalidPolicy, UnknownDtype: with file and line.
+          MissingFile: if the file does not exist.
+          InvalidPolicy, UnknownDtype: if the file is not a valid policy; the message has file and line.
         """
         return Policy(**yaml.load(path))
 
     @staticmethod
     def loads(text: str, name: str = "<text>") -> Policy:
-        """The policy that YAML text writes; `name` is what errors and plans call the text."""
+        """Returns the policy in YAML text; errors and plans refer to the text as `name`."""
         return Policy(**yaml.loads(text, name))
 
     @staticmethod
     def parse(line: str) -> Policy:
-        """The uniform policy of one line, jmp's form: `params=f32,compute=bf16,output=f32`, or `p=f32,c=bf16,o=f32`.
+        """Returns the policy in jmp's one-line form: `params=f32,compute=bf16,output=f32` or `p=f32,c=bf16,o=f32`.
 
         >>> Policy.parse("p=f32,c=bf16,o=f32") == Policy("f32", "bf16", "f32")
         True
@@ -80,55 +79,51 @@ class Policy(PolicyRules):
         return Policy(**yaml.parse(line))
 
     def dumps(self) -> str:
-        """YAML that `loads` reads back as an equal policy."""
+        """Returns YAML from which `loads` makes an equal policy."""
         return yaml.dumps(self)
 
     def dump(self, path: str | os.PathLike[str]) -> None:
         """Writes `dumps()` to a file."""
         pathlib.Path(path).write_text(self.dumps(), encoding="utf-8")
 
-    # Reading the map.
-
     def at(self, *names: str | int) -> Scope:
-        """The policy as the module at that path sees it; without names, the root."""
+        """Returns the scope of the module at the path of `names`, relative to the root of the model."""
         return Scope(self, self.activations).at(*names)
 
-    # Applying it to trees.
-
     def explain(self, tree: Any, target: str | Target | None = None) -> Plan:
-        """The plan: what every parameter of `tree` resolves to.
+        """Returns the plan: current format, requested format and rules of every parameter of `tree`.
 
         tree    arrays, `jax.ShapeDtypeStruct`s, Linen variables, an NNX model or state, or `checkpoint_tree(folder)`
-        target  "here", "cpu", "cuda", "cuda:9.0", …: adds what multiplies with each kernel of perparam's models there;
-                None leaves it out, since a plan should neither depend on the machine nor start its GPU
+        target  "here", "cpu", "cuda", "cuda:9.0", …: adds the implementations of the matmul on that target for kernels
+                of perparam's models; None omits them, so that the plan does not depend on the machine or start its GPU
 
         Raises:
-          UnmatchedRule, ShadowedRule: a rule that decides nothing, with its file and line.
-          UnpairedScale, InvalidScale: a narrow kernel without scales that fit it.
+          UnmatchedRule, ShadowedRule: for a rule without effect, with its file and line.
+          UnpairedScale, InvalidScale: for a narrow kernel without scales that fit it.
         """
         return plan(resolve(self, tree), target)
 
     def store(self, tree: Any, *, scaled: bool = False) -> Any:
-        """`tree` as the policy stores it; what is already as requested is kept bit for bit.
+        """Returns `tree` with its parameters in their storage format; parameters already in it do not change a bit.
 
         tree    any pytree of arrays: nested mappings, Linen variables, an NNX state, Equinox modules, dataclasses
-        scaled  whether narrow kernels in mappings become `ScaledArray`s, which know their block, too
+        scaled  whether narrow kernels in mappings also become `ScaledArray`s, which include their block
 
-        In mappings and NNX states a kernel that is quantised gets a `scale_inv` beside it, and one that is dequantised
-        loses it.  A plain mapping does not know the block of its scales: read it under a policy that names the same
-        one.  Containers with fixed fields hold a `ScaledArray` in the kernel's place.
+        In mappings and NNX states a kernel that is quantised gets a `scale_inv` beside it, which is removed again when
+        the kernel is dequantised.  A mapping does not store the block of its scales: read it under a policy with the
+        same block.  Containers with fixed fields hold a `ScaledArray` in place of the kernel.
 
         Raises:
           UnmatchedRule, ShadowedRule, UnpairedScale, InvalidScale: see `explain`.
-          UnsupportedCast: where scales have a field of their own and would have to go.
+          UnsupportedCast: if scales must be removed that are a field of their container.
         """
         return store(resolve(self, tree, slots=("params",)), tree, scaled=scaled)
 
     def cast(self, tree: Any, slot: str, *, path: str | None = None) -> Any:
-        """`tree` with each floating-point leaf cast as `slot` ("params" or "compute") says of its path; saturating.
+        """Returns `tree` with each floating-point leaf cast to its dtype in `slot`, "params" or "compute"; saturating.
 
-        The structure never changes: scaled pairs are left whole, integers, booleans and keys untouched.  With `path`,
-        `tree` is the one array that stands there.
+        The structure does not change.  Scaled pairs, integers, booleans and PRNG keys are not cast.  With `path`,
+        `tree` is the single array at that path.
 
         >>> import numpy as np
         >>> policy = Policy(compute={"bias": None, "default": "bf16"})
@@ -137,11 +132,11 @@ class Policy(PolicyRules):
         ('bfloat16', 'float64')
 
         Raises:
-          UnsupportedCast: for a plain leaf that the slot wants narrow: it needs a scale, see `store`.
-          UnmatchedRule, ShadowedRule: unless `path` is given.
+          UnsupportedCast: for a leaf without scales that has a narrow dtype in the slot; use `store`.
+          UnmatchedRule, ShadowedRule: for a rule without effect; not with `path`.
         """
         return cast.cast(self, tree, slot, path)
 
     def cast_output(self, x: Any) -> Any:
-        """`x`, or each floating-point array in it, cast plainly to the output dtype, so that overflow stays visible."""
+        """Returns `x` with each floating-point array cast to the output dtype; overflow becomes infinity."""
         return x if self.output is None else cast.cast_floats(x, self.output)

@@ -1,4 +1,4 @@
-"""Policies by name, and `get_policy`, through which every `policy=` argument goes."""
+"""The presets, and `get_policy`, which converts every `policy=` argument to a Policy."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def _preset(name: str) -> Policy:
 
 @functools.cache
 def preset_names() -> tuple[str, ...]:
-    """The names of the presets, sorted."""
+    """Returns the names of the presets in alphabetical order."""
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 
 
 def _is_file(name: str) -> bool:
     try:
         return pathlib.Path(name).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a NUL: YAML text, say
+    except (OSError, ValueError):  # not a file name: too long, as YAML text can be, or with a NUL character
         return False
 
 
@@ -42,16 +42,17 @@ PolicyLike: TypeAlias = Policy | str | os.PathLike[str] | Mapping[str, Any] | No
 
 
 def get_policy(policy: PolicyLike) -> Policy:
-    """The policy that `policy` stands for.
+    """Returns the policy for a Policy, a mapping, a path, text or None.
 
-    Tried in this order: a Policy, None (changes nothing), a mapping of slots, a path object, the name of a preset, the
-    name of a dtype (for all three slots), text with `=`, an existing file.
+    The first of these that applies: a Policy; None, for a policy that changes nothing; a mapping of slots; a path
+    object; the name of a preset; the name of a dtype, for `params`, `compute` and `output`; text with `=`, as for
+    `Policy.parse`; the path of an existing file.
 
     >>> get_policy("bf16") == Policy("bf16", "bf16", "bf16")
     True
 
     Raises:
-      InvalidPolicy: for anything else, and for what cannot be read.
+      InvalidPolicy: for any other value, and for an invalid policy.
     """
     if isinstance(policy, Policy):
         return policy
@@ -64,7 +65,9 @@ def get_policy(policy: PolicyLike) -> Policy:
     if isinstance(policy, os.PathLike):
         return Policy.load(policy)
     if not isinstance(policy, str):
-        raise InvalidPolicy(f"{policy!r} is no policy. Give a Policy, a mapping, a preset's name or a YAML file.")
+        raise InvalidPolicy(
+            f"{policy!r} is not a policy. Pass a Policy, a mapping, the name of a preset or a YAML file."
+        )
     if policy in preset_names():
         return _preset(policy)
     if is_dtype_name(policy):

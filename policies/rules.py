@@ -1,6 +1,6 @@
-"""A policy as a pure value: rules by slot, with equality, a hash and a written form.
+"""The rules of a policy by slot, as immutable values with equality, a hash and a `repr`.
 
-Nothing here knows a tree, a file or a plan.
+This file depends on no tree, file or plan.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from .slots import SLOTS, Slot
 
 SlotLike = DTypeLike | Format | Mapping[str, Any] | None
 
-_MOST_REMEMBERED = 1 << 16  # paths
-_MOST_PATTERNS = 256  # a hostile policy should not cost seconds
+_MAX_CACHED = 1 << 16  # paths
+_MAX_PATTERNS = 256  # bounds the time that a hostile policy can take
 
 
 @functools.lru_cache(4096)
 def names_scales(pattern: Pattern) -> bool:
-    """Whether a pattern names scales: `scale_inv`, `**/*scale_inv`, `embed/embedding_scale_inv`."""
+    """Returns whether a pattern is for scales: `scale_inv`, `**/*scale_inv`, `embed/embedding_scale_inv`."""
     return any(name.endswith("scale_inv") for name in pattern.names)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One `pattern: format` line of a slot.
+    """One `pattern: format` entry of a slot.
 
-    pattern   a bare name or an anchored path pattern, without the `?`; "default" for the default
-    format    None leaves the parameter alone
-    optional  whether the pattern may match nothing (written as a trailing `?`)
-    source    file and line, such as "policy.yaml:4"; no part of the rule's identity
+    pattern   a parameter's name or an anchored path pattern, without the `?`; "default" for the default
+    format    the format of the parameters that match; None leaves them unchanged
+    optional  whether the pattern may match nothing (a trailing `?` in the key)
+    source    file and line, such as "policy.yaml:4"; ignored by equality and hash
     """
 
     pattern: str
@@ -53,34 +53,34 @@ class Rule:
 
     @property
     def key(self) -> str:
-        """The pattern as it is written in the map."""
+        """The key in the map: the pattern, with `?` if it is optional."""
         return self.pattern + "?" * self.optional
 
     @property
     def dtype(self) -> np.dtype | None:
-        """The dtype of the format's values."""
+        """The dtype of the format's values; None where the format is None."""
         return None if self.format is None else self.format.values
 
     @property
     def where(self) -> str:
-        """What an error about the rule begins with: its file and line, or nothing."""
+        """The prefix of an error about the rule: "file:line: ", or the empty string without a source."""
         return f"{self.source}: " if self.source else ""
 
     @functools.cached_property
     def compiled(self) -> Pattern:
-        """The pattern, ready to match."""
+        """The compiled pattern."""
         return Pattern.of(self.pattern)
 
     def reaches(self, path: str) -> bool:
-        """Whether the pattern matches `path`; scales are reached only by a pattern that names them."""
+        """Returns whether the rule applies to `path`: a path of scales needs a pattern for scales."""
         return (not is_scale(path) or names_scales(self.compiled)) and self.compiled.matches(path)
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotRules:
-    """What a policy says in one slot: rules in the order written, then the default.
+    """The rules of one slot in their order, and the default.
 
-    A slot that is one dtype is a default without rules; one that is null has neither.
+    A slot that is one dtype has a default and no rules; a slot that is null has neither.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -88,7 +88,7 @@ class SlotRules:
 
     @functools.cached_property
     def _places(self) -> tuple[dict[str, list[int]], list[int]]:
-        """Places in `rules`: of those that name a path in full, by path, and of all others."""
+        """Indices into `rules`: by path for the rules that spell out their paths, and a list for the others."""
         exact: dict[str, list[int]] = collections.defaultdict(list)
         others = []
         for i, rule in enumerate(self.rules):
@@ -99,49 +99,57 @@ class SlotRules:
         return dict(exact), others
 
     @functools.cached_property
-    def _reached(self) -> dict[str, tuple[Rule, ...]]:
-        """What `reaching` found before: a resolution asks of each path several times."""
+    def _cache(self) -> dict[str, tuple[Rule, ...]]:
+        """Results of `reaching`, since resolving a policy asks for each path several times."""
         return {}
 
     def reaching(self, path: str) -> tuple[Rule, ...]:
-        """The rules that reach `path`, in their order."""
-        reached = self._reached.get(path)
-        if reached is None:
+        """Returns all rules that apply to `path`, in their order."""
+        rules = self._cache.get(path)
+        if rules is None:
             exact, others = self._places
             places = [*exact.get(path, ()), *(i for i in others if self.rules[i].reaches(path))]
-            reached = tuple(self.rules[i] for i in sorted(places))
-            if len(self._reached) < _MOST_REMEMBERED:
-                self._reached[path] = reached
-        return reached
+            rules = tuple(self.rules[i] for i in sorted(places))
+            if len(self._cache) < _MAX_CACHED:
+                self._cache[path] = rules
+        return rules
 
     def rule(self, path: str) -> Rule | None:
-        """What decides for the parameter at `path`: the first rule that reaches it, or the default."""
+        """Returns the rule for the parameter at `path`: the first one that applies to it, or the default."""
         first = next(iter(self.reaching(path)), None)
         return self.default if first is None and not is_scale(path) else first
 
     def format(self, path: str) -> Format | None:
-        """The format that the slot gives the parameter at `path`; None leaves it alone."""
+        """Returns the format that the slot has for the parameter at `path`; None leaves the parameter unchanged."""
         rule = self.rule(path)
         return None if rule is None else rule.format
 
     def dtype(self, path: str) -> np.dtype | None:
-        """The dtype of that format's values."""
+        """Returns the dtype of the values of `format(path)`."""
         format = self.format(path)
         return None if format is None else format.values
 
     def plain(self) -> Any:
-        """The slot as constructors, `repr` and YAML write it: None, a format, or a map."""
+        """Returns the value of the slot in constructors, `repr` and YAML: None, a format or a map."""
         default = None if self.default is None or self.default.format is None else self.default.format.plain()
         if not self.rules:
             return default
-        named = {rule.key: None if rule.format is None else rule.format.plain() for rule in self.rules}
-        return named if default is None else named | {"default": default}
+        entries = {rule.key: None if rule.format is None else rule.format.plain() for rule in self.rules}
+        return entries if default is None else entries | {"default": default}
 
 
 def read_slot(
     slot: Slot, value: Any, sources: Mapping[str, str] | None = None, default_source: str | None = None
 ) -> SlotRules:
-    """The rules that `value` writes in `slot`; `sources` gives file and line of a map's keys."""
+    """Returns the rules for the value of a slot.
+
+    value           None, a format, a map from patterns to formats, or rules that are read already
+    sources         file and line by key of a map
+    default_source  file and line of a slot that is not a map
+
+    Raises:
+      UnknownDtype, InvalidPolicy: for a key or a format that the slot does not accept, with file and line if known.
+    """
     if isinstance(value, SlotRules):
         return value
     if not slot.by_parameter:
@@ -149,24 +157,25 @@ def read_slot(
     if not isinstance(value, Mapping):
         return SlotRules(default=_default(slot.read("default", value, "default"), default_source))
     sources, rules, default = sources or {}, [], None
-    for key, written in value.items():
+    for key, format in value.items():
         source = sources.get(key) if isinstance(key, str) else None
         with located(source):
             if not isinstance(key, str) or not key.rstrip("?"):
                 raise InvalidPolicy(
-                    f"{key!r} is no name of a parameter in {slot.name}. Keys are text, such as 'kernel'."
+                    f"{slot.name}: {key!r} is not the name or path of a parameter. Write text such as 'kernel'."
                 )
             pattern, optional = key.removesuffix("?"), key.endswith("?")
             if pattern == "default" and optional:
                 raise InvalidPolicy(f"{slot.name}: default always applies. Write it without '?'.")
             if key == "default":
-                default = _default(slot.read(key, written, "default"), source)
+                default = _default(slot.read(key, format, "default"), source)
                 continue
             kind = "scales" if names_scales(Pattern.of(pattern)) else "rule"
-            rules.append(Rule(pattern, slot.read(key, written, kind), optional, source))
-    if sum(len(rule.compiled.alternatives) for rule in rules if rule.compiled.exact is None) > _MOST_PATTERNS:
+            rules.append(Rule(pattern, slot.read(key, format, kind), optional, source))
+    if sum(len(rule.compiled.alternatives) for rule in rules if rule.compiled.exact is None) > _MAX_PATTERNS:
         raise InvalidPolicy(
-            f"{slot.name}: more than {_MOST_PATTERNS} patterns, alternatives counted. Name paths in full."
+            f"{slot.name}: more than {_MAX_PATTERNS} patterns with '*', counting the alternatives in braces. "
+            "Write the paths without '*'."
         )
     return SlotRules(tuple(rules), default)
 
@@ -177,21 +186,22 @@ def _default(format: Format | None, source: str | None) -> Rule | None:
 
 @contextlib.contextmanager
 def located(source: str | None) -> Iterator[None]:
-    """A context that puts `source` (file and line) in front of the message of a policy's error."""
+    """A context that prefixes `source`, "file:line", to the message of InvalidPolicy and UnknownDtype."""
     try:
         yield
     except (InvalidPolicy, UnknownDtype) as error:
-        if source is None or str(error).startswith(f"{source.rpartition(':')[0]}:"):  # located already
+        if source is None or str(error).startswith(f"{source.rpartition(':')[0]}:"):  # has the prefix already
             raise
         raise type(error)(f"{source}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class PolicyRules:
-    """The rules of every slot and the block of rules that name none: an immutable, hashable value.
+    """The rules of every slot, and the default block: an immutable, hashable value and the base class of `Policy`.
 
-    slots  (name, rules) of every slot that says something, in the order of the table
-    block  (rows, columns); None means (128, 128) where something is quantised, and that a stored pair keeps its own
+    slots  (name, rules) of every slot that is not empty, in the order of `SLOTS`
+    block  (rows, columns) for rules without a block; None means (128, 128) for quantisation, and no change of the block
+           of a stored pair
     """
 
     slots: tuple[tuple[str, SlotRules], ...]
@@ -200,23 +210,23 @@ class PolicyRules:
     def __init__(self, slots: Mapping[str, Any], block: Any = None):
         if unknown := [name for name in slots if name not in SLOTS]:
             raise unknown_slot(unknown[0])
-        read = {name: read_slot(slot, slots[name]) for name, slot in SLOTS.items() if name in slots}
-        said = tuple((name, rules) for name, rules in read.items() if rules != SlotRules())
-        object.__setattr__(self, "slots", said)
+        by_name = {name: read_slot(slot, slots[name]) for name, slot in SLOTS.items() if name in slots}
+        not_empty = tuple((name, rules) for name, rules in by_name.items() if rules != SlotRules())
+        object.__setattr__(self, "slots", not_empty)
         object.__setattr__(self, "block", None if block is None else as_block(block))
 
     def slot(self, name: str) -> SlotRules:
-        """The rules of the slot called `name`; empty where the policy says nothing there."""
+        """Returns the rules of the slot `name`, which may be empty."""
         return dict(self.slots).get(name, SlotRules())
 
     @property
     def params(self) -> SlotRules:
-        """How parameters are stored."""
+        """The rules for the storage of parameters."""
         return self.slot("params")
 
     @property
     def compute(self) -> SlotRules:
-        """How parameters enter arithmetic."""
+        """The rules for the arithmetic on parameters."""
         return self.slot("compute")
 
     def _one(self, name: str) -> np.dtype | None:
@@ -225,7 +235,7 @@ class PolicyRules:
 
     @property
     def output(self) -> np.dtype | None:
-        """The dtype that a model returns; None: the activations' dtype."""
+        """The dtype of a model's result; None: the activations' dtype."""
         return self._one("output")
 
     @property
@@ -235,48 +245,48 @@ class PolicyRules:
 
     @property
     def activations(self) -> np.dtype | None:
-        """The dtype of activations, the compute default; None where the policy names none."""
+        """The dtype of activations, which is the default of `compute`; None if the policy has none."""
         return self._one("compute")
 
     def plain(self) -> dict[str, Any]:
-        """`{slot: what it says}` as constructors and YAML write it, with `block`; null ones left out."""
-        written = {name: rules.plain() for name, rules in self.slots}
-        return written if self.block is None else written | {"block": self.block}
+        """Returns the arguments of the constructor that give an equal policy, without those that are None."""
+        arguments = {name: rules.plain() for name, rules in self.slots}
+        return arguments if self.block is None else arguments | {"block": self.block}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.plain().items())})"
 
     def storage(self, path: str) -> Format | None:
-        """The complete format in which a new parameter at `path` is stored; None: as it comes.
+        """Returns the complete format in which a new parameter at `path` is stored; None: in its own dtype.
 
         Raises:
-          InvalidPolicy: where the kernel's format and a rule for its scales name different dtypes.
+          InvalidPolicy: if the kernel's format and a rule for its scales have different scale dtypes.
         """
         format = self.params.format(path)
         return None if format is None else format.completed(self.block, self.scale(path))
 
     def scale(self, path: str) -> np.dtype | None:
-        """The dtype that the policy names for the scales of the parameter at `path`.
+        """Returns the dtype that the policy requests for the scales of the parameter at `path`; None: unspecified.
 
         Raises:
-          InvalidPolicy: where the kernel's format and a rule for its scales name different ones.
+          InvalidPolicy: if the kernel's format and a rule for its scales have different scale dtypes.
         """
-        rule, scales = self.params.rule(path), self.params.rule(scale_path(path))
-        named = None if rule is None or rule.format is None else rule.format.scale
-        asked = None if scales is None else scales.dtype
-        if named is not None and asked is not None and asked != named:
-            assert rule is not None
-            assert scales is not None
+        kernel_rule, scale_rule = self.params.rule(path), self.params.rule(scale_path(path))
+        by_format = None if kernel_rule is None or kernel_rule.format is None else kernel_rule.format.scale
+        by_rule = None if scale_rule is None else scale_rule.dtype
+        if by_format is not None and by_rule is not None and by_rule != by_format:
+            assert kernel_rule is not None
+            assert scale_rule is not None
             raise InvalidPolicy(
-                f"{scales.where}{scales.key!r} (params) asks {dtype_name(asked)} scales of {path!r}, but its format "
-                f"({rule.key!r}) has {dtype_name(named)} ones. Write null for the scales, or leave the scale out of "
-                "the format."
+                f"{scale_rule.where}{scale_rule.key!r} (params) requests {dtype_name(by_rule)} scales for {path!r}, "
+                f"whose format ({kernel_rule.key!r}) has {dtype_name(by_format)} scales. Write null for the scales, or "
+                "remove the scale from the format."
             )
-        return named or asked
+        return by_format or by_rule
 
 
 def unknown_slot(key: str) -> InvalidPolicy:
-    """The error for a slot that no policy has, with the nearest name."""
+    """Returns the error for a name that is not the name of a slot, with the nearest name."""
     names = [*SLOTS, "block"]
     near = difflib.get_close_matches(key, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

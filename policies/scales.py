@@ -1,4 +1,4 @@
-"""Scales: how they are made of the largest magnitude of a block, rounded to a dtype, and read back."""
+"""Scales: computes them from the largest magnitude of each block, and encodes them in a dtype and decodes them."""
 
 from __future__ import annotations
 
@@ -23,49 +23,55 @@ F32 = np.dtype(np.float32)
 
 
 def amax_rule(amax: Float[Array, "..."], values: np.dtype, scale: np.dtype, exact: bool) -> Float[Array, "..."]:
-    """Float32 scales `amax / largest(values)`, at least the smallest normal number; 1 for a block of zeros.
+    """Returns float32 scales `amax / largest(values)`, at least the smallest normal number; 1 for a block of zeros.
 
-    Scales in f32, bf16 and f16 are rounded to nearest.  In e8m0 and e4m3, whose steps are coarse, they are rounded
-    up, so that no value of the block saturates.
+    Scales in f32, bf16 and f16 are rounded to nearest.  Scales in e8m0 and e4m3, which have few mantissa bits, are
+    rounded up, so that no value of the block saturates.
     """
     return jnp.where(amax == 0, 1.0, least_rule(amax, values, scale, exact))
 
 
 def least_rule(amax: Float[Array, "..."], values: np.dtype, scale: np.dtype, exact: bool) -> Float[Array, "..."]:
-    """`amax_rule`, but a block of zeros has the smallest scale: among the scales of keys and values, which attention
-    compares, it must not stand out."""
+    """Returns float32 scales as `amax_rule` does, but the smallest scale for a block of zeros.
+
+    For cached keys and values: attention compares their scales, so that a block of zeros must not have a large one.
+    """
     largest = dtypes.largest(values)
-    # XLA on the CPU turns a division by anything constant along its inner loop into a product with the reciprocal,
-    # which is an ulp off in half of all cases.  Behind a barrier the divisor is an array of its own, and the quotient
-    # correctly rounded, with and without jit.
+    # On CPUs XLA replaces a division by a loop-invariant divisor by a product with the reciprocal, which is off by an
+    # ulp in half of all cases.  After a barrier the divisor is an array, and the quotient is correctly rounded, with
+    # and without jit.
     divisor = jax.lax.optimization_barrier(jnp.where(amax < 0, 1.0, jnp.float32(largest))) if exact else largest
     floor = max(dtypes.smallest_normal(F32), dtypes.smallest_normal(scale))
     scales = _rounded(jnp.maximum(amax / divisor, floor), scale)
     most = largest_scale(values, scale)
     if dtypes.is_activation(scale) and _nearest(_LARGEST_F32 / largest, scale) <= most:
-        return scales  # no weight has a larger one
+        return scales  # no finite weight has a scale above `most`
     return jnp.where(jnp.isfinite(scales), jnp.minimum(scales, jnp.float32(most)), scales)
 
 
 def shared_exponent_rule(
     amax: Float[Array, "..."], values: np.dtype, scale: np.dtype, exact: bool
 ) -> Float[Array, "..."]:
-    """`2 ** (floor(log2(amax)) - emax)`, emax the exponent of the largest value: OCP's rule, exact by construction.
+    """Returns float32 scales `2 ** (floor(log2(amax)) - emax)`, emax being the exponent of `largest(values)`.
 
-    Values between `largest(values)` and the next power of two saturate.  A block of zeros has scale 1, and no scale is
-    below 2**-126: CPUs flush what is smaller.  Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
+    Values between `largest(values)` and the next power of two saturate.  A block of zeros has scale 1.  The smallest
+    scale is 2**-126, since CPUs flush smaller numbers to zero.
+
+    Source: OCP Microscaling Formats (MX) v1.0, section 6.3.
     """
     emax = math.frexp(dtypes.largest(values))[1] - 1
-    exponent = (jax.lax.bitcast_convert_type(amax, jnp.int32) >> 23) - emax  # amax is no negative number: no sign bit
+    exponent = (jax.lax.bitcast_convert_type(amax, jnp.int32) >> 23) - emax  # the sign bit is 0, since amax >= 0
     scales = jax.lax.bitcast_convert_type(jnp.maximum(exponent, 1) << 23, jnp.float32)
     return jnp.where(amax == 0, 1.0, jnp.where(jnp.isfinite(amax), scales, jnp.nan))
 
 
 ScaleRule = Callable[[jax.Array, np.dtype, np.dtype, bool], jax.Array]
-"""`rule(amax, values, scale, exact)`: float32 scales, each a number of dtype `scale`, for blocks of dtype `values`.
+"""`rule(amax, values, scale, exact)` returns float32 scales of the shape of `amax`, representable in dtype `scale`.
 
-amax   (...) float32, the largest magnitude of each block
-exact  whether the quotient has to be correctly rounded on CPUs too, at the price of a barrier to fusion
+amax    (...) float32, the largest magnitude of each block
+values  the dtype of the values
+scale   the dtype of the scales
+exact   whether the quotient must be correctly rounded on CPUs too, which costs a barrier to fusion
 """
 
 _LARGEST_F32 = float(np.finfo(F32).max)
@@ -73,8 +79,8 @@ _LARGEST_F32 = float(np.finfo(F32).max)
 
 @functools.cache
 def largest_scale(values: np.dtype, scale: np.dtype) -> float:
-    """The largest number of dtype `scale` whose product with the largest of dtype `values` is finite in float32."""
-    largest, overflow = dtypes.largest(values), 2.0**128 - 2.0**103  # from here on float32 rounds to infinity
+    """Returns the largest number of dtype `scale` whose product with `largest(values)` is finite in float32."""
+    largest, overflow = dtypes.largest(values), 2.0**128 - 2.0**103  # float32 rounds larger numbers to infinity
     code = np.array(min(_LARGEST_F32 / largest, dtypes.largest(scale)), scale).view(f"u{scale.itemsize}")
     while float(code.view(scale).astype(F32)) * largest >= overflow:
         code = code - code.dtype.type(1)
@@ -82,12 +88,12 @@ def largest_scale(values: np.dtype, scale: np.dtype) -> float:
 
 
 def _nearest(number: float, dtype: np.dtype) -> float:
-    """`number` rounded to `dtype`."""
+    """Returns `number` rounded to `dtype`."""
     return float(np.array(min(number, dtypes.largest(dtype))).astype(F32).astype(dtype).astype(F32))
 
 
 def _rounded(scales: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Positive float32 `scales` rounded to `dtype`, as float32."""
+    """Returns positive float32 `scales` rounded to a number of `dtype`, in float32."""
     if dtype == F32:
         return scales
     if dtypes.is_activation(dtype):
@@ -105,7 +111,7 @@ def _rounded(scales: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def encode_scales(scales: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Float32 `scales`, which are values of `dtype`, in `dtype`."""
+    """Returns float32 `scales`, which must be representable in `dtype`, in `dtype`."""
     if dtype != E8M0:
         return dtypes.saturating_cast(scales, dtype)
     bits = jax.lax.bitcast_convert_type(scales, jnp.uint32)
@@ -113,7 +119,7 @@ def encode_scales(scales: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def decode_scales(scale_inv: jax.Array) -> jax.Array:
-    """Scales as float32, exactly; 2**-127, which is subnormal there, is zero on CPUs, which flush subnormals."""
+    """Returns scales in float32, exactly, except that CPUs flush an e8m0 scale of 2**-127, a subnormal, to zero."""
     if scale_inv.dtype != E8M0:
         return scale_inv.astype(jnp.float32)
     code = jax.lax.bitcast_convert_type(scale_inv, jnp.uint8).astype(jnp.uint32)
@@ -122,5 +128,5 @@ def decode_scales(scale_inv: jax.Array) -> jax.Array:
 
 
 def can_scale(dtype: np.dtype) -> bool:
-    """Whether the scales of a format may have `dtype`."""
+    """Returns whether the scales of a format may have `dtype`: f32, bf16, f16, e8m0 or e4m3."""
     return dtypes.is_activation(dtype) or dtype in (E8M0, E4M3)

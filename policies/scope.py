@@ -1,4 +1,4 @@
-"""What a module sees of a policy: its own parameters, by name."""
+"""Scopes: a policy relative to the path of one module, which looks up the formats of its parameters by name."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .rules import PolicyRules
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """What a policy resolved to for one parameter of a module.
+    """The storage and compute format of one parameter of a module.
 
-    storage  format as stored; None: as it comes
-    compute  format in which it enters arithmetic; None: narrow as stored, plain in the activations' dtype
+    storage  format in which the parameter is stored; None: in its own dtype
+    compute  format for arithmetic; None: a narrow parameter as stored, another in the activations' dtype
     """
 
     storage: Format | None = None
@@ -25,21 +25,22 @@ class ParamSpec:
 
     @property
     def compute_dtype(self) -> np.dtype | None:
-        """The dtype of `compute`."""
+        """The dtype of the values of `compute`, or None."""
         return None if self.compute is None else self.compute.values
 
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """A policy as one module sees it: `scope.at("attention").spec("kernel")`.
+    """A policy relative to the path of one module: `scope.at("attention").spec("kernel")`.
 
-    Modules take `policy=`, which is a Policy or a Scope, turn it into a Scope with `policy.at()`, hand `scope.at(name)`
-    to their submodules and keep the `ParamSpec`s of their own parameters.
+    A module takes an argument `policy`, a Policy or a Scope, converts it to a Scope with `policy.at()`, passes
+    `scope.at(name)` to its submodules, and stores the `ParamSpec`s of its own parameters.
 
     policy       the whole policy
-    activations  the dtype of activations; None: that of the inputs
+    activations  the dtype of activations; None: the dtype of the inputs
     prefix       the module's path
-    stored       specs of parameters that exist already, by path; None: parameters are yet to be drawn
+    stored       specs of the parameters by path, for a module that is rebuilt around stored variables; None for a new
+                 module, whose parameters will be initialised
     """
 
     policy: PolicyRules
@@ -48,25 +49,25 @@ class Scope:
     stored: Mapping[str, ParamSpec] | None = dataclasses.field(default=None, hash=False)
 
     def at(self, *names: str | int) -> Scope:
-        """The scope of a submodule."""
+        """Returns the scope of a submodule."""
         return dataclasses.replace(self, prefix=(*self.prefix, *map(str, names)))
 
     def path(self, name: str) -> str:
-        """The path of the module's own parameter `name`."""
+        """Returns the path of the module's own parameter `name`."""
         return "/".join((*self.prefix, name))
 
     def spec(self, name: str) -> ParamSpec:
-        """What the policy says of the module's own parameter `name`.
+        """Returns the storage and compute format of the module's own parameter `name`.
 
         Raises:
-          InvalidPolicy: for a parameter that is not among the stored ones.
+          InvalidPolicy: for a parameter that is not among the stored parameters.
         """
         path = self.path(name)
         if self.stored is None:
             return ParamSpec(self.policy.storage(path), self.policy.compute.format(path))
         if path not in self.stored:
             raise InvalidPolicy(
-                f"{path}: the module asks for a parameter that is not among the {len(self.stored)} stored ones. "
-                "Give the variables of the same module."
+                f"{path}: the module has this parameter, but it is not among the stored variables. "
+                "Pass the variables of the same module."
             )
         return self.stored[path]

@@ -1,7 +1,7 @@
-"""The slots of a policy: one table that says what each of them accepts.
+"""The slots of a policy (`params`, `compute`, `output`, `kv_cache`): a table of the values that each slot accepts.
 
-A slot is added by one entry here and by the code that reads it: constructors, YAML, `repr`, equality, strictness and
-errors follow from the entry.
+A new slot needs one entry here and the code that reads it: constructors, YAML, `repr`, equality, the checks of rules
+and the errors follow from the entry.
 """
 
 from __future__ import annotations
@@ -23,29 +23,27 @@ from .scales import amax_rule
 class Slot:
     """One field of a policy.
 
-    name          what constructors and YAML call it
+    name          its name in constructors and in YAML
     by_parameter  True: a map from patterns to formats, or one format for all parameters; False: one dtype
-    check         `check(where, format, kind)` raises UnknownDtype or InvalidPolicy for a format it does not accept;
-                  kind is "rule", "scales" (a rule that names scales) or "default"
-    unset         what it means that the slot says nothing, in a few words
+    check         `check(where, format, kind)` raises UnknownDtype or InvalidPolicy for a format that the slot does not
+                  accept; kind is "rule", "scales" (a rule for scales) or "default"
     """
 
     name: str
     by_parameter: bool
     check: Callable[[str, Format, str], None]
-    unset: str
 
     def read(self, key: str, value: Any, kind: str) -> Format | None:
-        """The format that `value` writes for `key`; None leaves it alone.
+        """Returns the format that `value` stands for as the value of `key`; None for null, which changes nothing.
 
         Raises:
-          UnknownDtype, InvalidPolicy: with the slot and the key.
+          UnknownDtype, InvalidPolicy: for a value that the slot does not accept; the message names slot and key.
         """
         if value is None:
             return None
         where = f"{self.name}: {key}"
         if isinstance(value, str) and value in ("None", "none", "Null", "NULL", "~"):
-            raise InvalidPolicy(f"{where}: {value!r} is text here. To leave a parameter alone write null.")
+            raise InvalidPolicy(f"{where}: {value!r} is text here. To leave a parameter unchanged write null.")
         try:
             format = as_format(value)
         except (UnknownDtype, InvalidPolicy) as error:
@@ -57,18 +55,18 @@ class Slot:
             )
         if format.name is None and (format.rule is not amax_rule or format.activations is not None):
             raise InvalidPolicy(
-                f"{where}: a Format with a rule or activations of its own has to have a name, by which text and stored "
-                "pairs know it. Register it with register_format."
+                f"{where}: a Format with its own scale rule or activation format needs a name, so that YAML and stored "
+                "pairs can refer to it. Register it with register_format."
             )
         self.check(where, format, kind)
         return format
 
     def read_one(self, value: Any) -> Format | None:
-        """The format of a slot that is not by parameter; `{default: …}` is the same as the dtype alone."""
+        """Returns the format of a slot that holds one dtype; `{default: bf16}` means the same as `bf16`."""
         if isinstance(value, Mapping) and "dtype" not in value:
             if set(value) - {"default"}:
                 raise InvalidPolicy(
-                    f"{self.name}: the slot holds one dtype, found the map {dict(value)}. Write f32, say."
+                    f"{self.name}: the slot holds one dtype, found the map {dict(value)}. Write a dtype such as f32."
                 )
             value = value.get("default")
         return self.read("default", value, "default")
@@ -107,13 +105,13 @@ def _check_compute(where: str, format: Format, kind: str) -> None:
         raise InvalidPolicy(f"{where}: scales are always applied in f32. Write null, or leave the rule out.")
     elif format.name is None and (format.block is not None or format.scale is not None):
         raise InvalidPolicy(
-            f"{where}: activations are quantised as a named format says, or as the kernel's own. Write a dtype or a "
-            "name, without block and scale."
+            f"{where}: a compute format has no block or scale of its own: activations use those of a named format or "
+            "of the kernel's format. Write a dtype or the name of a format."
         )
     elif not dtypes.is_activation(format.values) and (format.values.kind == "i" or not format.narrow):
         raise UnknownDtype(
-            f"{where}: {dtypes.dtype_name(format.values)} is no dtype to compute in. "
-            "Write f32, bf16, f16, or a float8 type for matmuls with both operands narrow."
+            f"{where}: matmuls do not compute in {dtypes.dtype_name(format.values)}. "
+            "Write f32, bf16, f16, or a float8 type to make both operands narrow (W8A8)."
         )
 
 
@@ -125,18 +123,17 @@ def _check_kv_cache(where: str, format: Format, kind: str) -> None:
     allowed = dtypes.is_activation(format.values) or format.values in (np.dtype(ml_dtypes.float8_e4m3fn), np.int8)
     if not allowed or format.block is not None or format.scale is not None:
         raise UnknownDtype(
-            f"kv_cache: {format} is no dtype for keys and values. Write f32, bf16, f16, f8_e4m3fn or int8."
+            f"kv_cache: keys and values cannot be cached as {format}. Write f32, bf16, f16, f8_e4m3fn or int8."
         )
 
 
 SLOTS: dict[str, Slot] = {
     slot.name: slot
     for slot in (
-        Slot("params", True, _check_params, "stored as it comes"),
-        Slot("compute", True, _check_compute, "narrow as stored, plain in the activations' dtype"),
-        Slot("output", False, _check_output, "the activations' dtype"),
-        Slot("kv_cache", False, _check_kv_cache, "the activations' dtype"),
+        Slot("params", True, _check_params),
+        Slot("compute", True, _check_compute),
+        Slot("output", False, _check_output),
+        Slot("kv_cache", False, _check_kv_cache),
     )
 }
-"""The table, in the order in which policies are written.  `block` stands beside it: it is no slot, but the block of
-rules that name none."""
+"""Every slot by name, in the order in which a policy is written.  A policy's `block` is not a slot."""

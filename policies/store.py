@@ -1,4 +1,4 @@
-"""Storage: brings arrays from their current format to the one a policy asks."""
+"""Storage: converts arrays from their current format to the format that a policy requests."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .trees import parameters, replace_parameters
 
 
 def store(resolved: Resolved, tree: Any, *, scaled: bool = False) -> Any:
-    """`tree`, which was resolved, as its policy stores it; see `Policy.store`."""
+    """Returns `tree`, of which `resolved` is the resolution, in its storage formats; see `Policy.store`."""
     return replace_parameters(tree, stored_arrays(resolved, parameters(tree)), resolved.formats, scaled=scaled)
 
 
 def stored_arrays(resolved: Resolved, flat: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of `flat`, by path, in the formats they resolved to, scales after their kernel."""
+    """Returns the arrays of `flat` in their storage formats, by path, scales after their kernel."""
     result: dict[str, Any] = {}
     for path, param in resolved.params.items():
         values, scale_inv = store_param(param, flat[path], flat.get(param.scale_path))
@@ -33,10 +33,12 @@ def stored_arrays(resolved: Resolved, flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def store_param(param: ResolvedParam, values: Any, scale_inv: Any = None) -> tuple[Any, Any]:
-    """`(values, scale_inv)` as stored, scale_inv None where there is none; what is kept is not copied.
+    """Returns `(values, scale_inv)` of a parameter in its storage format; scale_inv is None without scales.
+
+    Arrays that do not change are returned without a copy.
 
     Raises:
-      InvalidScale: scales that are not positive finite numbers, or weights that would make such.
+      InvalidScale: if a scale is not a positive finite number, or if weights to quantise are not finite.
     """
     if scale_inv is not None:
         check_scales(param, scale_inv, values)
@@ -47,17 +49,17 @@ def store_param(param: ResolvedParam, values: Any, scale_inv: Any = None) -> tup
 
 
 def makes_scales(param: ResolvedParam) -> bool:
-    """Whether storage makes scales that were not there before."""
+    """Returns whether storage computes new scales for the parameter."""
     return param.change in ("quantised", "requantised")
 
 
 def convert(current: Format, requested: Format, values: Any, scale_inv: Any = None) -> tuple[Any, Any]:
-    """`(values, scale_inv)` from one complete format to another; looks at no value.
+    """Returns `(values, scale_inv)` converted from one complete format to another, without checks.
 
-    For whole blocks of rows of a parameter it gives those rows of what it gives for the whole.
+    Blocks of rows are independent: the conversion of whole blocks of rows equals those rows of the conversion of the
+    whole parameter.
     """
-    how = change(current, requested, values.shape)
-    if how == "kept":
+    if change(current, requested, values.shape) == "kept":
         if requested.scale is None or requested.scale == current.scale:
             return values, scale_inv
         return values, encode_scales(decode_scales(scale_inv), requested.scale)
@@ -70,41 +72,42 @@ def convert(current: Format, requested: Format, values: Any, scale_inv: Any = No
 
 
 def check_scales(param: ResolvedParam, scale_inv: Any, values: Any = None) -> None:
-    """Raises InvalidScale unless every scale is positive and finite; traced values pass unseen.
+    """Raises InvalidScale unless every scale is positive and finite; traced scales are not checked.
 
-    A scale of zero passes where `values` shows that its block is all zeros: writers that do not clamp make them.
+    A scale of zero is valid where all `values` of its block are zero, since some writers do not clamp scales.
     """
     if isinstance(scale_inv, jax.core.Tracer):
         return
     scales = np.asarray(scale_inv).astype(np.float32)
-    wrong = ~((scales > 0) & np.isfinite(scales))
+    invalid = ~((scales > 0) & np.isfinite(scales))
     if values is not None and (scales == 0).any() and not isinstance(values, jax.core.Tracer):
-        wrong &= ~((scales == 0) & zero_blocks(values, param.current.format))
-    _refuse(param.scale_path, scales, wrong, "scales are positive finite numbers")
+        invalid &= ~((scales == 0) & zero_blocks(values, param.current.format))
+    _raise_invalid(param.scale_path, scales, invalid, "scales are positive finite numbers")
 
 
 def zero_blocks(values: Any, format: Format) -> np.ndarray:
-    """Which blocks are all zeros, of the grid's shape; on the host."""
+    """Returns a boolean array of the grid's shape, on the host: True for blocks whose values are all zero."""
     assert format.block is not None
-    some = np.asarray(values).astype(np.float32) != 0
-    for axis, side in zip((-2, -1), block_sides(format.block, some.shape), strict=True):
-        some = np.logical_or.reduceat(some, np.arange(0, some.shape[axis], side), axis=axis)
-    zero: np.ndarray = ~some
+    nonzero = np.asarray(values).astype(np.float32) != 0
+    for axis, side in zip((-2, -1), block_sides(format.block, nonzero.shape), strict=True):
+        nonzero = np.logical_or.reduceat(nonzero, np.arange(0, nonzero.shape[axis], side), axis=axis)
+    zero: np.ndarray = ~nonzero
     return zero
 
 
 def check_made(param: ResolvedParam, scale_inv: Any) -> None:
-    """Raises InvalidScale where the scales made for a parameter are none: its weights are not finite."""
+    """Raises InvalidScale if new scales are not positive and finite, which means that weights are not finite."""
     if not isinstance(scale_inv, jax.core.Tracer):
         scales = np.asarray(scale_inv).astype(np.float32)
         problem = "the weights of a block hold NaN or infinity, so they have no scale"
-        _refuse(param.path, scales, ~((scales > 0) & np.isfinite(scales)), problem)
+        _raise_invalid(param.path, scales, ~((scales > 0) & np.isfinite(scales)), problem)
 
 
-def _refuse(path: str, scales: np.ndarray, wrong: np.ndarray, problem: str) -> None:
-    if wrong.any():
-        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+def _raise_invalid(path: str, scales: np.ndarray, invalid: np.ndarray, problem: str) -> None:
+    """Raises InvalidScale for the first invalid scale, if there is one."""
+    if invalid.any():
+        index = tuple(int(i) for i in np.argwhere(invalid)[0])
         raise InvalidScale(
-            f"{path}: {problem}; found {scales[index]} at block {index}, and {int(wrong.sum())} such of {wrong.size}. "
-            "The weights are damaged: fetch or make them again."
+            f"{path}: {problem}; found {scales[index]} at block {index}, and {int(invalid.sum())} such of "
+            f"{invalid.size}. The weights are damaged: fetch or make them again."
         )

@@ -1,4 +1,4 @@
-"""Targets: the device that a program is compiled for."""
+"""Targets: the platform and compute capability for which a program is compiled."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ HOPPER = (9, 0)
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a program is compiled for.
+    """The platform and compute capability for which a program is compiled.
 
     platform    "cpu", "cuda", "rocm" or "tpu"
-    capability  CUDA's compute capability, (9, 0) for H100 and H200; None: not known
+    capability  compute capability of an NVIDIA GPU, (9, 0) for H100 and H200; None: unknown
     """
 
     platform: str
@@ -28,7 +28,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str | Target) -> Target:
-        """The target that `cpu`, `tpu`, `cuda` or `cuda:9.0` names; `here` is what this process computes on.
+        """Returns the target for `cpu`, `tpu`, `rocm`, `cuda`, `cuda:9.0` or `here`, the device of this process.
 
         >>> Target.parse("cuda:9.0")
         Target(platform='cuda', capability=(9, 0))
@@ -42,35 +42,37 @@ class Target:
             return here()
         platform, _, capability = text.partition(":")
         if platform not in ("cpu", "cuda", "rocm", "tpu"):
-            raise UnknownTarget(f"{text!r} is no target. Write here, cpu, tpu, rocm, cuda, or cuda:9.0 (H100, H200).")
+            raise UnknownTarget(
+                f"{text!r} is not a target. Write here, cpu, tpu, rocm, cuda, or cuda:9.0 (H100, H200)."
+            )
         try:
             return cls(platform, _capability(capability) if capability else None)
         except ValueError:
-            raise UnknownTarget(f"{text!r} is no target: a compute capability is written 9.0.") from None
+            raise UnknownTarget(f"{text!r} is not a target. Write the compute capability as in cuda:9.0.") from None
 
     def __str__(self) -> str:
         return self.platform + (":{}.{}".format(*self.capability) if self.capability else "")
 
 
-# Part of the keys under which jax caches traces: a function traced outside the context is traced again within.
+# A user context is part of JAX's cache keys: a function that was traced outside the context is traced again inside it.
 _override = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def targeting(target: str | Target | None) -> Iterator[None]:
-    """A context in which programs are traced as for `target`; None changes nothing."""
+    """A context in which programs are traced for `target`; None changes nothing."""
     with _override(_override.value if target is None else Target.parse(target)):
         yield
 
 
 def here() -> Target:
-    """What programs are compiled for: the target of `targeting`, the mesh in use, or JAX's default device."""
+    """Returns the current target: that of `targeting`, else of the current mesh, else of JAX's default device."""
     if isinstance(_override.value, Target):
         return _override.value
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None and "NVIDIA" in device.device_kind:
-        known = ("H100", "H200", "H800", "H20", "GH200")
-        return Target("cuda", HOPPER if any(name in device.device_kind for name in known) else None)
+        hopper = ("H100", "H200", "H800", "H20", "GH200")
+        return Target("cuda", HOPPER if any(name in device.device_kind for name in hopper) else None)
     platform = jax.default_backend()
     if platform != "gpu":
         return Target(platform)

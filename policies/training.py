@@ -1,7 +1,7 @@
-"""Training over narrow storage: trainable and frozen parameters, and a guard for optimizers.
+"""Training with narrow parameters: splits a tree into a trainable and a frozen part, and checks optimizer inputs.
 
-NNX modules need none of this: scaled pairs are `Narrow` variables, which `nnx.grad` and `nnx.Optimizer` over
-`nnx.Param` skip. These functions are for plain trees and states.
+These functions are for trees and states.  NNX modules do not need them: scaled pairs are `Narrow` variables, which
+`nnx.grad` and `nnx.Optimizer` over `nnx.Param` ignore.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .trees import is_leaf, map_parameters, parameters, rebox, unbox
 
 
 def partition(variables: Any, trainable: str | Iterable[str] | Callable[[str], bool] = "**") -> tuple[Any, Any]:
-    """`(trainable, frozen)`: the chosen floating-point parameters, and everything else.
+    """Returns `(trainable, frozen)`: the chosen floating-point parameters, and all other leaves.
 
     trainable  patterns of paths, or a function of the path; by default all parameters. Scaled pairs, integers and other
-               state are frozen whatever it says
+               state are always frozen
 
     Both halves have the structure of `variables`, with None in place of leaves of the other half, so that gradients and
     optimizers see the trainable leaves only; an `nnx.State` is divided into two states. `combine` joins the halves.
@@ -40,20 +40,20 @@ def partition(variables: Any, trainable: str | Iterable[str] | Callable[[str], b
     flat = parameters(variables)
     narrow = {path for path in flat if not is_scale(path) and scale_path(path) in flat}
     scales = {scale_path(path) for path in narrow}
-    can_train = [path for path, x in flat.items() if _trains(x.dtype) and path not in narrow | scales]
-    trained = set(filter(_chosen(trainable, can_train), can_train))
+    can_train = [path for path, x in flat.items() if _is_trainable(x.dtype) and path not in narrow | scales]
+    paths = set(filter(_choice(trainable, can_train), can_train))
     if isinstance(variables, nnx.State):
-        leaves = [("/".join(map(str, keys)) in trained, (keys, leaf)) for keys, leaf in nnx.to_flat_state(variables)]
-        inside = nnx.from_flat_state([leaf for is_trained, leaf in leaves if is_trained])
-        return inside, nnx.from_flat_state([leaf for is_trained, leaf in leaves if not is_trained])
-    mask = map_parameters(lambda path, leaf: rebox(leaf, _Trained()) if path in trained else leaf, variables)
-    sides = jax.tree.map(lambda leaf, mark: isinstance(unbox(mark), _Trained), variables, mask, is_leaf=is_leaf)
-    inside = jax.tree.map(lambda leaf, side: leaf if side else None, variables, sides, is_leaf=is_leaf)
-    return inside, jax.tree.map(lambda leaf, side: None if side else leaf, variables, sides, is_leaf=is_leaf)
+        leaves = [("/".join(map(str, keys)) in paths, (keys, leaf)) for keys, leaf in nnx.to_flat_state(variables)]
+        first = nnx.from_flat_state([leaf for in_first, leaf in leaves if in_first])
+        return first, nnx.from_flat_state([leaf for in_first, leaf in leaves if not in_first])
+    marked = map_parameters(lambda path, leaf: rebox(leaf, _Trainable()) if path in paths else leaf, variables)
+    mask = jax.tree.map(lambda leaf, mark: isinstance(unbox(mark), _Trainable), variables, marked, is_leaf=is_leaf)
+    first = jax.tree.map(lambda leaf, in_first: leaf if in_first else None, variables, mask, is_leaf=is_leaf)
+    return first, jax.tree.map(lambda leaf, in_first: None if in_first else leaf, variables, mask, is_leaf=is_leaf)
 
 
-def _chosen(trainable: str | Iterable[str] | Callable[[str], bool], paths: list[str]) -> Callable[[str], bool]:
-    """The choice as a function of the path."""
+def _choice(trainable: str | Iterable[str] | Callable[[str], bool], paths: list[str]) -> Callable[[str], bool]:
+    """Returns the choice of parameters as a function of the path."""
     if callable(trainable):
         return trainable
     texts = [trainable] if isinstance(trainable, str) else list(trainable)
@@ -67,16 +67,16 @@ def _chosen(trainable: str | Iterable[str] | Callable[[str], bool], paths: list[
     return lambda path: any(pattern.matches(path) for pattern in patterns.values())
 
 
-def _trains(dtype: Any) -> bool:
+def _is_trainable(dtype: Any) -> bool:
     return dtypes.is_floating(dtype) and not dtypes.is_narrow(dtype)
 
 
-class _Trained:
-    """A mark in the place of a leaf."""
+class _Trainable:
+    """A marker that replaces a trainable leaf."""
 
 
 def combine(trainable: Any, frozen: Any) -> Any:
-    """The variables whose two halves are given; the inverse of `partition`."""
+    """Returns the variables that `partition` divided into `trainable` and `frozen`."""
     if isinstance(trainable, nnx.State):
         return nnx.merge_state(trainable, frozen)
     return jax.tree.map(
@@ -88,9 +88,9 @@ def combine(trainable: Any, frozen: Any) -> Any:
 
 
 def refuse_narrow() -> optax.GradientTransformation:
-    """A transform that changes nothing and refuses to be initialised with a narrow leaf; put it first in `optax.chain`.
+    """Returns an identity transformation whose `init` raises an error for narrow leaves; put it first in `optax.chain`.
 
-    `optax.adam` over float8 parameters would keep float8 moments, which round every step away.
+    `optax.adam` would give float8 parameters float8 moments, in which small updates are rounded away.
 
     Raises:
       UnsupportedCast: from `init`, with the path of the leaf.
@@ -101,8 +101,8 @@ def refuse_narrow() -> optax.GradientTransformation:
             if dtypes.is_narrow(leaf.dtype):
                 raise UnsupportedCast(
                     f"{path}: {dtypes.dtype_name(leaf.dtype)} {leaf.shape} cannot be trained: its moments would be "
-                    "narrow, and an update smaller than half a step is lost. Give the optimizer the first half of "
-                    "perparam.training.partition(variables), or store the parameter as f32."
+                    "narrow, and updates smaller than half a step would be lost. Initialise the optimizer with the "
+                    "first result of perparam.training.partition(variables), or store the parameter as f32."
                 )
         return optax.EmptyState()
 

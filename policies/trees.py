@@ -1,7 +1,8 @@
-"""Trees of parameters: from any Flax or plain tree to `{path: array}`, and back.
+"""Trees of parameters: converts any Flax tree or pytree to `{path: array}`, and replaces arrays in it by path.
 
-Paths are what users see: Linen's `params/`, NNX's `.value` and boxes (`nn.Partitioned`) do not appear.  A scaled pair
-is two entries, the values and their scales, whether the tree has them side by side or as one `ScaledArray`.
+Paths are those in policies and plans: without Linen's `params/`, NNX's `.value` and boxes such as `nn.Partitioned`.  A
+scaled pair has two paths, one for the values and one for the scales, whether the tree contains two arrays or one
+`ScaledArray`.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from .paths import is_scale, scale_path
 
 
 class Narrow(nnx.Variable[Any]):
-    """One half of a scaled pair, the kernel or its scales; `block` is the block of the scales.
+    """An NNX variable for a narrow kernel or its scales; its metadata `block` is the block of the scales.
 
-    It is no `nnx.Param`, so `nnx.grad` and `nnx.Optimizer` over `nnx.Param` pass narrow kernels by.
+    It is not an `nnx.Param`, so that `nnx.grad` and `nnx.Optimizer` over `nnx.Param` ignore narrow kernels.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayInfo:
-    """Shape and format of a parameter, without its values.
+    """Shape and format of a parameter or of scales, without the array.
 
-    shape   logical: of the array that it represents
-    format  of a narrow kernel's own values where its scales are not known yet, scale None; block None: unknown
+    shape   shape of the represented array
+    format  its format; for a narrow array that is described without its scales, scale is None, and block is None if it
+            is unknown
     """
 
     shape: tuple[int, ...]
@@ -47,45 +49,45 @@ class ArrayInfo:
 
     @property
     def block(self) -> Block | None:
-        """The block of the scales; None where there are none, or where it is not known."""
+        """(rows, columns) that share one scale; None without scales, or if the block is unknown."""
         return self.format.block
 
     @property
     def bytes(self) -> int:
-        """Bytes of the values, scales apart."""
+        """Bytes of the values, without the scales."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def is_leaf(node: Any) -> bool:
-    """Whether `node` is one parameter: a variable or a box that holds the array, or a ScaledArray."""
+    """Returns whether `node` is an NNX variable, a Linen box or a ScaledArray, which are each one leaf here."""
     return isinstance(node, (nnx.Variable, meta.AxisMetadata, ScaledArray))
 
 
 def unbox(leaf: Any) -> Any:
-    """The array inside."""
+    """Returns the value of a variable or box; any other leaf itself."""
     if isinstance(leaf, nnx.Variable):
         return leaf.get_value()
     return leaf.unbox() if isinstance(leaf, meta.AxisMetadata) else leaf
 
 
 def rebox(leaf: Any, value: Any) -> Any:
-    """`value` in the box that `leaf` is."""
+    """Returns `value` in a variable or box like `leaf`; `value` itself if `leaf` is neither."""
     if isinstance(leaf, nnx.Variable):
         return leaf.replace(value)
     return leaf.replace_boxed(value) if isinstance(leaf, meta.AxisMetadata) else value
 
 
 def is_linen(tree: Any) -> bool:
-    """Whether `tree` is a Linen variable dict, whose parameters are the collection `params`."""
+    """Returns whether `tree` is a Linen variable dict, whose parameters are in the collection `params`."""
     return isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping)
 
 
 def is_parameter(leaf: Any, nnx_tree: bool = False) -> bool:
-    """Whether a leaf is under the policy: an array or shape; of an NNX tree `nnx.Param` and `Narrow` alone."""
+    """Returns whether a leaf is a parameter: an array or shape; in an NNX tree only an `nnx.Param` or `Narrow`."""
     if isinstance(leaf, nnx.Variable):
         return isinstance(leaf, (nnx.Param, Narrow))
     value = unbox(leaf)
-    # A PRNG key has a dtype that numpy does not know.
+    # The dtype of a PRNG key is not an np.dtype.
     return not nnx_tree and hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype)
 
 
@@ -97,7 +99,7 @@ def _component(key: Any) -> str:
 
 
 def map_parameters(function: Callable[[str, Any], Any], tree: Any, prefix: str = "") -> Any:
-    """`tree` with `function(path, leaf)` in place of every parameter; boxes are handed over closed."""
+    """Returns `tree` with every parameter replaced by `function(path, leaf)`; a leaf can be a variable or box."""
     linen, nnx_tree = is_linen(tree) and not prefix, isinstance(tree, (nnx.State, nnx.Module))
 
     def visit(keys: tuple[Any, ...], leaf: Any) -> Any:
@@ -110,25 +112,25 @@ def map_parameters(function: Callable[[str, Any], Any], tree: Any, prefix: str =
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The parameters of `tree` by path, in the tree's order, boxes closed and `ScaledArray`s whole."""
+    """Returns the parameters of `tree` by path, in the tree's order, as variables, boxes, ScaledArrays or arrays."""
     flat: dict[str, Any] = {}
 
-    def note(path: str, leaf: Any) -> Any:
+    def add(path: str, leaf: Any) -> Any:
         if path in flat:
             raise UnsupportedCast(f"{path}: two parameters of the tree have this path. Rename one.")
         flat[path] = leaf
         return leaf
 
-    # As a state, a module's shared variables count once.
-    map_parameters(note, nnx.state(tree) if isinstance(tree, nnx.Module) else tree, prefix)
+    # The state of a module contains a shared variable once.
+    map_parameters(add, nnx.state(tree) if isinstance(tree, nnx.Module) else tree, prefix)
     for path, leaf in flat.items():
         if isinstance(unbox(leaf), ScaledArray) and scale_path(path) in flat:
-            raise UnsupportedCast(f"{path}: a ScaledArray, and scales beside it. Remove {scale_path(path)!r}.")
+            raise UnsupportedCast(f"{path}: a ScaledArray has scales beside it. Remove {scale_path(path)!r}.")
     return flat
 
 
 def parameters(tree: Any) -> dict[str, Any]:
-    """The arrays (or shapes) of `tree` by path, in the tree's order; scales after their kernel in a `ScaledArray`."""
+    """Returns the arrays or shapes of `tree` by path, in the tree's order; a ScaledArray gives values, then scales."""
     flat: dict[str, Any] = {}
     for path, leaf in _leaves(tree).items():
         value = unbox(leaf)
@@ -140,7 +142,7 @@ def parameters(tree: Any) -> dict[str, Any]:
 
 
 def describe(tree: Any) -> dict[str, ArrayInfo]:
-    """Shape and format, as far as it is known, of every parameter of `tree`, scales included."""
+    """Returns shape and format, as far as the tree specifies it, of every parameter of `tree`, including scales."""
     result: dict[str, ArrayInfo] = {}
     for path, leaf in _leaves(tree).items():
         value = unbox(leaf)
@@ -157,7 +159,7 @@ def describe(tree: Any) -> dict[str, ArrayInfo]:
 
 
 def variables_by_path(state: nnx.State[Any, Any]) -> dict[str, Any]:
-    """The array of every variable of an NNX state by path, parameter or not; arrays in no variable are left out."""
+    """Returns the array of every variable of an NNX state by path; arrays outside of variables are omitted."""
     flat = nnx.to_flat_state(state)
     return {"/".join(map(str, keys)): unbox(leaf) for keys, leaf in flat if isinstance(leaf, nnx.Variable)}
 
@@ -165,14 +167,16 @@ def variables_by_path(state: nnx.State[Any, Any]) -> dict[str, Any]:
 def replace_parameters(
     tree: Any, flat: Mapping[str, Any], formats: Mapping[str, Format], *, scaled: bool = False
 ) -> Any:
-    """`tree` with the arrays of `flat`: parameters that `flat` lacks are removed, new scales are put beside their
-    kernel, or with it into a `ScaledArray` where the container has no room for a sibling.
+    """Returns `tree` with the arrays of `flat`.
 
-    formats  the format of each narrow kernel by path; NNX variables remember its block
+    Parameters that are not in `flat` are removed.  New scales are added beside their kernel; in containers with fixed
+    fields, kernel and scales become one `ScaledArray`.
+
+    formats  the format of each narrow kernel by path; NNX variables store its block
     scaled   whether pairs in mappings become `ScaledArray`s too
 
     Raises:
-      UnsupportedCast: where scales have a field of their own, which cannot be removed.
+      UnsupportedCast: if scales must be removed that are a field of their container.
     """
     if isinstance(tree, nnx.State):
         return _replace_state(tree, flat, formats)
@@ -185,72 +189,74 @@ def replace_parameters(
 
 @dataclasses.dataclass(frozen=True)
 class _Replacement:
-    """See `replace_parameters`."""
+    """The arguments of `replace_parameters`, with its recursion."""
 
     flat: Mapping[str, Any]
     formats: Mapping[str, Format]
     scaled: bool
 
     def node(self, node: Any, path: str) -> Any:
-        """The part of a tree that stands at `path`."""
+        """Returns the subtree `node` at `path` with its parameters replaced."""
         prefix = f"{path}/" if path else ""
         if isinstance(node, Mapping) and not is_leaf(node):
             return self._mapping(node, prefix)
         if type(node) in (list, tuple):
             return type(node)(self.node(child, f"{prefix}{i}") for i, child in enumerate(node))
-        here = _leaves(node, path)
-        alone = [where for where in here if where in self.formats and scale_path(where) not in here]
-        if isinstance(node, nnx.Module) and alone:
+        leaves = _leaves(node, path)
+        unpaired = [leaf for leaf in leaves if leaf in self.formats and scale_path(leaf) not in leaves]
+        if isinstance(node, nnx.Module) and unpaired:
             raise UnsupportedCast(
-                f"{alone[0]}: a {type(node).__name__} that exists has no place for scales, and would read its kernels "
-                "without them. Use perparam.init and perparam.apply, or store nnx.state(module)."
+                f"{unpaired[0]}: scales cannot be added to an existing {type(node).__name__}, which would use its "
+                "kernels without them. Use perparam.init and perparam.apply, or store nnx.state(module)."
             )
-        if gone := [where for where in here if where not in self.flat]:
+        if removed := [leaf for leaf in leaves if leaf not in self.flat]:
             raise UnsupportedCast(
-                f"{gone[0]}: the scales cannot be removed from a {type(node).__name__}. Keep them in a mapping, or "
-                "give the pair as one ScaledArray."
+                f"{removed[0]}: the scales cannot be removed from a {type(node).__name__}. Store the pair in a "
+                "mapping, or as one ScaledArray."
             )
 
-        def replaced(where: str, leaf: Any) -> Any:
-            return self._leaf(where, leaf, alone=scale_path(where) not in here)
+        def replace(leaf_path: str, leaf: Any) -> Any:
+            return self._leaf(leaf_path, leaf, as_one=scale_path(leaf_path) not in leaves)
 
-        return map_parameters(replaced, node, path)
+        return map_parameters(replace, node, path)
 
-    def _leaf(self, path: str, leaf: Any, alone: bool) -> Any:
-        """The leaf at `path`, as a `ScaledArray` where it is narrow and its scales have no place of their own."""
-        if path in self.formats and alone:
+    def _leaf(self, path: str, leaf: Any, as_one: bool) -> Any:
+        """Returns the new leaf at `path`; `as_one` makes a narrow parameter and its scales one `ScaledArray`."""
+        if path in self.formats and as_one:
             return rebox(leaf, ScaledArray(self.flat[path], self.flat[scale_path(path)], self.formats[path]))
         return rebox(leaf, self.flat[path])
 
     def _mapping(self, node: Mapping[Any, Any], prefix: str) -> Any:
-        def is_whole(key: Any, child: Any) -> bool:
+        """Returns a mapping with its parameters replaced, scales added and scales removed."""
+
+        def is_one(key: Any, child: Any) -> bool:
             """Whether a child is, or becomes, one `ScaledArray`."""
             return f"{prefix}{key}" in self.formats and (self.scaled or isinstance(unbox(child), ScaledArray))
 
-        whole = {key for key, child in node.items() if is_whole(key, child)}
-        inside = {scale_path(str(key)) for key in whole}
+        scaled_arrays = {key for key, child in node.items() if is_one(key, child)}
+        absorbed = {scale_path(str(key)) for key in scaled_arrays}  # scales that are part of a ScaledArray
         children: dict[Any, Any] = {}
         for key, child in node.items():
-            where, name = f"{prefix}{key}", scale_path(str(key))
-            if key in inside or (where not in self.flat and is_parameter(child)):
+            path, scale_key = f"{prefix}{key}", scale_path(str(key))
+            if key in absorbed or (path not in self.flat and is_parameter(child)):
                 continue
-            if key in whole:
-                children[key] = self._leaf(where, child, alone=True)
-            elif where not in self.formats:
-                children[key] = self.node(child, where)
+            if key in scaled_arrays:
+                children[key] = self._leaf(path, child, as_one=True)
+            elif path not in self.formats:
+                children[key] = self.node(child, path)
             else:
-                children[key] = self._leaf(where, child, alone=False)
-                if name not in node:
+                children[key] = self._leaf(path, child, as_one=False)
+                if scale_key not in node:
                     if not isinstance(key, str):
                         raise UnsupportedCast(
-                            f"{where}: its scales need a name beside the key {key!r}. Use text for keys."
+                            f"{path}: scales can only be added beside a key that is text, found {key!r}. Use text keys."
                         )
-                    children[name] = _box_of_scales(child, self.flat[scale_path(where)])
+                    children[scale_key] = _box_of_scales(child, self.flat[scale_path(path)])
         return FrozenDict(children) if isinstance(node, FrozenDict) else children
 
 
 def _box_of_scales(kernel: Any, scale_inv: Any) -> Any:
-    """Scales in a box like their kernel's, replicated: an axis of the grid need not divide among a mesh's devices."""
+    """Returns scales in a box like their kernel's, but replicated, since their axes may not divide among devices."""
     if hasattr(kernel, "names"):
         kernel = dataclasses.replace(kernel, names=(None,) * scale_inv.ndim)
     return rebox(kernel, scale_inv) if isinstance(kernel, meta.AxisMetadata) else scale_inv
@@ -259,7 +265,10 @@ def _box_of_scales(kernel: Any, scale_inv: Any) -> Any:
 def _replace_state(
     state: nnx.State[Any, Any], flat: Mapping[str, Any], formats: Mapping[str, Format]
 ) -> nnx.State[Any, Any]:
-    """A pair's variables become `Narrow`, with the metadata they had; a dissolved pair's become `nnx.Param`."""
+    """Returns an NNX state with the arrays of `flat`.
+
+    The variables of a scaled pair become `Narrow` and a dequantised kernel becomes an `nnx.Param`, with their metadata.
+    """
     variables = {"/".join(map(str, keys)): (keys, leaf) for keys, leaf in nnx.to_flat_state(state)}
     leaves = []
     for path, (keys, leaf) in variables.items():
@@ -267,23 +276,25 @@ def _replace_state(
         if not is_parameter(leaf, nnx_tree=True):
             leaves.append((keys, leaf))
         elif is_scale(path):
-            continue  # beside its kernel, or dissolved
+            continue  # added after its kernel, or removed
         elif path in flat and scales in flat:
-            leaves.append((keys, _retyped(leaf, Narrow, flat[path], block=formats[path].block)))
+            leaves.append((keys, _with_type(leaf, Narrow, flat[path], block=formats[path].block)))
             if scales in variables:
-                sibling, like = variables[scales]
-                leaves.append((sibling, _retyped(like, Narrow, flat[scales], block=formats[path].block)))
-            else:
+                sibling, scale_leaf = variables[scales]
+                leaves.append((sibling, _with_type(scale_leaf, Narrow, flat[scales], block=formats[path].block)))
+            else:  # replicated, as in `_box_of_scales`
                 sibling = (*keys[:-1], scale_path(str(keys[-1])))
-                leaves.append((sibling, Narrow(flat[scales], block=formats[path].block)))  # replicated, as above
+                leaves.append((sibling, Narrow(flat[scales], block=formats[path].block)))
         elif path in flat:
-            leaves.append((keys, _retyped(leaf, nnx.Param if isinstance(leaf, Narrow) else type(leaf), flat[path])))
+            leaves.append((keys, _with_type(leaf, nnx.Param if isinstance(leaf, Narrow) else type(leaf), flat[path])))
     return nnx.from_flat_state(leaves)
 
 
-def _retyped(leaf: nnx.Variable[Any], kind: type[nnx.Variable[Any]], value: Any, **metadata: Any) -> nnx.Variable[Any]:
-    """A variable of type `kind` that holds `value`, with the metadata of `leaf` and `metadata`."""
+def _with_type(
+    leaf: nnx.Variable[Any], kind: type[nnx.Variable[Any]], value: Any, **metadata: Any
+) -> nnx.Variable[Any]:
+    """Returns a variable of type `kind` with `value`, the metadata of `leaf` except its block, and `metadata`."""
     if type(leaf) is kind and not metadata:
         return leaf.replace(value)
-    kept = {name: item for name, item in leaf.get_metadata().items() if name != "block"}
-    return kind(value, **{**kept, **metadata})
+    current = {name: item for name, item in leaf.get_metadata().items() if name != "block"}
+    return kind(value, **{**current, **metadata})

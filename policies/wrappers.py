@@ -1,7 +1,7 @@
-"""`init` and `apply`: any Flax module, Linen or NNX, under a policy.
+"""`init` and `apply`: initialise and run any Flax module, Linen or NNX, with a policy.
 
-A module that takes `policy=` reads it itself.  Any other is run unchanged: its parameters are stored as the policy
-says, and inside the compiled program each is cast, or dequantised, to its compute dtype just before the module runs.
+A module with an argument `policy` applies it itself.  Any other module runs unchanged: its parameters are in their
+storage format, and inside the compiled program each is cast or dequantised to its compute dtype before the module runs.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ AnyModule = nn.Module | Callable[..., nnx.Module]
 
 
 def init(module: AnyModule, policy: Any, key: Any, *inputs: Any, **kwargs: Any) -> Any:
-    """The variables of `module`, drawn as it draws them (in float32, say) and then stored as `policy` says.
+    """Returns the variables of `module`, initialised by the module and then converted to their storage format.
 
-    module  a Linen module, or for NNX whatever is called as `module(rngs=rngs)`: a class, a partial, a lambda; one
-            that takes `policy=` gets it and stores its own parameters
-    policy  anything `get_policy` takes
+    module  a Linen module, or for NNX a callable `module(rngs=rngs)`: a class, a partial, a lambda; a callable with an
+            argument `policy` gets the policy and stores its own parameters
+    policy  any value that `get_policy` accepts
     key     a PRNG key, or a dict of keys by stream
-    inputs  what Linen traces the module with; NNX needs none
+    inputs  example inputs with which Linen traces the module; NNX needs none
 
-    Returns Linen's variable dict or an `nnx.State`.  A kernel that became narrow has its `scale_inv` beside it.
+    The result is Linen's variable dict or an `nnx.State`.  A kernel that is quantised has its `scale_inv` beside it.
 
     >>> variables = init(nn.Dense(3), {"params": {"kernel": "f8_e4m3fn"}}, jax.random.key(0), np.ones((1, 2), "f4"))
     >>> {name: x.dtype.name for name, x in variables["params"].items()}
     {'kernel': 'float8_e4m3fn', 'scale_inv': 'float32', 'bias': 'float32'}
 
     Raises:
-      UnmatchedRule, ShadowedRule: a rule that decides nothing.
+      UnmatchedRule, ShadowedRule: for a rule without effect.
     """
     policy = get_policy(policy)
     if isinstance(module, nn.Module):
@@ -57,7 +57,7 @@ def init(module: AnyModule, policy: Any, key: Any, *inputs: Any, **kwargs: Any) 
     rngs = nnx.Rngs(**key) if isinstance(key, Mapping) else nnx.Rngs(key)
     if takes_policy(module):
         state = nnx.state(module(policy=policy, rngs=rngs))
-        resolve(policy, state)  # a module reads names one by one; here every rule is checked to have met one
+        resolve(policy, state)  # raises for rules without effect, which the lookups of single names cannot detect
         return state
     state = nnx.state(module(rngs=rngs))
     return store(resolve(policy, state), state)
@@ -73,19 +73,21 @@ def apply(
     method: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """What `module` returns for `inputs` with `variables` as `init` stored them, in the policy's output dtype.
+    """Returns the result of `module` for `inputs` and the `variables` from `init`, cast to the policy's output dtype.
 
-    Floating-point inputs are cast to the compute default where there is one.  Parameters are cast or dequantised as
-    the compute slot says, and nothing is stored anew; Flax's own promotion rules hold inside a module that knows
-    nothing of perparam.
+    Floating-point inputs are cast to the default of the compute slot if it has one.  Parameters are cast or dequantised
+    as the compute slot specifies; `variables` do not change.  Inside a module without an argument `policy`, Flax's own
+    promotion rules apply.
 
-    rngs     keys by stream, for dropout and the like
-    mutable  as in Linen (`["batch_stats"]`, True): `(result, updated variables)` is returned.  For NNX a filter
-             (`nnx.BatchStat`, True for all), and the updated variables are an `nnx.State` without parameters
+    module   as for `init`
+    policy   any value that `get_policy` accepts
+    rngs     keys by stream, for dropout and other random operations
+    mutable  as in Linen (`["batch_stats"]`, True): the result is `(result, updated variables)`.  For NNX a filter
+             (`nnx.BatchStat`, True for all); the updated variables are an `nnx.State` without parameters
     method   a method of the module other than `__call__`, by name or as a function
 
     Raises:
-      UnsupportedCast: a narrow compute dtype for a module that knows nothing of perparam.
+      UnsupportedCast: for a narrow compute dtype and a module without an argument `policy`.
       UnmatchedRule, ShadowedRule, UnpairedScale, InvalidScale: see `Policy.explain`.
     """
     policy = get_policy(policy)
@@ -105,20 +107,20 @@ def _apply_linen(
     method: Any,
     kwargs: dict[str, Any],
 ) -> Any:
-    # The collection alone: without one, `batch_stats` would pass for parameters.
+    # Only the collection `params`: `batch_stats` are not parameters.
     params = computed_variables(policy, variables.get("params", {}), (inputs, kwargs))
     computed = _with_params(variables, params)
     result = module.apply(computed, *inputs, rngs=rngs, mutable=mutable, method=method, **kwargs)
     if mutable is False:
         return policy.cast_output(result)
     result, updated = result
-    if "params" in updated:  # handed through by the module in compute dtypes; storage stays what it was
+    if "params" in updated:  # in compute dtypes, returned unchanged by the module: replaced by the stored parameters
         updated = {**updated, "params": variables["params"]}
     return policy.cast_output(result), updated
 
 
 def _with_params(variables: Mapping[str, Any], params: Any) -> Any:
-    """A Linen variable dict with other parameters; one without any stays without."""
+    """Returns a Linen variable dict with other parameters; a dict without parameters is returned unchanged."""
     if "params" not in variables:
         return variables
     changed = {**variables, "params": params}
@@ -142,7 +144,8 @@ def _apply_nnx(
     else:
         variables = computed_variables(policy, variables, (inputs, kwargs))
         build = module
-    # Arrays that are plain attributes cannot be traced as shapes: such a module is built in full.
+    # A module with arrays as plain attributes is built in full: `fill` replaces only variables, and `nnx.eval_shape`
+    # would leave shapes in place of the other arrays.
     plain = any(not isinstance(leaf, nnx.Variable) for _, leaf in nnx.to_flat_state(variables))
     rebuilt = build(rngs=streams(variables)) if plain else nnx.eval_shape(lambda: build(rngs=streams(variables)))
     model = fill(rebuilt, variables_by_path(variables))
@@ -159,10 +162,10 @@ def _apply_nnx(
 
 
 def computed_variables(policy: Policy, variables: Any, inputs: Any) -> Any:
-    """`variables` with every parameter in its compute dtype and every scaled pair one plain kernel.
+    """Returns `variables` with every parameter in its compute dtype, and every scaled pair dequantised to one kernel.
 
-    A compute slot that leaves a narrow kernel alone means the compute default, or else the dtype of the first
-    floating-point array among `inputs`, or else float32.
+    The dtype of a narrow kernel without a rule in the compute slot is the slot's default, or else the dtype of the
+    first floating-point array in `inputs`, or else float32.
     """
     flat, resolved = parameters(variables), resolve(policy, variables, slots=("compute",))
     floats = [
@@ -177,9 +180,9 @@ def computed_variables(policy: Policy, variables: Any, inputs: Any) -> Any:
             rule = param.rules["compute"]
             assert rule is not None
             raise UnsupportedCast(
-                f"{path}: computing in {compute} (rule {rule.key!r}) needs a layer that "
-                "quantises its activations, and this module knows nothing of perparam. Write bf16 or null in compute, "
-                "or build the module from perparam's Linear."
+                f"{path}: computing in {compute} (rule {rule.key!r}) needs a layer that quantises its activations, and "
+                "this module has no argument `policy`. Write bf16 or null in compute, or build the module from "
+                "perparam.models.Linear."
             )
         dtype = None if compute is None else compute.values
         if param.has_scales:

@@ -1,7 +1,7 @@
-"""Policies as text: YAML files and jmp's one-line form, read into `{slot: rules}` for the constructor.
+"""Policies as text: reads YAML and jmp's one-line form into `{slot: rules}`, and writes YAML.
 
-YAML is read node by node through PyYAML's safe loader, which keeps the line of every rule for errors and plans and
-runs nothing.
+YAML is read node by node through PyYAML's safe loader: nodes know their line, which errors and plans show, and the safe
+loader runs no code.
 """
 
 from __future__ import annotations
@@ -18,27 +18,61 @@ from .rules import PolicyRules, located, read_slot, unknown_slot
 from .slots import SLOTS
 
 _SHORT = {"p": "params", "c": "compute", "o": "output"}
-_LARGEST = 1 << 16  # characters; a policy is a page, and a hostile file should not cost a minute
-_NEEDS_QUOTES = re.compile(r"\s*([*{&!%@`\[][^:]*?)\s*:(\s|$)")
+_MAX_CHARACTERS = 1 << 16  # a policy is about a page; parsing a larger hostile file could take a minute
+_NEEDS_QUOTES = re.compile(r"\s*([*{%@`\[][^:]*?)\s*:(\s|$)")
+
+
+class _Unsupported(yaml.MarkedYAMLError):
+    """Valid YAML that a policy does not support."""
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, except that anchors, aliases and explicit tags are errors: with them a line does not show its
+    value."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node.
+
+        Raises:
+          _Unsupported: for an alias, an anchor or an explicit tag, with its line.
+        """
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"the alias '*{event.anchor}' is not supported in a policy. Write the value itself"
+        elif getattr(event, "anchor", None) is not None:
+            problem = f"the anchor '&{event.anchor}' is not supported in a policy. Remove it"
+        elif getattr(event, "tag", None) is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = f"the tag {shown(tag)} is not supported in a policy. Remove it"
+        else:
+            return super().compose_node(parent, index)
+        raise _Unsupported(problem=problem, problem_mark=event.start_mark)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The slots that the YAML file at `path` writes."""
+    """Returns the slots of the policy in the YAML file at `path`; see `loads`."""
     try:
         with open(path, encoding="utf-8") as file:
-            return loads(file.read(_LARGEST + 1), os.fspath(path))
+            return loads(file.read(_MAX_CHARACTERS + 1), os.fspath(path))
     except FileNotFoundError as error:
-        raise MissingFile(f"{os.fspath(path)}: there is no such policy file. Look in {pathlib.Path.cwd()}.") from error
+        raise MissingFile(
+            f"{os.fspath(path)}: there is no such policy file. Check the path; relative paths start in "
+            f"{pathlib.Path.cwd()}."
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidPolicy(f"{os.fspath(path)}: cannot be read as UTF-8 text: {error}.") from error
 
 
 def loads(text: str, name: str) -> dict[str, Any]:
-    """The slots, and the block, that YAML `text` writes; errors and rules call the text `name`."""
-    if len(text) > _LARGEST:
-        raise InvalidPolicy(f"{name}: longer than {_LARGEST} characters. A policy is a short map.")
+    """Returns the slots and the block of the policy in YAML `text`; errors and rules refer to the text as `name`.
+
+    Raises:
+      InvalidPolicy, UnknownDtype: for text that is not a policy, with `name` and the line.
+    """
+    if len(text) > _MAX_CHARACTERS:
+        raise InvalidPolicy(f"{name}: longer than {_MAX_CHARACTERS} characters. A policy is a short map.")
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line if mark else 0
@@ -47,38 +81,38 @@ def loads(text: str, name: str) -> dict[str, Any]:
         raise InvalidPolicy(f"{name}: not readable as YAML: {str(error).partition(chr(10))[0]}.") from error
     if root is None:
         raise InvalidPolicy(f"{name}: empty. A policy that changes nothing is written {{}}.")
-    read: dict[str, Any] = {}
+    slots: dict[str, Any] = {}
     for key, node, source in _entries(root, name):
         with located(source):
             if key == "block":
-                read[key] = PolicyRules({}, _block(node)).block
+                slots[key] = PolicyRules({}, _block(node)).block
                 continue
             if key not in SLOTS:
                 raise unknown_slot(key)
         sources: dict[str, str] = {}
         if isinstance(node, yaml.MappingNode) and SLOTS[key].by_parameter:
             value: Any = {}
-            for pattern, written, rule_source in _entries(node, name):
+            for pattern, format_node, rule_source in _entries(node, name):
                 with located(rule_source):
-                    value[pattern] = _format(pattern, written, name)
+                    value[pattern] = _format(pattern, format_node, name)
                 sources[pattern] = rule_source
         else:
             with located(source):
                 value = _format(key, node, name)
-        if sources:  # errors have the lines of their rules
-            read[key] = read_slot(SLOTS[key], value, sources)
+        if sources:  # read_slot puts the line of each rule into its errors
+            slots[key] = read_slot(SLOTS[key], value, sources)
         else:
             with located(source):
-                read[key] = read_slot(SLOTS[key], value, default_source=source)
-    return read
+                slots[key] = read_slot(SLOTS[key], value, default_source=source)
+    return slots
 
 
 def _entries(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node, str]]:
-    """Key, value and source of each line of a mapping."""
+    """Returns `(key, value node, "file:line")` for each entry of a mapping."""
     source = f"{name}:{node.start_mark.line + 1}"
-    if not isinstance(node, yaml.MappingNode) or node.tag != "tag:yaml.org,2002:map":
+    if not isinstance(node, yaml.MappingNode):
         raise InvalidPolicy(f"{source}: expected lines of 'name: dtype', found {_text(node)}.")
-    entries, seen = [], dict[str, str]()
+    entries, sources = [], dict[str, str]()
     for key, value in node.value:
         source = f"{name}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
@@ -86,25 +120,25 @@ def _entries(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node, str]]:
         if key.tag != "tag:yaml.org,2002:str":
             kind = key.tag.rpartition(":")[2]
             raise InvalidPolicy(f"{source}: YAML reads the key {_text(key)} as {kind}. Put it in quotes.")
-        if key.value in seen:
+        if key.value in sources:
             raise InvalidPolicy(
-                f"{source}: {key.value!r} is written a second time, first at {seen[key.value]}. Keep one."
+                f"{source}: {key.value!r} is written a second time, first at {sources[key.value]}. Keep one."
             )
-        seen[key.value] = source
+        sources[key.value] = source
         entries.append((key.value, value, source))
     return entries
 
 
 def _format(key: str, node: yaml.Node, name: str) -> Any:
-    """What a rule's value writes: a name, None for null, or a mapping of `dtype`, `block` and `scale`."""
+    """Returns the value of a rule: a name, None for null, or a mapping of `dtype`, `block` and `scale`."""
     if isinstance(node, yaml.MappingNode):
         parts = _entries(node, name)
-        return {part: _block(each) if part == "block" else _name(f"{key}: {part}", each) for part, each, _ in parts}
+        return {part: _block(item) if part == "block" else _name(f"{key}: {part}", item) for part, item, _ in parts}
     return _name(key, node)
 
 
 def _name(key: str, node: yaml.Node) -> str | None:
-    """A name, or None for null."""
+    """Returns the text of a scalar, or None for null."""
     kind = node.tag.rpartition(":")[2]
     if not isinstance(node, yaml.ScalarNode) or kind not in ("str", "null"):
         raise InvalidPolicy(f"{key}: expected the name of a dtype or null, found {_text(node)}.")
@@ -112,7 +146,7 @@ def _name(key: str, node: yaml.Node) -> str | None:
 
 
 def _block(node: yaml.Node) -> Any:
-    """The sides of a block as they are written; what is no list stays as it is, for the error."""
+    """Returns the sides of a block, unchecked: `as_block` raises the error for anything but two integers."""
     if isinstance(node, yaml.SequenceNode):
         return [_integer(item) for item in node.value]
     return _integer(node)
@@ -127,31 +161,39 @@ def _integer(node: yaml.Node) -> int | str | None:
 
 
 def _text(node: yaml.Node) -> str:
+    """Describes a node for an error message."""
     if isinstance(node, yaml.ScalarNode):
         return shown(node.value)
     return "a map" if isinstance(node, yaml.MappingNode) else "a list"
 
 
 def _yaml_problem(text: str, line: int, error: yaml.MarkedYAMLError) -> str:
+    """Returns the description of a YAML error, with a remedy where the line begins with an unquoted special key."""
     lines = text.splitlines()
-    written = lines[line] if line < len(lines) else ""
-    if key := _NEEDS_QUOTES.match(written[:200]):
+    source_line = lines[line] if line < len(lines) else ""
+    if key := _NEEDS_QUOTES.match(source_line[:200]):
         return (
-            f"YAML gives {key.group(1)[0]!r} at the start of a key a meaning of its own. "
+            f"in YAML {key.group(1)[0]!r} has a special meaning at the start of a key. "
             f'Put the key in quotes: "{key.group(1)}".'
         )
-    return f"not YAML: {error.problem or error.context}. The line reads {shown(written.strip())}."
+    if isinstance(error, _Unsupported):
+        return f"{error.problem}."
+    return f"not YAML: {error.problem or error.context}. The line reads {shown(source_line.strip())}."
 
 
 def parse(line: str) -> dict[str, str | None]:
-    """The slots of `params=f32,compute=bf16,output=f32`; each may be left out, `p`, `c` and `o` are short."""
+    """Returns the slots of a line such as `params=f32,compute=bf16,output=f32`.
+
+    Every slot is optional; `p`, `c` and `o` abbreviate `params`, `compute` and `output`.
+    """
     slots: dict[str, str | None] = {}
     for part in line.split(","):
         key, equals, dtype = (word.strip() for word in part.partition("="))
         slot = _SHORT.get(key, key)
         if not equals or slot not in SLOTS:
             raise InvalidPolicy(
-                f"{line!r}: {part!r} is not slot=dtype. Write params=f32,compute=bf16,output=f32, or p=,c=,o=."
+                f"{line!r}: expected slot=dtype, found {part!r}. Write params=f32,compute=bf16,output=f32, or "
+                "p=f32,c=bf16,o=f32."
             )
         if slot in slots:
             raise InvalidPolicy(f"{line!r}: {slot} is written twice. Keep one.")
@@ -160,8 +202,8 @@ def parse(line: str) -> dict[str, str | None]:
 
 
 def dumps(policy: PolicyRules) -> str:
-    """The YAML of `policy`; null slots are left out."""
-    written = policy.plain()
+    """Returns `policy` as YAML, without its empty slots."""
+    slots = policy.plain()
     if policy.block is not None:
-        written["block"] = list(policy.block)
-    return yaml.safe_dump(written, sort_keys=False)
+        slots["block"] = list(policy.block)
+    return yaml.safe_dump(slots, sort_keys=False)

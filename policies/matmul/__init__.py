@@ -1,4 +1,4 @@
-"""The block-scaled matmul: the face, the oracle that defines it, and one file for each way to carry it out."""
+"""The block-scaled matmul: public functions, the oracle that defines the result, and one file per implementation."""
 
 from ..formats import quantize_rows
 from ..targets import Target

@@ -1,4 +1,4 @@
-"""Calls: the static description of one matmul, its operands, and the implementations that can carry it out."""
+"""Calls and implementations: the static description of one matmul, its operands, and a way to compute it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..formats import Format, ScaledArray, quantize_rows
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The static description of one product of activations with one kernel.
+    """Static description of one product of activations with one kernel.
 
-    rows          all leading axes of x together; None: any number, in a program exported for symbolic shapes
+    rows          product of the leading axes of x; None for a symbolic number, in an exported program
     out_features  rows of the kernel
     in_features   columns of the kernel
-    x             format in which activations meet the kernel: f32, bf16, f16, or a float8 type with scales a row
-    kernel        format of the kernel, its block in numbers
-    weight        dtype to which the weight is rounded before the product; None: a narrow kernel, scaled inside it
+    x             format of the activations in the product: f32, bf16, f16, or a float8 type with scales per row
+    kernel        format of the kernel, its block without -1
+    weight        dtype to which the weight is rounded before the product; None: a narrow kernel, scaled in the product
     result        dtype of the result; sums are float32
     """
 
@@ -36,12 +36,12 @@ class Call:
 
     @property
     def block(self) -> Block | None:
-        """The block of the kernel's scales; None: a plain kernel."""
+        """The block of the kernel's scales; None for a kernel without scales."""
         return self.kernel.block
 
     @property
     def mode(self) -> str:
-        """W8A8: both operands narrow; W8A16: the kernel alone; plain: neither, or a weight widened first."""
+        """W8A8: both operands are narrow; W8A16: only the kernel; plain: neither, or a kernel that is widened first."""
         if self.weight is not None:
             return "plain"
         return "W8A8" if dtypes.is_narrow(self.x.values) else "W8A16"
@@ -52,8 +52,8 @@ class Call:
 class Operands:
     """The arrays of a call.
 
-    x       (rows, in)  an array, or a ScaledArray where the activations are narrow
-    kernel  (out, in)   likewise
+    x       (rows, in)  an array, or a ScaledArray for narrow activations
+    kernel  (out, in)   an array, or a ScaledArray for a narrow kernel
     """
 
     x: jax.Array | ScaledArray
@@ -62,14 +62,15 @@ class Operands:
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to carry out calls.
+    """One way to compute calls.
 
-    name      what plans and errors call it
-    gist      how it does it, in a line
-    refuses   why it cannot take a call, or would be slower than the next; None where it takes it
-    run       the products (rows, out) of calls that share x, in their result dtype
-    quantize  activations (rows, in) in a narrow format, for calls that want both narrow
-    opaque    whether XLA sees nothing of it but operands and results
+    name      its name in plans and errors
+    gist      its method in one line
+    refuses   returns the reason why it does not accept a call: it cannot compute it, or would be slower than the next
+              implementation; None if it accepts the call
+    run       returns the products (rows, out), in their result dtypes, of calls that share x
+    quantize  returns activations (rows, in) in a narrow format, for W8A8 calls
+    opaque    whether it is a kernel that XLA cannot see into
     """
 
     name: str
@@ -83,5 +84,5 @@ class Implementation:
 def one_by_one(
     product: Callable[[Call, Operands], jax.Array],
 ) -> Callable[[tuple[Call, ...], tuple[Operands, ...]], tuple[jax.Array, ...]]:
-    """The `run` of an implementation that has nothing to gain from calls that share x."""
+    """Returns a function for `Implementation.run` that computes each call on its own."""
     return lambda calls, operands: tuple(map(product, calls, operands))

@@ -1,4 +1,4 @@
-"""Which implementation takes a call: decided when it is traced, by platform, capability, shape, block and dtypes."""
+"""Dispatch: chooses the implementation of a call at trace time, by target, shapes and formats."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .oracle import ORACLE
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The implementation of a call, and why it was chosen.
+    """The implementation of a call, and the reason for the choice.
 
     implementation  its name
-    gist            how it does it
-    refused         names of those that come before it, and why they do not take the call
+    gist            its method in one line
+    refused         names of the preferred implementations, and why each does not accept the call
     """
 
     implementation: str
@@ -35,8 +35,8 @@ class Choice:
     refused: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        passed_over = "".join(f"; not {name}: {why}" for name, why in self.refused)
-        return f"{self.implementation} ({self.gist}{passed_over})"
+        reasons = "".join(f"; not {name}: {why}" for name, why in self.refused)
+        return f"{self.implementation} ({self.gist}{reasons})"
 
 
 _CPU = (cpu.SLABS, cpu.TWO_ROWS, xla.DOT)
@@ -45,51 +45,59 @@ _HOPPER = (xla.DOT, hopper.ROWS, hopper.COLUMNS, *_ANY[1:])
 IMPLEMENTATIONS = {one.name: one for one in (*_CPU, *_HOPPER, ORACLE)}
 
 
-# Part of the keys under which jax caches traces: a function traced outside the context is traced again within.
+# A user context is part of JAX's cache keys: a function that was traced outside the context is traced again inside it.
 _override = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def matmul_override(implementation: str | None = None, target: str | Target | None = None) -> Iterator[None]:
-    """A context in which all matmuls take `implementation`, or are traced as for `target`: for tests, benchmarks, and
-    compiling for another machine.
+    """A context in which all matmuls use `implementation`, or are traced for `target`.
 
-    implementation  a key of `IMPLEMENTATIONS`, such as "oracle"
-    target          "cpu", "cuda:9.0", …, see `Target.parse`
+    For tests, benchmarks, and compiling for another machine.
+
+    implementation  a key of `IMPLEMENTATIONS`, such as "oracle"; None: the choice of the dispatch
+    target          "cpu", "cuda:9.0", …, see `Target.parse`; None: the current target
 
     >>> with matmul_override(target="cuda:9.0"):
     ...     matmul_plan(1, (4096, 4096), block=(128, 128)).implementation
     'hopper columns'
 
     Raises:
-      UnknownImplementation: for one that nobody has heard of.
-      UnknownTarget: likewise.
-      UnsupportedCast: at the call, where the implementation cannot take it.
+      UnknownImplementation, UnknownTarget: for any other name.
+      UnsupportedCast: from a matmul in the context that the implementation does not accept.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise UnknownImplementation(f"no implementation {implementation!r}, there are: {', '.join(IMPLEMENTATIONS)}.")
+        raise UnknownImplementation(
+            f"no implementation {implementation!r}. Write one of these: {', '.join(IMPLEMENTATIONS)}."
+        )
     with _override(implementation or _override.value), targeting(target):
         yield
 
 
 def choose(call: Call, target: Target) -> tuple[Implementation, Choice]:
-    """The first implementation for `target` that takes the call, and what to say about it."""
-    if (forced := _override.value) is not None:
-        one = IMPLEMENTATIONS[forced]
-        if why := one.refuses(call):
-            raise UnsupportedCast(f"{forced!r}, which matmul_override asks for, does not take this call: {why}.")
-        return one, Choice(one.name, one.gist)
+    """Returns the first implementation for `target` that accepts the call, and its description as a Choice.
+
+    Raises:
+      UnsupportedCast: if the implementation of `matmul_override` does not accept the call.
+    """
+    if (name := _override.value) is not None:
+        implementation = IMPLEMENTATIONS[name]
+        if why := implementation.refuses(call):
+            raise UnsupportedCast(
+                f"{name!r}, the implementation in matmul_override, does not accept this call: {why}. Use another one."
+            )
+        return implementation, Choice(implementation.name, implementation.gist)
     refused: list[tuple[str, str]] = []
-    for one in candidates(target):
-        why = one.refuses(call)
+    for implementation in candidates(target):
+        why = implementation.refuses(call)
         if why is None:
-            return one, Choice(one.name, one.gist, tuple(refused))
-        refused.append((one.name, why))
-    raise AssertionError(f"nothing takes {call}")
+            return implementation, Choice(implementation.name, implementation.gist, tuple(refused))
+        refused.append((implementation.name, why))
+    raise AssertionError(f"no implementation accepts {call}")
 
 
 def candidates(target: Target) -> tuple[Implementation, ...]:
-    """The implementations for `target`, the preferred ones first."""
+    """Returns the implementations for `target` in order of preference."""
     if target.platform == "cpu":
         return _CPU
     return _HOPPER if target.platform == "cuda" and target.capability == HOPPER else _ANY
@@ -102,10 +110,14 @@ def describe(
     kernel: Format,
     compute: Format | None,
 ) -> Call:
-    """The call that `scaled_matmul` makes of operands of these shapes and formats.
+    """Returns the call of `scaled_matmul` for operands of these shapes and formats.
 
-    kernel  complete where it is narrow; of a plain kernel that is quantised on the way, its block may stand for the
-            one that `compute` leaves open
+    rows          product of the leading axes of x, or None
+    kernel_shape  (out, in)
+    x             dtype of x
+    kernel        format of the kernel, complete if it is narrow; for a kernel that the call quantises, its block is
+                  the default for `compute` formats without a block
+    compute       format of `scaled_matmul`'s argument `compute`
     """
     out_features, in_features = kernel_shape
     both_narrow = compute is not None and compute.narrow
@@ -114,7 +126,7 @@ def describe(
         kernel = compute.completed(kernel.block)
     narrow = kernel.narrow
     weight = None if both_narrow or (narrow and compute is None) else (compute.values if compute else x)
-    if compute is not None and compute.narrow:  # a named format says how activations are quantised, else the kernel's
+    if compute is not None and compute.narrow:  # activations have the format of a named `compute`, else the kernel's
         operand = (compute if compute.block is not None else kernel).of_rows(compute.values)
     else:
         operand = Format(weight or x)
@@ -136,10 +148,11 @@ def matmul_plan(
     compute: Any = None,
     target: str | Target = "here",
 ) -> Choice:
-    """Which implementation `scaled_matmul` takes for operands of these shapes and formats, and why.
+    """Returns the implementation that `scaled_matmul` chooses for operands of these shapes and formats, and the reason.
 
-    rows          all leading axes of x together
+    rows          product of the leading axes of x
     kernel_shape  (out, in)
+    x             dtype of x
     kernel        a dtype, in blocks of `block`, or a format
     compute       as for `scaled_matmul`
     target        "here", "cpu", "cuda", "cuda:9.0", …

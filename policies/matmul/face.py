@@ -1,4 +1,4 @@
-"""`scaled_matmul`: the one place through which every linear layer goes."""
+"""`scaled_matmul` and `scaled_matmuls`, the matmul of every linear layer, with their batching and differentiation."""
 
 from __future__ import annotations
 
@@ -38,46 +38,46 @@ def scaled_matmul(
     block: Block = DEFAULT_BLOCK,
     compute: Any = None,
 ) -> jax.Array:
-    """`x @ (kernel * scale_inv).T` in x's dtype, accumulated in float32.
+    """Returns `x @ (kernel * scale_inv).T` in x's dtype, accumulated in float32.
 
     x          (..., in)   f32, bf16 or f16
-    kernel     (out, in)   any float, or int8 with scales; (out, in) as checkpoints store it; or a ScaledArray, which
-                           knows its scales and block
-    scale_inv  (ceil(out/block[0]), ceil(in/block[1]))  what each block is multiplied by; None is the identity
+    kernel     (out, in)   any float, or int8 with scales, in the layout of checkpoints; or a ScaledArray, which has
+                           its scales and block
+    scale_inv  (ceil(out/block[0]), ceil(in/block[1]))  multipliers of the blocks; None means 1
     result     (..., out)  x's dtype
 
-    compute says in which formats the two meet in the matmul:
+    `compute` is the format of the operands in the product:
 
-    None                  a narrow kernel as stored, scaled inside the product, with activations as they are (W8A16); a
-                          plain kernel in x's dtype
-    a float8 type         both narrow (W8A8): each row of x is quantised as the kernel's format says, by default per 128
-                          columns; a plain kernel by `block`
-    a format, or its name the same, each row of x quantised as that format says
-    f32, bf16, f16        the weight and x cast to it
+    None                  a narrow kernel as stored, scaled in the product, and x in its own dtype (W8A16); a kernel
+                          that is not narrow in x's dtype
+    a float8 type         both narrow (W8A8): each row of x is quantised as the kernel's format specifies, by default in
+                          blocks of 128 columns; a kernel that is not narrow is quantised in blocks of `block`
+    a format or its name  likewise, with each row of x quantised as this format specifies
+    f32, bf16, f16        the weight and x cast to this dtype
 
-    What carries it out depends on the device and the shapes: see `matmul_plan`.
+    The implementation depends on the device and the shapes: see `matmul_plan`.
 
     >>> kernel, scale_inv = quantize(jnp.eye(3) * 2, "f8_e4m3fn", (2, 2))
     >>> scaled_matmul(jnp.ones((1, 3)), kernel, scale_inv, block=(2, 2)).tolist()
     [[2.0, 2.0, 2.0]]
 
     Raises:
-      InvalidScale: where the grid of scales does not fit the kernel.
-      UnsupportedCast: where shapes or dtypes cannot be multiplied.
+      InvalidScale: if the shape of the scales does not fit the kernel.
+      UnsupportedCast: if shapes do not match or a dtype is not supported.
     """
     if not isinstance(kernel, ScaledArray):
         return scaled_matmuls(x, [(kernel, scale_inv)], block=block, compute=compute)[0]
     if scale_inv is not None or as_block(block) not in (DEFAULT_BLOCK, kernel.format.block):
-        raise UnsupportedCast("a ScaledArray knows its scales and its block. Give it alone.")
+        raise UnsupportedCast("a ScaledArray includes its scales and its block. Pass neither beside it.")
     return scaled_matmuls(x, [kernel], compute=compute)[0]
 
 
 def scaled_matmuls(
     x: ArrayLike, pairs: Sequence[Pair | Any], *, block: Block = DEFAULT_BLOCK, compute: Any = None
 ) -> tuple[jax.Array, ...]:
-    """`scaled_matmul` of one x with several kernels, which on some devices are launched as one.
+    """Returns the `scaled_matmul` of one x with each of several kernels, which some devices compute in one launch.
 
-    pairs  a ScaledArray or (kernel, scale_inv) each, as for `scaled_matmul`; their numbers of rows may differ
+    pairs  for each kernel a ScaledArray or (kernel, scale_inv), as for `scaled_matmul`; out may differ
 
     >>> [y.shape for y in scaled_matmuls(jnp.ones((2, 4)), [(jnp.ones((3, 4)), None), (jnp.ones((5, 4)), None)])]
     [(2, 3), (2, 5)]
@@ -90,7 +90,7 @@ def scaled_matmuls(
 
 
 def _kernel(x: jax.Array, pair: Pair | Any, block: Block) -> Kernel:
-    """One kernel, checked against x."""
+    """Returns one kernel as an array or ScaledArray, after checking that it fits x."""
     if isinstance(pair, ScaledArray):
         assert pair.format.block is not None
         _check(x, pair.values, pair.scale_inv, pair.format.block)
@@ -108,7 +108,7 @@ def _matmuls(
     compute: Format | None,
     target: Target,
 ) -> tuple[jax.Array, ...]:
-    """`scaled_matmuls` of operands that fit; compiled, so that a shape is traced once wherever it is called from."""
+    """Returns the products for checked operands; compiled, so that calls with equal shapes are traced once."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     calls, arrays = [], list[Kernel]()
     for kernel in kernels:
@@ -118,7 +118,7 @@ def _matmuls(
             ones = jnp.ones(grid_shape(kernel.shape, block), jnp.float32)
             kernel = ScaledArray(kernel, ones, stored_format(kernel.dtype, block, F32))
         format = kernel.format if isinstance(kernel, ScaledArray) else Format(kernel.dtype, block)
-        calls.append(describe(_known(rows.shape[0]), kernel.shape, x.dtype, format, compute))
+        calls.append(describe(_static(rows.shape[0]), kernel.shape, x.dtype, format, compute))
         arrays.append(kernel)
     group = _Group(tuple(calls), target)
     if all(call.weight is not None and not call.kernel.narrow for call in calls):
@@ -128,20 +128,23 @@ def _matmuls(
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in results)
 
 
-def _known(rows: Any) -> int | None:
-    """A number of rows, None for a symbol."""
+def _static(rows: Any) -> int | None:
+    """Returns a number of rows, or None for a symbolic dimension."""
     return rows if isinstance(rows, int) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Calls that share x, and what they are compiled for."""
+    """Calls that share x, and the target for which they are traced."""
 
     calls: tuple[Call, ...]
     target: Target
 
     def run(self, x: jax.Array, kernels: tuple[Kernel, ...]) -> list[jax.Array]:
-        """The products, by whatever the platform of the lowering calls for; a batch of x becomes rows of it."""
+        """Returns the products, computed by the implementations for the platform of the lowering.
+
+        `vmap` over x alone adds the batch to the rows of x; other batches become a loop.
+        """
 
         @jax.custom_batching.custom_vmap
         def products(x: jax.Array, kernels: tuple[Kernel, ...]) -> list[jax.Array]:
@@ -154,7 +157,7 @@ class _Group:
         @products.def_vmap
         def batched(size: int, batched: Any, x: jax.Array, kernels: tuple[Kernel, ...]) -> Any:
             if not any(jax.tree.leaves(batched[1:])):
-                calls = tuple(dataclasses.replace(call, rows=_known(size * x.shape[1])) for call in self.calls)
+                calls = tuple(dataclasses.replace(call, rows=_static(size * x.shape[1])) for call in self.calls)
                 rows = x.reshape(size * x.shape[1], x.shape[2])
                 results = _Group(calls, self.target).run(rows, kernels)
                 return [y.reshape(size, x.shape[1], y.shape[-1]) for y in results], [True] * len(results)
@@ -173,24 +176,27 @@ class _Group:
         return results
 
     def _on(self, target: Target) -> Callable[..., list[jax.Array]]:
-        """The products as `target` carries them out."""
-        chosen = [choose(call, target)[0] for call in self.calls]
-        products = functools.partial(self._products, chosen)
-        if not any(one.opaque for one in chosen):
+        """Returns a function that computes the products with the implementations for `target`."""
+        implementations = [choose(call, target)[0] for call in self.calls]
+        products = functools.partial(self._products, implementations)
+        if not any(implementation.opaque for implementation in implementations):
             return products
-        anywhere = [choose(call, Target(target.platform))[0] for call in self.calls]
-        return unless_portable(products, functools.partial(self._products, anywhere))
+        portable = [choose(call, Target(target.platform))[0] for call in self.calls]
+        return unless_portable(products, functools.partial(self._products, portable))
 
-    def _products(self, chosen: list[Implementation], x: jax.Array, kernels: tuple[Kernel, ...]) -> list[jax.Array]:
-        """The products, each by the implementation chosen for it; neighbours that share one in a single run."""
-        if not all(one.opaque for one in chosen):
-            # Tied to x, a kernel is nothing that XLA could cast once, outside a decoding loop, and carry along.
+    def _products(
+        self, implementations: list[Implementation], x: jax.Array, kernels: tuple[Kernel, ...]
+    ) -> list[jax.Array]:
+        """Returns the products; adjacent calls with the same implementation are computed in one run."""
+        if not all(implementation.opaque for implementation in implementations):
+            # Without the barrier XLA may widen a kernel once before a decoding loop, and keep the wide copy in memory.
             x, kernels = jax.lax.optimization_barrier((x, kernels))
         results: list[jax.Array] = []
-        operands = self.operands(x, kernels, [one.quantize for one in chosen])
-        for one, group in itertools.groupby(zip(chosen, self.calls, operands, strict=True), key=lambda each: each[0]):
+        operands = self.operands(x, kernels, [implementation.quantize for implementation in implementations])
+        triples = zip(implementations, self.calls, operands, strict=True)
+        for implementation, group in itertools.groupby(triples, key=lambda triple: triple[0]):
             _, calls, arrays = zip(*group, strict=True)
-            results += one.run(calls, arrays)
+            results += implementation.run(calls, arrays)
         return results
 
     def operands(
@@ -199,12 +205,12 @@ class _Group:
         kernels: tuple[Kernel, ...],
         quantizers: Sequence[Callable[[jax.Array, Format], ScaledArray]] | None = None,
     ) -> tuple[Operands, ...]:
-        """The operands of each call, quantised where the calls say so; activations once for all calls that agree.
+        """Returns the operands of each call, quantised to its formats; equal activations are quantised once.
 
-        quantizers  what quantises the activations of each call; None: `quantize_rows`
+        quantizers  for each call the function that quantises activations; None: `quantize_rows`
         """
         quantizers = quantizers or [quantize_rows] * len(self.calls)
-        keys = [(call.x, each) for call, each in zip(self.calls, quantizers, strict=True)]
+        keys = [(call.x, quantizer) for call, quantizer in zip(self.calls, quantizers, strict=True)]
         rows: dict[Any, Kernel] = {}
         for format, quantize_x in keys:
             if (format, quantize_x) not in rows:
@@ -218,7 +224,7 @@ class _Group:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _plain(group: _Group, x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Products with plain kernels."""
+    """Returns products with kernels that are not narrow."""
     return tuple(group.run(x, kernels))
 
 
@@ -239,18 +245,21 @@ def _plain_jvp(group: _Group, primals: Any, tangents: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scaled(group: _Group, x: jax.Array, kernels: tuple[Kernel, ...]) -> tuple[jax.Array, ...]:
-    """Products with narrow kernels, or with kernels and activations that are made narrow on the way."""
+    """Returns products with narrow kernels, or with kernels and activations that the calls quantise."""
     return tuple(group.run(x, kernels))
 
 
 def _scaled_forward(group: _Group, x: jax.Array, kernels: tuple[Kernel, ...]) -> Any:
-    # A frozen kernel needs nothing of x but its dtype.
+    # The gradient of a frozen kernel is not computed: of x only the dtype is needed.
     frozen = all(isinstance(kernel, ScaledArray) for kernel in kernels)
     return _scaled(group, x, kernels), (x[:, :0] if frozen else x, kernels)
 
 
 def _scaled_backward(group: _Group, residuals: Any, gradients: Any) -> Any:
-    """dx = gradient @ weight.  Narrow kernels are frozen; rounding, which has no slope, is passed straight through."""
+    """Returns the gradients of x and of the kernels: dx = gradient @ weight, and None for narrow kernels.
+
+    The derivative of rounding, which is zero almost everywhere, is replaced by 1 (straight-through estimator).
+    """
     x, kernels = residuals
     rows = gradients[0].shape[0]
     like = jnp.zeros((rows, group.calls[0].in_features), x.dtype) if x.shape[1] == 0 else x
@@ -272,10 +281,10 @@ _scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 def _gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.Array:
-    """gradient (rows, out) @ weight (out, in) in float32: on a CPU slab by slab, elsewhere with the weight widened."""
+    """Returns gradient (rows, out) @ weight (out, in) in float32: on CPUs by slabs, else with a widened weight."""
 
     def widened(gradient: jax.Array, operands: Operands) -> jax.Array:
-        # Of 16-bit gradients the product with a 16-bit weight is as exact as they are.
+        # Rounding the weight to bfloat16 costs no more accuracy than the gradient in bfloat16 has lost.
         dtype = call.weight or np.dtype(jnp.bfloat16 if gradient.dtype == jnp.bfloat16 else np.float32)
         return oracle.dot(gradient.astype(dtype), oracle.wide_weight(operands.kernel, dtype).T)
 
@@ -289,11 +298,13 @@ def _check(x: jax.Array, kernel: jax.Array, scale_inv: ArrayLike | None, block: 
         raise UnsupportedCast(f"activations are f32, bf16 or f16, found {x.dtype}. Cast x first.")
     if x.ndim < 1 or kernel.ndim != 2 or x.shape[-1] != kernel.shape[1]:
         raise UnsupportedCast(
-            f"x of shape {x.shape} and a kernel of shape {kernel.shape} do not meet: "
-            "expected (..., in) and (out, in), the kernel as checkpoints store it."
+            f"x of shape {x.shape} and a kernel of shape {kernel.shape} do not match: "
+            "expected (..., in) and (out, in). Transpose a kernel that is stored as (in, out)."
         )
     if not dtypes.is_floating(kernel.dtype) and (scale_inv is None or not dtypes.is_narrow(kernel.dtype)):
-        raise UnsupportedCast(f"a kernel is a float, or int8 with scales, found {kernel.dtype}.")
+        raise UnsupportedCast(
+            f"a kernel is a float, or int8 with scales, found {kernel.dtype}. Cast it, or pass its scales."
+        )
     if scale_inv is not None:
         check_grid(kernel.shape, jnp.shape(scale_inv), block)
 
@@ -302,8 +313,9 @@ def _check_compute(compute: Format | None) -> None:
     if compute is None or dtypes.is_activation(compute.values):
         return
     if compute.narrow and compute.name is None and (compute.block is not None or compute.scale is not None):
-        raise UnsupportedCast("compute is a dtype or a named format: write it without block and scale.")
+        raise UnsupportedCast("compute is a dtype or a named format. Write it without block and scale.")
     if compute.values.kind == "i" or not compute.narrow:
         raise UnsupportedCast(
-            f"compute is None, f32, bf16, f16 or a float8 type, found {dtypes.dtype_name(compute.values)}."
+            f"compute is None, f32, bf16, f16 or a float8 type, found {dtypes.dtype_name(compute.values)}. "
+            "Write one of these."
         )

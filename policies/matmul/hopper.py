@@ -1,4 +1,7 @@
-"""Which calls the kernels for compute capability 9.0 take, and how operands are laid out for them."""
+"""The Hopper kernels as implementations: which calls they accept, and how their operands are padded and arranged.
+
+Hopper is compute capability 9.0: H100 and H200.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,22 @@ import jax.numpy as jnp
 
 from .. import dtypes
 from ..blocks import Block
-from ..formats import ROW_BLOCK, Format, ScaledArray
+from ..formats import ROW_BLOCK, Format, ScaledArray, stored_format
 from ..scales import E4M3, F32, decode_scales
 from .calls import Call, Implementation, Operands
 
 SIDE = 128
-"""What both dimensions of a kernel, and both sides of its blocks, are multiples of."""
+"""Both dimensions of a kernel, and both sides of its blocks, must be multiples of this."""
 
 FEW_ROWS = 64
-"""Rows of x up to which tiles of them would be mostly empty, and operands are swapped."""
-
+"""Rows of x up to which 128-row tiles would be mostly empty; then only the kernel with swapped operands runs."""
 
 ROWS_FORMAT = Format(E4M3, ROW_BLOCK, F32)
-"""Activations as the kernels take them."""
+"""The only format of narrow activations that the kernels accept."""
 
 
 def _refuses_both(call: Call) -> str | None:
-    """Why neither kernel takes the call."""
+    """Returns the reason why neither kernel accepts the call; None where `hopper columns` accepts it."""
     if call.mode == "plain":
         return "no operand is narrow in the product"
     if call.kernel.values not in (jnp.float8_e4m3fn, jnp.float8_e5m2):
@@ -31,7 +33,7 @@ def _refuses_both(call: Call) -> str | None:
     if call.mode == "W8A8" and not call.x.values == call.kernel.values == E4M3:
         return "both operands have to be f8_e4m3fn"
     if call.mode == "W8A8" and call.x != ROWS_FORMAT:
-        return f"activations are quantised as {call.x}, not with a float32 scale for {SIDE} columns"
+        return f"activations are quantised as {_label(call.x)}, not with a float32 scale for {SIDE} columns"
     if call.mode == "W8A16" and call.x.values == jnp.float32:
         return "float32 activations would lose bits"
     if call.out_features % SIDE or call.in_features % SIDE or not call.in_features or not call.out_features:
@@ -43,8 +45,20 @@ def _refuses_both(call: Call) -> str | None:
     return None if call.rows else "there are no rows"
 
 
+def _label(activations: Format) -> str:
+    """Returns the registered name of a format of activations if it has one, else its parts.
+
+    A registered format also says how activations are quantised, which the format of activations itself does not: the
+    two are not equal, but have the same values, block, scales and scale rule.
+    """
+    assert activations.block is not None
+    assert activations.scale is not None
+    registered = stored_format(activations.values, activations.block, activations.scale)
+    return str(registered if registered.rule is activations.rule else activations)
+
+
 def _block(call: Call) -> Block:
-    """The block of a call, cut to its kernel."""
+    """Returns the block of the call's scales in rows and columns, at most the size of the kernel."""
     assert call.block is not None
     return min(call.block[0], call.out_features), min(call.block[1], call.in_features)
 
@@ -66,34 +80,35 @@ def _pad(x: jax.Array, multiple: int) -> jax.Array:
 
 
 def _quantize(x: jax.Array, format: Format) -> ScaledArray:
-    from . import hopper_quantize
+    """Returns x (rows, in) in `format`, which is `ROWS_FORMAT`."""
+    from . import hopper_quantize  # Pallas is imported only where a kernel is used
 
     values, scales = hopper_quantize.quantize(_pad(x, hopper_quantize.ROWS))
     return ScaledArray(values[: x.shape[0]], scales.T[: x.shape[0]], format)
 
 
 def _scales(kernel: jax.Array | ScaledArray) -> jax.Array:
-    """The scales of a kernel, float32."""
+    """Returns the scales of a narrow kernel in float32."""
     assert isinstance(kernel, ScaledArray)
     return decode_scales(kernel.scale_inv)
 
 
 def _values(array: jax.Array | ScaledArray) -> jax.Array:
-    """The values of an operand, scales apart."""
+    """Returns the values of an operand without their scales."""
     return array.values if isinstance(array, ScaledArray) else array
 
 
 def _rows(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
-    from . import hopper_rows  # Pallas is imported only where it is used
+    from . import hopper_rows
 
     results = []
-    for call, one in zip(calls, operands, strict=True):
-        assert isinstance(one.x, ScaledArray)
-        x, x_scales = _pad(one.x.values, hopper_rows.TILE), _pad(one.x.scale_inv, hopper_rows.TILE).T
+    for call, pair in zip(calls, operands, strict=True):
+        assert isinstance(pair.x, ScaledArray)
+        x, x_scales = _pad(pair.x.values, hopper_rows.TILE), _pad(pair.x.scale_inv, hopper_rows.TILE).T
         y = hopper_rows.product(
-            x, x_scales, _values(one.kernel), _scales(one.kernel), block=_block(call), result=call.result
+            x, x_scales, _values(pair.kernel), _scales(pair.kernel), block=_block(call), result=call.result
         )
-        results.append(y[: one.x.shape[0]])
+        results.append(y[: pair.x.shape[0]])
     return tuple(results)
 
 
@@ -101,7 +116,7 @@ def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[j
     from . import hopper_columns
 
     if len(calls) > 1 and _many_rows(calls[0]):
-        # A launch costs little beside many rows, and results that share one are taken apart by copies.
+        # With many rows a launch costs little, while separating the results of a shared launch costs copies.
         return tuple(y for pair in zip(calls, operands, strict=True) for y in _columns(pair[:1], pair[1:]))
     x, rows = operands[0].x, operands[0].x.shape[0]
     tile = hopper_columns.row_tile(rows)
@@ -109,8 +124,8 @@ def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[j
     results = hopper_columns.products(
         _pad(_values(x), tile),
         x_scales,
-        tuple(_values(one.kernel) for one in operands),
-        tuple(_scales(one.kernel) for one in operands),
+        tuple(_values(pair.kernel) for pair in operands),
+        tuple(_scales(pair.kernel) for pair in operands),
         blocks=tuple(map(_block, calls)),
         result=calls[0].result,
     )
@@ -119,12 +134,16 @@ def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[j
 
 ROWS = Implementation(
     "hopper rows",
-    "tiles of x by tiles of the kernel, float8 tensor cores",
+    "128-row tiles of x by tiles of the kernel on float8 tensor cores",
     _refuses_rows,
     _rows,
     _quantize,
     opaque=True,
 )
 COLUMNS = Implementation(
-    "hopper columns", "the kernel by tiles of x, its columns split among blocks", _refuses_both, _columns, opaque=True
+    "hopper columns",
+    "operands swapped, the kernel's columns split among thread blocks",
+    _refuses_both,
+    _columns,
+    opaque=True,
 )

@@ -1,10 +1,10 @@
-"""Few rows, or activations in 16 bits (W8A16): operands swapped, out.T = kernel @ x.T, for decoding on Hopper.
+"""Hopper kernel with swapped operands, out.T = kernel @ x.T, for few rows (decoding) and for W8A16.
 
-The kernel takes the matrix instruction's 64 rows and x its columns, of which it has as few as 8; so a step reads 16 KiB
-of kernel for as little as 1 KiB of x.  Narrow kernels are widened in registers, without loss, to the dtype of x;
-columns are summed 128 at a time and scaled in float32.  Where the tiles of the kernels are too few for all
-multiprocessors, their columns are split among blocks, whose sums are added up in a fixed order afterwards: the result
-is deterministic.
+The kernel matrix is the left operand of the matrix instruction, which has 64 rows, and x the right operand, which may
+have as few as 8: a step reads 16 KiB of the kernel and as little as 1 KiB of x.  In W8A16, kernels are widened exactly
+to the dtype of x in registers.  Sums of 128 columns are scaled and added in float32.  If the kernels have fewer tiles
+than the GPU has multiprocessors, their columns are split among thread blocks, and the partial sums are added in a fixed
+order: the result is deterministic.
 """
 
 from __future__ import annotations
@@ -25,28 +25,33 @@ from . import warpgroup
 from .shards import vary
 
 TILE = 128
-"""Rows of a kernel in a tile, and columns in a step."""
+"""Rows of a kernel in a tile, and columns of a step."""
 
 SHARED_MEMORY = 226 * 1024
-"""Bytes of shared memory for operands and results: a block has 227 KiB, of which barriers take a little."""
+"""Bytes of shared memory for operands and results: a thread block has 227 KiB, of which barriers need a small part."""
 
 
 SCALES = 32
-"""Activation scales in a copy to shared memory, at the least: its address has to be a multiple of 128 bytes, and the
-slots of a pipeline stand side by side."""
+"""Minimum number of activation scales in a copy to shared memory: the slots of a pipeline are adjacent, and each must
+start at a multiple of 128 bytes."""
 
 
 def row_tile(rows: int) -> int:
-    """Rows of x in a tile: the least of 8, 16, … 128 that holds them all, or 128."""
+    """Returns the number of rows of x in a tile: the smallest of 8, 16, … 128 that is at least `rows`, or 128."""
     tile: int = min(max(8, 2 ** math.ceil(math.log2(max(rows, 1)))), TILE)
     return tile
 
 
 def splits(tiles: int, steps: int, tile: int, processors: int = 132) -> int:
-    """Among how many blocks the `steps` of each of `tiles` are divided, for `tile` rows of x.
+    """Returns the number of thread blocks among which the columns of each tile are split.
 
-    A wave of `processors` blocks costs its steps, about four more to fill and drain the pipeline, and where sums are
-    partial what it takes to write and read them, in the bytes of a step.
+    tiles       number of tiles of the result
+    steps       number of 128-column steps of each tile
+    tile        rows of x in a tile
+    processors  streaming multiprocessors: 132 on H100 and H200
+
+    The cost of a wave of `processors` blocks is its number of steps, about four steps to fill and drain the pipeline,
+    and for partial sums the bytes written and read, as a fraction of the bytes of a step.
 
     >>> splits(32, 32, 8), splits(192, 32, 8), splits(1187, 32, 8)
     (4, 2, 1)
@@ -60,7 +65,7 @@ def splits(tiles: int, steps: int, tile: int, processors: int = 132) -> int:
 
 
 def stages(length: int, tile: int, x: np.dtype, out: np.dtype) -> int:
-    """Steps whose operands are in shared memory at a time, of `length`."""
+    """Returns the number of steps whose operands are in shared memory at the same time, at most `length`."""
     result = 2 * tile * warpgroup.ROWS * out.itemsize
     step = TILE * TILE + tile * TILE * x.itemsize + 4 * max(tile, SCALES)
     return min(length, (SHARED_MEMORY - result) // step, 12)
@@ -76,12 +81,13 @@ def products(
     result: np.dtype,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """(rows, out) in `result` for each kernel, from one launch.
+    """Returns the product (rows, out) in dtype `result` for each kernel, computed in one launch.
 
     x         (rows, in)      bfloat16 or float16, or float8_e4m3fn with scales; rows a multiple of `row_tile(rows)`
     x_scales  (in/128, max(rows, SCALES))  float32, or None
     kernels   (out, in) each  float8; out and in multiples of 128
     scales    (out/block[0], in/block[1]) each, float32; both sides of a block multiples of 128
+    blocks    the block of each kernel
     """
     rows, columns = x.shape
     tile, steps = row_tile(rows), columns // TILE
@@ -96,31 +102,31 @@ def products(
         kernels_gmem, scales_gmem, out_gmem = refs[: len(kernels)], refs[len(kernels) : -1], refs[-1]
         n, m, part = lax.axis_index("kernel_tile"), lax.axis_index("row_tile"), lax.axis_index("split")
         half = lax.axis_index("warpgroup")
-        mine = pl.ds(half * warpgroup.ROWS, warpgroup.ROWS)
+        half_rows = pl.ds(half * warpgroup.ROWS, warpgroup.ROWS)
 
         def run(kernel_gmem: Any, scale_gmem: Any, block: tuple[int, int], local: Any) -> None:
             def step(index: Any, *arguments: Any) -> jax.Array:
                 x_smem, *row_scales, kernel_smem, total = arguments
                 k = part * length + index[0]
                 scale = scale_gmem[local * TILE // block[0], k * TILE // block[1]]
-                kernel_tile = kernel_smem.at[mine]
-                added: jax.Array
+                kernel_tile = kernel_smem.at[half_rows]
+                term: jax.Array
                 if row_scales:
                     partial = warpgroup.product(kernel_tile, x_smem)
                     first = row_scales[0].at[0, pl.ds(0, tile)]
                     by_row = warpgroup.load(first, plgpu.Layout.WGMMA.reduce(0)) * scale
-                    added = partial * lax.broadcast_in_dim(by_row, partial.shape, [1])
+                    term = partial * lax.broadcast_in_dim(by_row, partial.shape, [1])
                 else:
-                    added = warpgroup.product(warpgroup.load_kernel(kernel_tile, x.dtype), x_smem) * scale
-                summed: jax.Array = total + added
-                return summed
+                    term = warpgroup.product(warpgroup.load_kernel(kernel_tile, x.dtype), x_smem) * scale
+                new_total: jax.Array = total + term
+                return new_total
 
             def context(evaluate: Any) -> None:
                 total = evaluate(warpgroup.zeros(tile))
                 warpgroup.store_transposed(out_smem.at[half], total.astype(out))
                 plgpu.commit_smem()
-                here = pl.ds(n * TILE + half * warpgroup.ROWS, warpgroup.ROWS)
-                plgpu.copy_smem_to_gmem(out_smem.at[half], out_gmem.at[part, pl.ds(m * tile, tile), here])
+                columns_here = pl.ds(n * TILE + half * warpgroup.ROWS, warpgroup.ROWS)
+                plgpu.copy_smem_to_gmem(out_smem.at[half], out_gmem.at[part, pl.ds(m * tile, tile), columns_here])
                 plgpu.wait_smem_to_gmem(0)
 
             operand = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM)
@@ -139,11 +145,11 @@ def products(
             )(*x_gmem, kernel_gmem)
 
         for i in range(len(kernels)):
-            one = functools.partial(run, kernels_gmem[i], scales_gmem[i], blocks[i], n - int(starts[i]))
+            run_kernel = functools.partial(run, kernels_gmem[i], scales_gmem[i], blocks[i], n - int(starts[i]))
             if len(kernels) == 1:
-                one()
+                run_kernel()
             else:
-                pl.when((n >= starts[i]) & (n < starts[i + 1]))(one)
+                pl.when((n >= starts[i]) & (n < starts[i + 1]))(run_kernel)
 
     width = int(starts[-1]) * TILE
     launch = warpgroup.kernel(

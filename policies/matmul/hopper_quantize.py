@@ -1,6 +1,7 @@
-"""Activations to e4m3 in one pass on Hopper: read once, written as a quarter to a half of what they were.
+"""Hopper kernel that quantises activations to e4m3 in one pass, which reads them once.
 
-XLA makes three kernels of it, of which two read the activations: for the largest magnitudes and for the quotients.
+XLA generates three kernels for the same computation, of which two read the activations: one for the largest magnitudes
+and one for the quotients.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from . import warpgroup
 from .shards import vary
 
 ROWS = warpgroup.ROWS
-"""Rows that a block takes."""
+"""Rows of x per thread block."""
 
 COLUMNS = 128
 """Columns that share a scale."""
 
 
 def quantize(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Array]:
-    """`(values, scales)`, as `quantize` in blocks of (1, 128) has them.
+    """Returns `(values, scales)` of x quantised in blocks of (1, 128), the scales transposed.
 
     x       (rows, in)      f32, bf16 or f16; rows a multiple of 64, in of 128
     values  (rows, in)      float8_e4m3fn

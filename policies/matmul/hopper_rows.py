@@ -1,8 +1,8 @@
-"""Many rows, both operands e4m3 (W8A8): tiles of 128 rows of x by 128 of the kernel, for prefill on Hopper.
+"""Hopper kernel for many rows with both operands in e4m3 (W8A8, prefill): tiles of 128 rows of x by 128 of the kernel.
 
-After DeepSeek-V3 (arXiv:2412.19437, section 3.3): float8 tensor cores keep about 14 bits of a sum, so each block of
-128 columns is summed from zero and added to a float32 sum, scaled, in registers.  Blocks are persistent and walk the
-tiles in a snake, so that neighbours share operands in the second-level cache.
+After DeepSeek-V3 (arXiv:2412.19437, section 3.3): float8 tensor cores have sums of about 14 bits, so each sum of 128
+columns starts at zero and is scaled and added to a float32 sum in registers.  Thread blocks are persistent and process
+the tiles in a snake-like order, so that adjacent blocks share operands in the second-level cache.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from . import warpgroup
 from .shards import vary
 
 TILE = 128
-"""Rows of x, and of the kernel, in a tile; and columns of both in a step."""
+"""Rows of x and of the kernel in a tile, and columns of a step."""
 
 STAGES = 4
-"""Steps whose operands are in shared memory at a time, of 32.5 KiB each."""
+"""Steps whose operands are in shared memory at the same time, 32.5 KiB each."""
 
 SNAKE = 8
-"""Tiles of the kernel beside each other before the walk goes on to the next rows of x."""
+"""Tiles of the kernel that are processed before the next rows of x."""
 
 
 def product(
@@ -41,13 +41,13 @@ def product(
     processors: int = 132,
     interpret: Any = None,
 ) -> jax.Array:
-    """(rows, out) in `result`.
+    """Returns the product (rows, out) in dtype `result`.
 
-    x          (rows, in)             float8_e4m3fn; rows, out and in are multiples of 128
-    x_scales   (in/128, rows)         float32, so that a tile's scales lie side by side
-    kernel     (out, in)              float8_e4m3fn
-    scale_inv  (out/block[0], in/block[1])  float32; both sides of a block multiples of 128
-    processors  streaming multiprocessors, for as many persistent blocks: 132 on H100 and H200
+    x           (rows, in)                   float8_e4m3fn; rows, out and in are multiples of 128
+    x_scales    (in/128, rows)               float32, transposed so that the scales of a tile are contiguous
+    kernel      (out, in)                    float8_e4m3fn
+    scale_inv   (out/block[0], in/block[1])  float32; both sides of a block are multiples of 128
+    processors  number of persistent thread blocks, one per streaming multiprocessor: 132 on H100 and H200
     """
     rows, columns = x.shape
     tiles, steps = (rows // TILE, kernel.shape[0] // TILE), columns // TILE
@@ -77,13 +77,13 @@ def product(
             def _(loop: Any) -> None:
                 m, n = plgpu.planar_snake(loop.index[0], tiles, 1, min(SNAKE, tiles[1]))
                 rows_here, out_here = pl.ds(m * TILE, TILE), pl.ds(n * TILE, TILE)
-                mine = pl.ds(half * warpgroup.ROWS, warpgroup.ROWS)
+                half_rows = pl.ds(half * warpgroup.ROWS, warpgroup.ROWS)
 
                 def step(index: Any, x_smem: Any, x_scales_smem: Any, kernel_smem: Any, total: jax.Array) -> jax.Array:
                     (k,) = index
                     scale = scale_gmem[n * TILE // block[0], k * TILE // block[1]]
-                    partial = warpgroup.product(x_smem.at[mine], kernel_smem)
-                    scales = warpgroup.load(x_scales_smem.at[0, mine], plgpu.Layout.WGMMA.reduce(1)) * scale
+                    partial = warpgroup.product(x_smem.at[half_rows], kernel_smem)
+                    scales = warpgroup.load(x_scales_smem.at[0, half_rows], plgpu.Layout.WGMMA.reduce(1)) * scale
                     return total + partial * lax.broadcast_in_dim(scales, partial.shape, [0])
 
                 def context(run: Any) -> None:
@@ -91,8 +91,8 @@ def product(
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     out_smem[half] = total.astype(result)
                     plgpu.commit_smem()
-                    here = pl.ds(m * TILE + half * warpgroup.ROWS, warpgroup.ROWS)
-                    plgpu.copy_smem_to_gmem(out_smem.at[half], out_gmem.at[here, out_here])
+                    half_here = pl.ds(m * TILE + half * warpgroup.ROWS, warpgroup.ROWS)
+                    plgpu.copy_smem_to_gmem(out_smem.at[half], out_gmem.at[half_here, out_here])
 
                 pipeline(step, context)(
                     x_gmem.at[rows_here],

@@ -1,4 +1,4 @@
-"""A choice that is made when a program is lowered: a kernel for one device, or what all platforms understand."""
+"""A JAX primitive that chooses at lowering time between a kernel for one device and a portable function."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ _choice.multiple_results = True
 
 
 def unless_portable(kernel: Callable[..., Any], portable: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, but `portable` where a program is lowered for several platforms at once, as `jax.export` can do, or is
-    to be partitioned over several devices by XLA, which does not see into a kernel (inside `shard_map` it need not).
+    """Returns a function that runs `kernel`, or `portable` in programs that cannot contain a Pallas kernel.
 
-    Pallas refuses such lowerings, and when a function is traced nobody knows yet for what it will be lowered.
+    These are programs lowered for several platforms at once, as `jax.export` can do, and programs that XLA partitions
+    over several devices, since XLA cannot partition a kernel.  (Inside `shard_map` XLA does not partition.)  Neither is
+    known when a function is traced.
     """
 
     def call(*operands: Any) -> Any:
         leaves = jax.tree.leaves(operands)
-        one, shapes = jax.make_jaxpr(kernel, return_shape=True)(*operands)
-        other = jax.make_jaxpr(portable)(*operands)
-        return jax.tree.unflatten(jax.tree.structure(shapes), _choice.bind(*leaves, kernel=one, portable=other))
+        first, shapes = jax.make_jaxpr(kernel, return_shape=True)(*operands)
+        second = jax.make_jaxpr(portable)(*operands)
+        return jax.tree.unflatten(jax.tree.structure(shapes), _choice.bind(*leaves, kernel=first, portable=second))
 
     return call
 

@@ -1,4 +1,4 @@
-"""Over which axes of a mesh arrays vary inside `shard_map`, where nobody else says so."""
+"""Marks the mesh axes over which arrays vary inside `shard_map`, where JAX does not infer them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import jax
 
 
 def vary_alike(operands: Any) -> Any:
-    """The arrays of a tree, each varying over every axis over which any of them does.
+    """Returns the arrays of a tree, each marked as varying over every axis over which one of them varies.
 
-    A gradient varies as the result does; back through this it is summed over the axes over which its operand does not.
+    The transpose sums the gradient of an array over the axes over which the array itself does not vary.
     """
     return vary(operands, operands)
 
 
 def vary(results: Any, operands: Any) -> Any:
-    """The results of a kernel, varying over the axes over which any operand does: Pallas does not say so itself."""
+    """Returns `results` marked as varying over every axis over which an operand varies, since Pallas does not do so."""
     leaves = jax.tree.leaves(operands)
     axes = frozenset[str]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
 

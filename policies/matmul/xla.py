@@ -1,8 +1,8 @@
-"""The product in plain XLA for devices without a kernel here: formulations that differ in what they write to memory.
+"""The product in XLA operations, for devices and calls without a kernel: formulations with different memory traffic.
 
-Widening a kernel before a dot writes it once more, in two or four bytes a weight.  For a single row a multiplication
-and a sum fuse into one kernel that reads the narrow bytes alone; for a few rows a dot a block of columns, whose sums
-are scaled afterwards, does, at the price of one partial sum a block of columns.
+Widening a kernel before a dot writes a copy of it, with two or four bytes per weight.  For one row, a multiplication
+and a sum fuse into one program that reads only the narrow bytes.  For a few rows, one dot per block of columns does the
+same, with the scales applied to its partial sums, which are written to memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from . import oracle
 from .calls import Call, Implementation, Operands, one_by_one
 
 FEW_ROWS = 32
-"""Rows up to which partial sums a block of columns cost less than a wide copy of the kernel."""
+"""Up to this number of rows, writing one partial sum per block of columns costs less than a wide copy of the kernel."""
 
 
 def _reduction(call: Call, operands: Operands) -> jax.Array:
-    """(1, out): a multiplication and a sum, which become one fused kernel."""
+    """Returns the product (1, out) as a multiplication and a sum, which XLA fuses."""
     weight = oracle.wide_weight(operands.kernel, call.weight or np.dtype(np.float32)).astype(jnp.float32)
     x = oracle.wide_rows(operands.x)
     x = (x if call.weight is None else x.astype(call.weight)).astype(jnp.float32)
@@ -33,15 +33,15 @@ def _reduction(call: Call, operands: Operands) -> jax.Array:
 def _refuses_reduction(call: Call) -> str | None:
     if call.rows == 1:
         return None
-    return f"a fused multiplication and sum reads the kernel once a row, of {call.rows or 'any number'}"
+    return f"a fused multiplication and sum reads the kernel once for each of {call.rows or 'any number of'} rows"
 
 
 def _by_block(call: Call, operands: Operands) -> jax.Array:
-    """(rows, out): a dot for each block of columns on values as they are, its sums scaled in float32 and added up."""
+    """Returns the product (rows, out) as the sum of a dot of unscaled values per block of columns, times its scales."""
     assert isinstance(operands.kernel, ScaledArray)
     height, wide = operands.kernel.block
     width = _width(call)
-    # Narrow values are exact in 16 bits, and so are their products in float32.
+    # Narrow values are exact in 16 bits, and their products are exact in float32.
     dtype = call.x.values if dtypes.is_activation(call.x.values) else np.dtype(jnp.bfloat16)
     across = call.in_features // width
     values = operands.x.values if isinstance(operands.x, ScaledArray) else operands.x
@@ -58,14 +58,14 @@ def _by_block(call: Call, operands: Operands) -> jax.Array:
 
 
 def _width(call: Call) -> int:
-    """Columns over which neither scale changes."""
+    """Returns the number of columns in a dot, for which both operands have one scale each."""
     assert call.block is not None
     width = min(call.block[1], call.in_features)
     return int(np.gcd(width, _x_width(call))) if call.x.narrow else width
 
 
 def _x_width(call: Call) -> int:
-    """Columns of activations that share a scale."""
+    """Returns the number of columns of activations that share a scale."""
     assert call.x.block is not None
     return call.in_features if call.x.block[1] == -1 else call.x.block[1]
 
@@ -82,31 +82,31 @@ def _refuses_by_block(call: Call) -> str | None:
     if not call.in_features:
         return "there are no columns"
     if call.in_features % _width(call) or _width(call) < 32:
-        return f"blocks of {call.block[1]} columns do not cut {call.in_features} evenly into long ones"
+        return f"blocks of {call.block[1]} columns do not divide {call.in_features} columns into 32 or more each"
     return None
 
 
 def _widened(call: Call, operands: Operands) -> jax.Array:
-    """(rows, out): the kernel widened, then a dot."""
+    """Returns the product (rows, out) as a dot with the widened kernel."""
     dtype = call.weight or np.dtype(np.float32)
     x, weight = oracle.wide_rows(operands.x).astype(dtype), oracle.wide_weight(operands.kernel, dtype)
     if call.weight is not None or call.x.values == jnp.float32 or call.mode == "W8A8":
         return oracle.dot(x, weight).astype(call.result)
-    # TF32 on NVIDIA GPUs, which x in 16 bits loses nothing to.  A weight in bfloat16 would cost as much accuracy as the
-    # result does, and float16 has not the range of the scales.
+    # HIGH is TF32 on NVIDIA GPUs, which represents x in 16 bits exactly.  Rounding the weight to bfloat16 would cost as
+    # much accuracy as rounding the result does, and float16 does not have the range of the scales.
     axes, high = (((1,), (1,)), ((), ())), jax.lax.Precision.HIGH
     sums = jax.lax.dot_general(x, weight, axes, precision=high, preferred_element_type=jnp.float32)
     return sums.astype(call.result)
 
 
 def _dot(call: Call, operands: Operands) -> jax.Array:
-    """(rows, out) with a plain kernel."""
+    """Returns the product (rows, out) with a kernel that is not narrow."""
     assert call.weight is not None
     x = oracle.wide_rows(operands.x).astype(call.weight)
     weight = oracle.wide_weight(operands.kernel, call.weight)
 
     def rounded_within(x: jax.Array, weight: jax.Array) -> jax.Array:
-        """GPUs sum in float32 and write 16 bits; asked for float32, they write that, and a further kernel rounds it."""
+        # GPUs sum in float32 and write 16 bits.  With a float32 result, a second kernel would do the rounding.
         axes = (((1,), (1,)), ((), ()))
         return jax.lax.dot_general(x, weight, axes, preferred_element_type=call.result)
 
@@ -122,19 +122,22 @@ def _dot(call: Call, operands: Operands) -> jax.Array:
 
 
 REDUCTION = Implementation(
-    "fused reduction", "multiply and sum in one fusion, which reads the narrow kernel alone", _refuses_reduction,
+    "fused reduction", "one fused multiplication and sum, which reads only the narrow kernel", _refuses_reduction,
     one_by_one(_reduction),
 )  # fmt: skip
 BY_BLOCK = Implementation(
-    "dot by block", "a dot a block of columns, its sums scaled afterwards", _refuses_by_block, one_by_one(_by_block)
+    "dot by block",
+    "one dot per block of columns, with the scales applied to its sums",
+    _refuses_by_block,
+    one_by_one(_by_block),
 )
 WIDENED = Implementation(
     "widen, then dot",
-    "the whole kernel widened, in float32 unless asked otherwise",
+    "widens the whole kernel, to float32 unless `compute` is a 16-bit dtype",
     lambda call: None,
     one_by_one(_widened),
 )
 DOT = Implementation(
-    "dot", "XLA's own product of a plain kernel",
+    "dot", "XLA's own product with a kernel that is not narrow",
     lambda call: "the kernel is narrow" if call.kernel.narrow else None, one_by_one(_dot),
 )  # fmt: skip

@@ -239,26 +239,22 @@ class TestErrors:
     @pytest.mark.parametrize("shape", [(), (4,)])
     def test_fewer_than_two_dimensions_have_no_blocks(self, shape):
         with pytest.raises(
-            InvalidScale, match=r"blocks cover two axes, found the shape .*Only parameters of two or more"
+            InvalidScale, match=r"blocks need two or more dimensions, found the shape .*Use a wide dtype"
         ):
             quantize(np.ones(shape, np.float32), "f8_e4m3fn")
 
     @pytest.mark.parametrize("found", ["int32", "int8", "bool", "float8_e4m3fn"])
     def test_what_is_no_wide_float_cannot_be_quantised(self, found):
-        with pytest.raises(
-            UnsupportedCast, match=f"a {found} array cannot be quantised. Give f32, bf16 or f16 weights"
-        ):
+        with pytest.raises(UnsupportedCast, match=f"an array of {found} cannot be quantised. Pass f32, bf16 or"):
             quantize(np.ones((2, 2), dtype(found)), "f8_e4m3fn")
 
     @pytest.mark.parametrize("wide", ["f32", "bf16", "i32"])
     def test_only_narrow_types_have_scales(self, wide):
-        with pytest.raises(UnsupportedCast, match=f"{wide} needs no scales. Narrow types are f8_e4m3fn"):
+        with pytest.raises(UnsupportedCast, match=f"{wide} is not a narrow dtype. Write f8_e4m3fn"):
             quantize(np.ones((2, 2), np.float32), wide)
 
     def test_scales_are_wide(self):
-        with pytest.raises(
-            UnsupportedCast, match=r"scales are f32, bf16 or f16 \(or f8_e8m0fnu, f8_e4m3fn\), not f8_e5m2"
-        ):
+        with pytest.raises(UnsupportedCast, match=r"scales are f32, bf16, f16, f8_e8m0fnu or f8_e4m3fn, not f8_e5m2"):
             quantize(np.ones((2, 2), np.float32), "f8_e4m3fn", scale_dtype="f8_e5m2")
 
     def test_an_unknown_type_is_answered_with_the_nearest(self):

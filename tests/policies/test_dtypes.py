@@ -78,7 +78,7 @@ class TestNames:
             as_dtype(misspelt)
 
     def test_a_name_like_no_other_is_answered_with_examples(self):
-        with pytest.raises(UnknownDtype, match=r"unknown dtype 'kernel'. Names are such as 'bf16', 'f32'"):
+        with pytest.raises(UnknownDtype, match=r"unknown dtype 'kernel'. Write a name such as 'bf16', 'f32'"):
             as_dtype("kernel")
 
     @pytest.mark.parametrize("ambiguous", ["f8", "f8_e4m3", "fp8", "float8"])
@@ -88,7 +88,7 @@ class TestNames:
 
     @pytest.mark.parametrize("thing", [float, int, 3, object(), ["f32"], None])
     def test_what_is_no_dtype_is_refused(self, thing):
-        with pytest.raises(UnknownDtype, match=r"is no dtype. Write a name such as 'bf16'"):
+        with pytest.raises(UnknownDtype, match=r"is not a dtype. Write a name such as 'bf16'"):
             as_dtype(thing)
 
     def test_the_error_is_perparams_and_a_value_error(self):

@@ -323,7 +323,7 @@ class TestErrors:
     @pytest.mark.parametrize("shape", [(2, 8), (9, 2), ()])
     def test_shapes_that_do_not_meet(self, shape):
         with pytest.raises(
-            UnsupportedCast, match=r"a kernel of shape \(5, 9\) do not meet: expected \(..., in\) and \(out, in\)"
+            UnsupportedCast, match=r"a kernel of shape \(5, 9\) do not match: expected \(..., in\) and \(out, in\)"
         ):
             scaled_matmul(np.ones(shape, np.float32), self.kernel, self.scale_inv, block=(4, 4))
 

@@ -151,7 +151,7 @@ class TestPolicies:
         assert (state["kernel"].get_metadata()["block"], state["scale_inv"].dtype) == ((1, 32), E8M0)
 
     def test_it_is_registered_once(self):
-        with pytest.raises(InvalidPolicy, match="'mxfp8' is the name of a format or dtype already"):
+        with pytest.raises(InvalidPolicy, match="'mxfp8' is already the name of a format or dtype"):
             perparam.policies.register_format("mxfp8", FORMAT)
 
 

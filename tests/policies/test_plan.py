@@ -214,7 +214,9 @@ class TestTarget:
         assert not any(row.matmul for row in plan.rows)
 
     def test_one_that_nobody_knows(self):
-        with pytest.raises(UnknownTarget, match=r"'gpu' is no target. Write here, cpu, tpu, rocm, cuda, or cuda:9.0"):
+        with pytest.raises(
+            UnknownTarget, match=r"'gpu' is not a target. Write here, cpu, tpu, rocm, cuda, or cuda:9.0"
+        ):
             Policy.loads(YAML).explain(self.tree, target="gpu")
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perparam import Policy
-from perparam.policies import Format, InvalidPolicy, ParamSpec, PerparamError, UnknownDtype
+from perparam.policies import Format, InvalidPolicy, ParamSpec, PerparamError, Scope, UnknownDtype
 
 FP8 = {"kernel": "f8_e4m3fn", "scale_inv": None, "default": "f32"}
 
@@ -69,7 +69,7 @@ class TestConstructor:
 
     def test_int8_is_no_dtype_to_compute_in_and_says_which_are(self):
         with pytest.raises(
-            UnknownDtype, match=r"int8 is no dtype to compute in. Write f32, bf16, f16, or a float8 type"
+            UnknownDtype, match=r"matmuls do not compute in int8. Write f32, bf16, f16, or a float8 type"
         ):
             Policy(compute={"kernel": "int8"})
 
@@ -88,7 +88,7 @@ class TestConstructor:
 
     @pytest.mark.parametrize("key", [0, None, True, "", "?"])
     def test_keys_are_text(self, key):
-        with pytest.raises(InvalidPolicy, match=r"is no name of a parameter in params. Keys are text"):
+        with pytest.raises(InvalidPolicy, match=r"is not the name or path of a parameter. Write text"):
             Policy(params={key: "f32"})
 
     def test_the_default_is_never_optional(self):
@@ -234,7 +234,7 @@ class TestTextForms:
     @pytest.mark.parametrize("line", ["", "params", "params=f32,", "q=f32", "block=128", "params:f32"])
     def test_a_line_that_is_none_is_answered_with_an_example(self, line):
         with pytest.raises(
-            InvalidPolicy, match=r"is not slot=dtype. Write params=f32,compute=bf16,output=f32, or p=,c=,o="
+            InvalidPolicy, match=r"expected slot=dtype, found '.*'. Write params=f32,compute=bf16,output=f32, or p=f32,"
         ):
             Policy.parse(line)
 
@@ -273,3 +273,11 @@ class TestScope:
         assert self.policy.at("a").spec("kernel").storage.scale == np.dtype("float32")
         storage = policy.at("a").spec("kernel").storage
         assert (storage.scale, storage.block) == (np.dtype(ml_dtypes.bfloat16), (32, 16))
+
+    def test_a_parameter_that_is_not_stored_is_an_error_with_its_path(self):
+        scope = Scope(self.policy, None, stored={"a/kernel": ParamSpec()})
+        assert scope.at("a").spec("kernel") == ParamSpec()
+        with pytest.raises(
+            InvalidPolicy, match=r"b/kernel: .* is not among the stored variables. Pass the variables of"
+        ):
+            scope.at("b").spec("kernel")

@@ -140,6 +140,6 @@ class TestGetPolicy:
     @pytest.mark.parametrize("thing", [3, ["f32"], object(), jnp.float32])
     def test_anything_else_is_no_policy(self, thing):
         with pytest.raises(
-            InvalidPolicy, match=r"is no policy. Give a Policy, a mapping, a preset's name or a YAML file"
+            InvalidPolicy, match=r"is not a policy. Pass a Policy, a mapping, the name of a preset or a YAML file"
         ):
             get_policy(thing)

@@ -118,7 +118,7 @@ class TestStrictness:
         assert str(caught.value) == (
             "'layers/*/mlp/kernal' (params) matches none of 7 parameters.\n"
             "  nearest: layers/0/mlp/kernel\n"
-            "  Patterns are anchored at the root; '**/…' reaches any depth.\n"
+            "  Patterns are anchored at the root; '**/…' matches at any depth.\n"
             "  Correct the pattern, remove the rule, or end it with '?' if it may match nothing."
         )
 
@@ -137,12 +137,13 @@ class TestStrictness:
         with pytest.raises(ShadowedRule) as caught:
             answers({"kernel": "bf16", key: "f32"})
         assert str(caught.value) == (
-            f"{key!r} (params) decides nothing: every parameter it matches is taken before it by 'kernel'.\n"
-            "  The first rule that matches wins. Write the narrower rule first, or remove this one."
+            f"{key!r} (params) decides nothing: every parameter that it matches is matched by an earlier "
+            "rule: 'kernel'.\n"
+            "  The first rule that matches wins. Write the more specific rule first, or remove this rule."
         )
 
     def test_a_rule_shadowed_by_several_names_all_of_them(self):
-        with pytest.raises(ShadowedRule, match=r"taken before it by 'head/\*', 'layers/\*\*'\."):
+        with pytest.raises(ShadowedRule, match=r"matched by an earlier rule: 'head/\*', 'layers/\*\*'\."):
             answers({"layers/**": "f32", "head/*": "f32", "kernel": "bf16"})
 
     def test_a_rule_shadowed_in_part_is_none(self):

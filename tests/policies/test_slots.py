@@ -32,7 +32,7 @@ def check_grads(where, format, kind):
 @pytest.fixture
 def grads(monkeypatch):
     """The table with one more entry."""
-    monkeypatch.setitem(SLOTS, "grads", Slot("grads", True, check_grads, "as they are computed"))
+    monkeypatch.setitem(SLOTS, "grads", Slot("grads", True, check_grads))
 
 
 def cast_gradients(policy, gradients):

@@ -336,7 +336,7 @@ class TestErrors:
             Policy(params=params).store(tree(layer))
         assert str(caught.value) == (
             "a/kernel: f8_e4m3fn (5, 7) without its scales 'a/scale_inv', so its magnitude is lost. "
-            "Give the tree with both, or the kernel in f32 or bf16."
+            "Add the scales to the tree, or use the kernel in f32 or bf16."
         )
 
     @trees
@@ -344,7 +344,7 @@ class TestErrors:
         layer = {name: x for name, x in pair().items() if name != "kernel"}
         with pytest.raises(
             UnpairedScale,
-            match=r"a/scale_inv: scales \(3, 3\) without the kernel they belong to. Add it, or remove them",
+            match=r"a/scale_inv: scales \(3, 3\) without their kernel. Add the kernel, or remove the scales",
         ):
             Policy().store(tree(layer))
 
@@ -364,7 +364,7 @@ class TestErrors:
             Policy(block=BLOCK).store(tree(layer))
         assert str(caught.value) == (
             f"a/scale_inv: scales of shape {grid} do not fit a kernel of shape (5, 7) in blocks of (2, 3), "
-            "expected (3, 3). Name the block the kernel was quantised with. A ScaledArray knows its own."
+            "expected (3, 3). Name the block the kernel was quantised with. A ScaledArray includes its block."
         )
 
     @trees
@@ -402,7 +402,7 @@ class TestErrors:
     def test_a_narrow_dtype_for_one_dimension(self, tree):
         with pytest.raises(
             InvalidPolicy,
-            match=r"'bias' \(params\) asks f8_e4m3fn of 'a/bias', whose shape is \(5,\). Narrow dtypes are for",
+            match=r"'bias' \(params\) asks f8_e4m3fn of 'a/bias', whose shape is \(5,\). Use narrow dtypes only for",
         ):
             Policy(params={"bias": F8}).store(tree(plain()))
 

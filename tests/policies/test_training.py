@@ -175,8 +175,8 @@ class TestRefuseNarrow:
         assert message.startswith(path)
         assert "(4, 2) cannot be trained: its moments would be narrow" in message
         assert (
-            "Give the optimizer the first half of perparam.training.partition(variables), or store the parameter as f32"
-            in message
+            "Initialise the optimizer with the first result of perparam.training.partition(variables), or store the "
+            "parameter as f32" in message
         )
 
     def test_it_changes_no_update(self):

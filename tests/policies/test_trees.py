@@ -109,7 +109,7 @@ def test_scales_in_a_field_of_their_own_stay_there_and_cannot_go():
     both = Both(*perparam.quantize(jnp.ones((4, 4)), "f8_e4m3fn"))
     stored = perparam.Policy({"kernel": "int8"}).store(both)
     assert dtypes(stored) == Both("int8", "float32")
-    with pytest.raises(UnsupportedCast, match=r"scale_inv: the scales cannot be removed from a Both. Keep them"):
+    with pytest.raises(UnsupportedCast, match=r"scale_inv: the scales cannot be removed from a Both. Store the pair"):
         perparam.Policy("f32").store(both)
 
 

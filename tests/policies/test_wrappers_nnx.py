@@ -212,7 +212,7 @@ class TestDropout:
 
     def test_a_stream_the_module_does_not_have_is_refused(self):
         state = init(Net, TWO_LINES, {"params": 0, "dropout": 1})
-        with pytest.raises(UnsupportedCast, match=r"rngs: 'noise' is no stream of the module, which has dropout"):
+        with pytest.raises(UnsupportedCast, match=r"rngs: the module has no stream 'noise', only dropout"):
             self.run(state, noise=jax.random.key(0))
 
     def test_without_keys_it_goes_on_with_what_init_stored(self):
@@ -348,7 +348,7 @@ class TestErrors:
     def test_a_narrow_compute_dtype_is_refused_with_the_remedy(self):
         with pytest.raises(
             UnsupportedCast,
-            match=r"computing in f8_e4m3fn .* knows nothing of perparam. Write bf16 or null in compute, or build",
+            match=r"computing in f8_e4m3fn .* has no argument `policy`. Write bf16 or null in compute, or build",
         ):
             apply(Net, {"compute": {"kernel": "f8_e4m3fn", "default": "bf16"}}, init(Net, None, KEY), X)
 
@@ -357,7 +357,7 @@ class TestErrors:
         del state["up"]["bias"]
         with pytest.raises(
             UnsupportedCast,
-            match=r"not those of the module: it lacks \['up/bias'\], and does not have \[\]. Give what init",
+            match=r"not those of the module: missing \['up/bias'\], unexpected \[\]. Pass the variables that init",
         ):
             apply(Net, None, state, X)
 

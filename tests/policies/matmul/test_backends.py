@@ -67,7 +67,9 @@ def multiply_if_taken(name: str, case: Case, *operands) -> np.ndarray | None:
     """The product, or None after a refusal that says why and whose."""
     if why := refusal(name, case):
         assert len(why.split()) > 2
-        with pytest.raises(UnsupportedCast, match=f"'{name}', which matmul_override asks for, does not take") as caught:
+        with pytest.raises(
+            UnsupportedCast, match=f"'{name}', the implementation in matmul_override, does not accept"
+        ) as caught:
             multiply(name, case, *operands)
         assert why in str(caught.value)
         return None

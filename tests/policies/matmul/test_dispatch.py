@@ -125,12 +125,16 @@ class TestTarget:
 
     @pytest.mark.parametrize("text", ["gpu", "", "CUDA", "cuda9.0", "sm_90"])
     def test_that_nobody_knows(self, text):
-        with pytest.raises(UnknownTarget, match=f"'{text}' is no target. Write here, cpu, tpu, rocm, cuda, or cuda:9"):
+        with pytest.raises(
+            UnknownTarget, match=f"'{text}' is not a target. Write here, cpu, tpu, rocm, cuda, or cuda:9"
+        ):
             Target.parse(text)
 
     @pytest.mark.parametrize("text", ["cuda:9", "cuda:hopper", "cuda:9.0.1", "cuda:sm.90"])
     def test_with_a_capability_that_is_none(self, text):
-        with pytest.raises(ValueError, match=f"'{text}' is no target: a compute capability is written 9.0") as caught:
+        with pytest.raises(
+            ValueError, match=f"'{text}' is not a target. Write the compute capability as in cuda:9.0"
+        ) as caught:
             Target.parse(text)
         assert isinstance(caught.value, PerparamError)
 
@@ -180,7 +184,7 @@ class TestOverride:
         assert found == ["slabs"]
 
     def test_an_implementation_that_nobody_knows(self):
-        with pytest.raises(UnknownImplementation, match="no implementation 'cutlass', there are: ") as caught:
+        with pytest.raises(UnknownImplementation, match=r"no implementation 'cutlass'. Write one of these: ") as caught:
             matmul_override("cutlass").__enter__()
         assert isinstance(caught.value, KeyError)
         assert all(name in str(caught.value) for name in IMPLEMENTATIONS)
@@ -196,7 +200,9 @@ class TestOverride:
         for run in (scaled_matmul, jax.jit(scaled_matmul)):
             with pytest.raises(UnsupportedCast) as caught, matmul_override(name):
                 run(*case.operands())
-            assert str(caught.value) == f"'{name}', which matmul_override asks for, does not take this call: {why}."
+            assert str(caught.value) == (
+                f"'{name}', the implementation in matmul_override, does not accept this call: {why}. Use another one."
+            )
 
     def test_a_compiled_function_is_traced_again_within(self):
         case, traced = Case(8), []

@@ -10,8 +10,9 @@ from helpers import dtype
 from matmuls import FP8, Case
 from shapes import ROWS, SHAPES
 
+from perparam.policies.formats import Format
 from perparam.policies.matmul import hopper
-from perparam.policies.matmul.dispatch import IMPLEMENTATIONS
+from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, matmul_plan
 from perparam.policies.matmul.hopper_columns import TILE, row_tile, splits, stages
 
 PROCESSORS = 132
@@ -109,6 +110,17 @@ class TestRefusals:
     def test_also_of_e5m2_activations(self):
         both = dataclasses.replace(TAKEN, kernel="float8_e5m2", compute="float8_e5m2")
         assert hopper.COLUMNS.refuses(both.call) == "both operands have to be f8_e4m3fn"
+
+    @pytest.mark.parametrize("name", ["hopper rows", "hopper columns"])
+    def test_name_a_registered_format(self, name):
+        plan = matmul_plan(8, (256, 384), kernel="mxfp8", compute="f8_e4m3fn", target="cuda:9.0")
+        why = "activations are quantised as mxfp8, not with a float32 scale for 128 columns"
+        assert dict(plan.refused)[name] == why
+
+    def test_spell_out_a_format_without_a_name(self):
+        amax = Format(dtype(FP8), (1, 32), dtype("float32"))
+        call = dataclasses.replace(dataclasses.replace(TAKEN, compute=FP8).call, x=amax)
+        assert "activations are quantised as f8_e4m3fn 1×32, not" in hopper.COLUMNS.refuses(call)
 
     @pytest.mark.parametrize("shape", [(0, 128), (128, 0)])
     def test_of_kernels_without_elements(self, shape):
