@@ -46,7 +46,7 @@ def restore(like: dict, folder: str | os.PathLike[str]) -> dict:
         return checkpointer.restore(pathlib.Path(folder).absolute(), abstract)
 
 
-def with_state(model: perparam.models.Decoder, state: dict) -> perparam.models.Qwen3:
+def with_state(model: perparam.models.Decoder, state: dict) -> perparam.models.Decoder:
     """`model` with the arrays of a restored state."""
     graphdef, variables = nnx.split(model)
     nnx.replace_by_pure_dict(variables, state["model"])

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from ..models.generation import generate
 from ..models.tokens import checked_tokens
 from ..policies.errors import InvalidTokens, MissingPackage, UnsupportedExport
 from ..policies.plan import human_bytes, plan
-from ..policies.presets import get_policy
+from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import resolve
 from ..policies.tables import table
 from .load import load_model
@@ -75,6 +75,12 @@ class Comparison:
     rows: tuple[Compared, ...]
     tokens: int
 
+    def __iter__(self) -> Iterator[Compared]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def __str__(self) -> str:
         lines = [("policy", "perplexity", "KL, nats", "top-1", "parameters", "cache/token", "tokens/s")]
         lines += [
@@ -113,6 +119,11 @@ class Comparison:
         figure.savefig(path, dpi=120)
 
 
+def _name(index: int, policy: PolicyLike) -> str:
+    """The name of a policy in the table: the text or path that stands for it, or else its number."""
+    return str(policy) if isinstance(policy, (str, os.PathLike)) else f"policy {index + 1}"
+
+
 def _with_error(value: float, error: float) -> str:
     """A number with its standard error, where there is one."""
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.2g}"
@@ -137,7 +148,9 @@ def check_plot(path: str | os.PathLike[str]) -> None:
         )
 
 
-def compare(path: str | os.PathLike[str], policies: Mapping[str, Any] | Sequence[Any], tokens: ArrayLike) -> Comparison:
+def compare(
+    path: str | os.PathLike[str], policies: Mapping[str, PolicyLike] | Sequence[PolicyLike], tokens: ArrayLike
+) -> Comparison:
     """Accuracy, size and speed of a checkpoint under each policy, relative to the first one.
 
     path      a folder or a name on the hub, as for `load_model`
@@ -150,7 +163,7 @@ def compare(path: str | os.PathLike[str], policies: Mapping[str, Any] | Sequence
       InvalidTokens: fewer than two tokens, or no policy.
       Errors of `load_model`.
     """
-    named = policies if isinstance(policies, Mapping) else {str(policy): policy for policy in policies}
+    named = policies if isinstance(policies, Mapping) else {_name(i, each): each for i, each in enumerate(policies)}
     ids = np.asarray(tokens)
     if ids.ndim != 1 or ids.size < 2 or not named:
         raise InvalidTokens(f"expected two token ids or more, and a policy, found {ids.shape} and {len(named)}.")

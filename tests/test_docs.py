@@ -77,16 +77,19 @@ def test_the_page_on_loading_runs(capsys):
 def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     from perparam.examples.make_checkpoint import make_checkpoint
 
-    make_checkpoint(tmp_path / "Qwen3-FP8")
+    make_checkpoint(tmp_path / "demo")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "policy.yaml").write_text((ROOT / "examples" / "policy.yaml").read_text())
     names = run_blocks(ROOT / "README.md")
-    assert names["tokens"].shape == (1, 20)
-    printed = capsys.readouterr().out
-    table = re.search(r"^```text\n(path .*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M)
-    shown = [line.rstrip() for line in table.group(1).splitlines() if line.strip() not in ("", "…")]
-    lines = [line.rstrip() for line in printed.splitlines()]
-    assert [line for line in shown if line not in lines] == []
+    assert names["tokens"].shape == (1, 8)
+    shown = re.search(
+        r"^prints\n\n```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M
+    )
+    assert all(len(line) <= 80 for line in shown.group(1).splitlines())
+    # The numbers of the last line depend on the processor; lines may be folded.
+    expected, printed = shown.group(1).split(), capsys.readouterr().out.split()
+    assert printed[: expected.index("KL")] == expected[: expected.index("KL")]
+    assert names["audit"].top1 == pytest.approx(0.86, abs=0.05)
 
 
 def test_the_readme_shows_the_policy_of_the_examples():
