@@ -173,7 +173,7 @@ def test_the_wheel_holds_exactly_the_package(tmp_path):
     expected = {
         f"perparam/{file}"
         for file in files
-        if file in ("__init__.py", "__main__.py", "terminal.py", "py.typed")
+        if file in ("__init__.py", "__main__.py", "chat.py", "generation.py", "training.py", "py.typed")
         or (file.startswith(shipped) and file.endswith((".py", ".yaml")))
     }
     assert held == expected
