@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...models.config import DecoderConfig
-from ...policies.errors import shown
+from ...policies.errors import UnsupportedConfig, shown
 from ..fields import Fields
 from ..json_file import read_json
 from .config_json import decoder_to_json, read_decoder
@@ -57,8 +57,16 @@ def config_to_json(config: DecoderConfig) -> dict[str, Any]:
 
 
 def family_of(config: DecoderConfig) -> Family:
-    """The family of a config."""
-    return next(family for family in FAMILIES.values() if family.config is type(config))
+    """The family of a config.
+
+    Raises:
+      UnsupportedConfig: a config of any other class.
+    """
+    for family in FAMILIES.values():
+        if family.config is type(config):
+            return family
+    names = ", ".join(sorted(family.config.__name__ for family in FAMILIES.values()))
+    raise UnsupportedConfig(f"{type(config).__name__} is not the config of an implemented model family: {names}.")
 
 
 def _read(fields: Fields) -> DecoderConfig:

@@ -13,7 +13,7 @@ from ..config import DecoderConfig
 from .sampling import GREEDY, Sampling
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays among the fields have no single truth value
 class GenerationConfig:
     """Settings of a generation.
 

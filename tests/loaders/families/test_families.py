@@ -11,6 +11,8 @@ import perparam
 from perparam.__main__ import main
 from perparam.examples.make_tokenizer import write_tokenizer
 from perparam.loaders import convert_checkpoint, families
+from perparam.models import DecoderConfig
+from perparam.policies.errors import UnsupportedConfig
 from perparam.policies.trees import parameters
 
 VARIANTS = {
@@ -38,6 +40,18 @@ def written(tmp_path, family, variant="untied"):
 
 def test_every_implemented_family_is_tested():
     assert set(FAMILIES) == set(families.FAMILIES)
+
+
+def test_a_config_of_no_family_is_refused():
+    class Other(DecoderConfig):
+        pass
+
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), 4)
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2)
+    with pytest.raises(
+        UnsupportedConfig, match=r"Other is not the config of .*: LlamaConfig, Qwen2Config, Qwen3Config\."
+    ):
+        families.family_of(Other(**sizes, **heads))
 
 
 def test_the_name_table_names_each_parameter_of_the_model(case):
