@@ -48,9 +48,7 @@ def test_a_config_of_no_family_is_refused():
 
     sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), 4)
     heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2)
-    with pytest.raises(
-        UnsupportedConfig, match=r"Other is not the config of .*: LlamaConfig, Qwen2Config, Qwen3Config\."
-    ):
+    with pytest.raises(UnsupportedConfig, match=r"Other is not the config of .*: LlamaConfig, Qwen2Config"):
         families.family_of(Other(**sizes, **heads))
 
 
