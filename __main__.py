@@ -1,4 +1,4 @@
-"""The command line: `perparam plan | chat | generate | compare | audit | convert | demo`."""
+"""The command line interface: `perparam plan | chat | generate | compare | audit | convert | demo`."""
 
 from __future__ import annotations
 
@@ -37,11 +37,14 @@ from .policies.errors import InvalidText
 from .policies.plan import human_bytes, plan
 from .policies.resolved import resolve
 
+_FOLDER = "a folder with config.json and safetensors files"
+_CHECKPOINT = f"{_FOLDER}, or the name of a repository on the Hugging Face hub"
 _POLICY = "a YAML file, a preset (f32, bf16, fp8_weight_only, fp8_dynamic), a dtype, or params=…,compute=…,output=…"
+_SAMPLING = "default: the value in generation_config.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, or 2 after an error, which is one paragraph on stderr."""
+    """Runs a command and returns its exit code: 0, or 2 after an error, whose message is on stderr."""
     parser = argparse.ArgumentParser(prog="perparam", description="Mixed-precision policies for JAX and Flax.")
     parser.add_argument("--version", action="version", version=f"perparam {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -50,63 +53,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if name != "demo":
-            sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder with config.json and model.safetensors")
+            sub.add_argument(
+                "checkpoint", metavar="CHECKPOINT", help=_FOLDER if name in ("plan", "convert") else _CHECKPOINT
+            )
             several = name == "compare"
-            how = "append" if several else "store"
-            sub.add_argument("--policy", metavar="POLICY", help=_POLICY, action=how, required=several)
+            action = "append" if several else "store"
+            sub.add_argument("--policy", metavar="POLICY", help=_POLICY, action=action, required=several)
         if name in ("chat", "generate"):
             for option, kind in (("temperature", float), ("top-p", float), ("min-p", float), ("top-k", int)):
-                sub.add_argument(f"--{option}", type=kind, metavar="X", help="default: generation_config.json's")
-            sub.add_argument("--repetition-penalty", type=float, metavar="X", help="likewise")
-            sub.add_argument("--seed", type=int, default=0, metavar="N")
+                sub.add_argument(f"--{option}", type=kind, metavar="X", help=_SAMPLING)
+            sub.add_argument("--repetition-penalty", type=float, metavar="X", help=_SAMPLING)
+            sub.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling; default: 0")
         return sub
 
-    planned = command("plan", _plan, "Print what each parameter resolves to; headers are read, weights are not.")
-    planned.add_argument("--json", action="store_true", help="one row a line, made to be diffed")
+    planned = command("plan", _plan, "Print the storage and compute format of each parameter; reads no weights.")
+    planned.add_argument("--json", action="store_true", help="print one JSON object per line, for diffs")
     planned.add_argument(
-        "--target", metavar="TARGET", help="add what multiplies on: here, cpu, cuda, cuda:9.0 (H200), …"
+        "--target", metavar="TARGET", help="add the matmul implementations on a device: here, cpu, cuda, cuda:9.0, …"
     )
-    chat = command("chat", _chat, "Talk to a model: answers as they come, /reset, /policy FILE, Ctrl-C ends an answer.")
+    chat = command("chat", _chat, "Chat with a model. /help lists commands; Ctrl-C stops an answer.")
     chat.add_argument("--system", metavar="TEXT", help="a system message")
-    chat.add_argument("--no-thinking", action="store_true", help="ask the chat template for an answer without thinking")
-    chat.add_argument("--max-new-tokens", type=int, default=2048, metavar="N")
-    tokens = command("generate", _generate, "Continue a prompt: text, or token ids.")
+    chat.add_argument("--no-thinking", action="store_true", help="set enable_thinking=False in the chat template")
+    chat.add_argument(
+        "--max-new-tokens", type=int, default=2048, metavar="N", help="maximum length of an answer; default: 2048"
+    )
+    tokens = command("generate", _generate, "Continue a prompt, given as text or token ids.")
     prompt = tokens.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
-    prompt.add_argument("--file", metavar="FILE", help="a file with the prompt; -: what comes in")
-    prompt.add_argument("--tokens", metavar="1,2,3", type=_ids, help="the prompt in ids; new ids are printed")
-    tokens.add_argument("--max-new-tokens", type=int, default=20, metavar="N")
-    tokens.add_argument("--stop", action="append", default=[], metavar="TEXT", help="what ends the answer; repeatable")
-    compared = command("compare", _compare, "Print what policies cost and buy, beside the first one.")
-    compared.add_argument("--text", metavar="FILE", help="the text to read; default: a page of Darwin")
-    compared.add_argument("--tokens", metavar="1,2,3", type=_ids, help="token ids in place of a text")
-    compared.add_argument("--plot", metavar="FILE.png", help="a picture of the table as well; needs matplotlib")
-    costs = command("audit", _audit, "Print what a policy costs in accuracy, beside float32.")
-    costs.add_argument("--tokens", metavar="1,2,3", type=_ids, help="what to compare on; default: 64 random ids")
-    convert = command("convert", _convert, "Save a checkpoint under a policy, for transformers, vLLM and perparam.")
-    convert.add_argument(
-        "folder", metavar="DST", help="the folder to write; an old checkpoint there is replaced at once"
+    prompt.add_argument("--file", metavar="FILE", help="a file with the prompt; -: standard input")
+    prompt.add_argument("--tokens", metavar="1,2,3", type=_ids, help="the prompt as token ids; prints the new ids")
+    tokens.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="default: 20")
+    tokens.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="a string that ends the answer; may be repeated"
     )
-    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="bytes a file; default: 5GB")
-    convert.add_argument("--dry-run", action="store_true", help="print the plan and the files' sizes, write nothing")
-    demo = command("demo", _demo, "Make a small FP8 Qwen3 checkpoint, show its plan, run it under two policies.")
-    demo.add_argument("--folder", metavar="DIR", help="where to keep the checkpoint; default: a temporary folder")
+    compared = command("compare", _compare, "Compare policies: perplexity, KL to the first policy, memory, speed.")
+    compared.add_argument("--text", metavar="FILE", help="the text to evaluate; default: a paragraph of Darwin")
+    compared.add_argument("--tokens", metavar="1,2,3", type=_ids, help="token ids instead of a text")
+    compared.add_argument("--plot", metavar="FILE.png", help="also write a plot of the table; needs matplotlib")
+    costs = command("audit", _audit, "Print the numerical error of a policy, relative to float32.")
+    costs.add_argument(
+        "--tokens", metavar="1,2,3", type=_ids, help="token ids of the comparison; default: 64 random ids"
+    )
+    convert = command("convert", _convert, "Convert a checkpoint to the storage formats of a policy.")
+    convert.add_argument("folder", metavar="DST", help="the new folder; an old checkpoint there is replaced")
+    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a file; default: 5GB")
+    convert.add_argument("--dry-run", action="store_true", help="print the plan and the file sizes; write nothing")
+    demo = command("demo", _demo, "Make a small FP8 Qwen3 checkpoint, print its plan, and run it under two policies.")
+    demo.add_argument("--folder", metavar="DIR", help="folder for the checkpoint; default: a temporary folder")
     parsed = parser.parse_args(arguments)
     if getattr(parsed, "stop", None) and parsed.tokens is not None:
-        parser.error("--stop is text, which --tokens is without")
+        parser.error("--stop needs a prompt as text, not --tokens")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without × gets a question mark
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print × prints a question mark
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"perparam: warning: {message}", file=sys.stderr)
             parsed.run(parsed)
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has what it wanted
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (PerparamError, OSError) as error:
         print(f"perparam: error: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, MemoryError, AssertionError) as error:  # JAX's: no such device, not enough memory
+    except (RuntimeError, MemoryError, AssertionError) as error:  # from JAX: no such device, not enough memory
         lines = str(error).splitlines() or [type(error).__name__]
         print(f"perparam: error: JAX could not run this: {lines[0]}", file=sys.stderr)
         return 2
@@ -131,9 +140,9 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _print_left_out(checkpoint: Checkpoint) -> None:
-    for why in dict.fromkeys(checkpoint.left_out.values()):
-        names = [name for name, reason in checkpoint.left_out.items() if reason == why]
-        print(f"left out: {', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}, since {why}")
+    for reason in dict.fromkeys(checkpoint.left_out.values()):
+        names = [name for name, each in checkpoint.left_out.items() if each == reason]
+        print(f"left out: {', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}, since {reason}")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -154,14 +163,14 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _sampling(arguments: argparse.Namespace, model: CausalLM) -> Sampling:
-    """The checkpoint's own way of sampling, with what the command line changes."""
+    """The sampling that the checkpoint recommends, with the changes of the command line."""
     source = model.config.source
     names = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    found = Sampling(temperature=0.0) if source is None else sampling_defaults(source.parent)
-    if found.temperature == 0 and "temperature" not in changes and {"top_p", "min_p", "top_k"} & changes.keys():
-        changes["temperature"] = 1.0  # they say among which to draw
-    return dataclasses.replace(found, **changes)
+    defaults = Sampling(temperature=0.0) if source is None else sampling_defaults(source.parent)
+    if defaults.temperature == 0 and "temperature" not in changes and {"top_p", "min_p", "top_k"} & changes.keys():
+        changes["temperature"] = 1.0  # these options have no effect on greedy decoding
+    return dataclasses.replace(defaults, **changes)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -191,7 +200,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _read(file: str) -> str:
-    """The text in a file, or for `-` what comes in."""
+    """The text in a file, or of standard input for `-`."""
     try:
         return sys.stdin.read() if file == "-" else pathlib.Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -212,7 +221,7 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _folder(model: CausalLM) -> pathlib.Path:
-    """Where a model was loaded from."""
+    """The folder that a model was loaded from."""
     assert model.config.source is not None
     return model.config.source.parent
 
@@ -224,11 +233,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     if tokens is None:
         text = TEXT if arguments.text is None else _read(arguments.text)
         tokens = load_tokenizer(arguments.checkpoint).encode(text)
-    found = compare(arguments.checkpoint, arguments.policy, tokens)
-    print(found)
+    comparison = compare(arguments.checkpoint, arguments.policy, tokens)
+    print(comparison)
     if arguments.plot is not None:
-        found.plot(arguments.plot)
-        print(f"plotted: {arguments.plot}")
+        comparison.plot(arguments.plot)
+        print(f"plot written to {arguments.plot}")
 
 
 def _audit(arguments: argparse.Namespace) -> None:
@@ -249,29 +258,29 @@ def _demo_in(folder: pathlib.Path) -> None:
 
     text = (pathlib.Path(__file__).parent / "examples" / "policy.yaml").read_text(encoding="utf-8")
     print(f"A small Qwen3 with FP8 kernels and random weights, in Hugging Face layout: {make_checkpoint(folder)}\n")
-    print(f"The policy, examples/policy.yaml:\n\n{text}\nWhat every parameter resolves to, from the headers alone:\n")
+    print(f"The policy, examples/policy.yaml:\n\n{text}\nIts plan, made from the headers of the checkpoint:\n")
     policy = get_policy(pathlib.Path(__file__).parent / "examples" / "policy.yaml")
     print(policy.explain(checkpoint_tree(folder)))
     prompt = np.arange(1, 17)[None]
     logits = {}
-    for name, given in (("the policy", policy), ("f32", "f32")):
+    for name, each in (("the policy", policy), ("f32", "f32")):
         start = time.perf_counter()
-        model = load_model(folder, given)
+        model = load_model(folder, each)
         loaded = time.perf_counter()
         logits[name] = np.asarray(model(prompt)).astype(np.float32)
         tokens = np.asarray(generate(model, prompt, max_new_tokens=12))[0]
         size = human_bytes(get_policy(None).explain(model).total_bytes)
         print(f"\nUnder {name}: {size} of parameters, loaded in {loaded - start:.2f} s")
         print(f"  logits {logits[name].shape}, generated {','.join(map(str, tokens))}")
-    ours, exact = logits["the policy"], logits["f32"]
-    error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
-    agreement = np.mean(ours.argmax(-1) == exact.argmax(-1))
+    under_policy, exact = logits["the policy"], logits["f32"]
+    error = np.linalg.norm(under_policy - exact) / np.linalg.norm(exact)
+    agreement = np.mean(under_policy.argmax(-1) == exact.argmax(-1))
     print(
         f"\nLogits under the policy differ from float32 by {error:.1e} (relative); "
-        f"top-1 agrees on {agreement:.0%} of tokens."
+        f"the most likely token is the same for {agreement:.0%} of tokens."
     )
     print(
-        "\nKeep the files with `perparam demo --folder DIR`, then try `perparam plan DIR`, `perparam chat DIR` "
+        "\nTo keep the checkpoint, run `perparam demo --folder DIR`, then try `perparam plan DIR`, `perparam chat DIR` "
         "and `perparam compare DIR --policy f32 --policy bf16`."
     )
 

@@ -78,7 +78,7 @@ class Chat:
                 self.take(line)
 
     def take(self, line: str) -> None:
-        """Runs a command, or answers a message."""
+        """Runs a command such as `/reset`, or answers a message."""
         try:
             if line == "/reset":
                 self.reset()
@@ -99,31 +99,31 @@ class Chat:
 
     def answer(self, text: str) -> Completion | None:
         """The answer to `text`, printed piece by piece; None if it was interrupted."""
-        asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._tokenizer.apply_chat_template(asked, enable_thinking=self._thinking)
-        watch, said, completion = Stopwatch(), "", None
-        with _interruptions() as interrupted:
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._tokenizer.apply_chat_template(messages, enable_thinking=self._thinking)
+        watch, output, completion = Stopwatch(), "", None
+        with _interruptions() as interrupts:
             prefix = self._prefill(prompt)
-            if interrupted:
+            if interrupts:
                 raise KeyboardInterrupt
             pieces = stream_text(
                 self.model, self._tokenizer, prefix, self._most, sampling=self._sampling, key=self._seed
             )
-            shown = _Shown(self._out, self._colour, prompt.rstrip().endswith(_THINK))
+            printer = _AnswerPrinter(self._out, self._colour, prompt.rstrip().endswith(_THINK))
             try:
-                while not interrupted:
+                while not interrupts:
                     piece = next(pieces)
-                    said += piece
-                    shown.add(piece)
+                    output += piece
+                    printer.add(piece)
             except StopIteration as end:
                 completion = end.value
             except KeyboardInterrupt:
                 pass
             finally:
                 pieces.close()
-                shown.end()
-        _, answered = self._tokenizer.split_thinking(said, opened=shown.opened)
-        self.messages = [*asked, {"role": "assistant", "content": answered}]
+                printer.end()
+        _, answer = self._tokenizer.split_thinking(output, opened=printer.opened)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
         self._seed += 1
         if completion is None:
             print("(stopped)", file=self._out)
@@ -144,7 +144,7 @@ class Chat:
         return f"{_DIM}{text}{_PLAIN}" if self._colour else text
 
 
-class _Shown:
+class _AnswerPrinter:
     """Writes an answer to the terminal, with the thinking dimmed.
 
     As in `Tokenizer.split_thinking`, `<think>` begins the thinking if only blanks come before it, the first `</think>`
@@ -152,13 +152,13 @@ class _Shown:
     """
 
     def __init__(self, out: TextIO, colour: bool, opened: bool):
-        self._out, self._colour, self.opened, self._held = out, colour, opened, ""
+        self._out, self._colour, self.opened, self._pending = out, colour, opened, ""
         self._mark: str | None = _THOUGHT if opened else _THINK
         self._dim(opened)
 
     def add(self, piece: str) -> None:
         """Writes a piece; text that may begin a mark is held back until that is certain."""
-        text, self._held = self._held + piece, ""
+        text, self._pending = self._pending + piece, ""
         if self._mark == _THINK:
             blank = text[: len(text) - len(text.lstrip())]
             if text.lstrip().startswith(_THINK):
@@ -167,24 +167,24 @@ class _Shown:
                 self._write(_THINK)
                 self._mark, text = _THOUGHT, text.lstrip().removeprefix(_THINK)
             elif _THINK.startswith(text.lstrip()):
-                self._held = text
+                self._pending = text
                 return
             else:
                 self._mark = None
         if self._mark == _THOUGHT:
-            before, found, after = text.partition(_THOUGHT)
-            if found:
-                self._write(before + found)
+            before, mark, after = text.partition(_THOUGHT)
+            if mark:
+                self._write(before + mark)
                 self._dim(False)
                 self._mark, text = None, after
             else:
-                begun = next((n for n in range(len(_THOUGHT) - 1, 0, -1) if text.endswith(_THOUGHT[:n])), 0)
-                text, self._held = text[: len(text) - begun], text[len(text) - begun :]
+                count = next((n for n in range(len(_THOUGHT) - 1, 0, -1) if text.endswith(_THOUGHT[:n])), 0)
+                text, self._pending = text[: len(text) - count], text[len(text) - count :]
         self._write(text)
 
     def end(self) -> None:
         """Writes text that is still held back, and ends the line."""
-        self._write(self._held)
+        self._write(self._pending)
         if self._mark == _THOUGHT:
             self._dim(False)
         self._write("\n")
@@ -204,13 +204,13 @@ def _interruptions() -> Iterator[list[int]]:
 
     Raised inside one of JAX's comparisons, KeyboardInterrupt would be replaced by another error.
     """
-    noted: list[int] = []
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield noted
+        yield signals
         return
-    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    before = signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
     try:
-        yield noted
+        yield signals
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -225,7 +225,7 @@ class Stopwatch:
         """Number of tokens, time to the first one, rate of the others, peak memory."""
         (first, last), others = answer.arrived, len(answer.tokens) - 1
         rate = f", then {others / (last - first):.1f} tokens/s" if others > 0 and last > first else ""
-        waited = max(first - self._start, 0.0)
+        wait = max(first - self._start, 0.0)
         count = "1 token" if len(answer.tokens) == 1 else f"{len(answer.tokens)} tokens"
         size, where = peak_memory()
-        return f"{count}, the first after {waited:.2f} s{rate}, {size / 2**30:.2f} GiB on the {where}"
+        return f"{count}, the first after {wait:.2f} s{rate}, {size / 2**30:.2f} GiB on the {where}"

@@ -31,7 +31,7 @@ CONFIG = perparam.models.Qwen3Config(
 F32 = perparam.Policy(params="f32", compute="f32", output="f32")
 MIXED = perparam.Policy(params="f32", compute="bf16", output="f32")
 OVER_FP8 = perparam.Policy(
-    # Kernels stay as the checkpoint has them, FP8; what is trained is held in float32.
+    # Kernels stay in FP8, as in the checkpoint; trainable parameters are float32.
     params={"kernel": None, "default": "f32"},
     compute={"kernel": None, "default": "bf16"},
     output="f32",
@@ -39,22 +39,22 @@ OVER_FP8 = perparam.Policy(
 
 
 def batches(vocabulary: int, steps: int, *, rows: int = 8, length: int = 24, seed: int = 0) -> np.ndarray:
-    """Token ids (steps, rows, length) in which each token is followed by its image under one permutation."""
+    """Token ids (steps, rows, length), in which a fixed permutation maps each token to the next one."""
     rng = np.random.default_rng(seed)
-    follows = rng.permutation(vocabulary)
+    successor = rng.permutation(vocabulary)
     tokens = [rng.integers(0, vocabulary, (steps, rows))]
     for _ in range(length - 1):
-        tokens.append(follows[tokens[-1]])
+        tokens.append(successor[tokens[-1]])
     return np.stack(tokens, axis=-1)
 
 
 def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Mean loss, in nats, of predicting each next token; logits (b, t, v) float32, tokens (b, t)."""
+    """Mean cross-entropy of next tokens in nats; logits (b, t, v) float32, tokens (b, t)."""
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 
 def train(policy: perparam.Policy, steps: int = 60, learning_rate: float = 5e-3) -> tuple[list[float], nnx.State]:
-    """The loss of every step of AdamW from scratch under `policy`, through `init` and `apply`; and the parameters."""
+    """`(losses, parameters)` of a model trained from scratch with AdamW under `policy`, by `init` and `apply`."""
     module = functools.partial(perparam.models.Qwen3, CONFIG)
     parameters = perparam.init(module, policy, jax.random.key(0))
     optimizer = optax.chain(perparam.training.refuse_narrow(), optax.adamw(learning_rate))
@@ -79,9 +79,9 @@ def train(policy: perparam.Policy, steps: int = 60, learning_rate: float = 5e-3)
 def finetune(
     model: perparam.models.Decoder, steps: int = 30, learning_rate: float = 1e-2
 ) -> tuple[list[float], nnx.Optimizer]:
-    """The loss of every step of AdamW on the norms and embeddings of `model`, its narrow kernels frozen.
+    """`(losses, optimizer)` of AdamW on the norms and embeddings of `model`; its narrow kernels are frozen.
 
-    Narrow kernels are no `nnx.Param`: they get no gradient and no optimizer state.
+    Narrow kernels are not `nnx.Param`s, so they have no gradient and no optimizer state.
     """
     optimizer = nnx.Optimizer(model, optax.adamw(learning_rate), wrt=nnx.Param)
 
@@ -98,8 +98,8 @@ def finetune(
 
 
 def main() -> None:
-    """Prints the losses of both."""
-    for name, policy in (("f32", F32), ("f32 in storage, bf16 in compute", MIXED)):
+    """Trains and fine-tunes, and prints the first and last losses."""
+    for name, policy in (("f32", F32), ("f32 storage, bf16 compute", MIXED)):
         losses, _ = train(policy)
         print(f"from scratch, {name}: loss {losses[0]:.3f} to {losses[-1]:.3f}")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""Makes small FP8 Qwen3 checkpoints in Hugging Face layout, with random weights: numpy, ml_dtypes and tokenizers only.
+"""Makes small FP8 Qwen3 checkpoints in Hugging Face layout, with random weights; needs no torch and no transformers.
 
     python -m perparam.examples.make_checkpoint FOLDER [demo | tiny]
 
-`demo` has ragged blocks whose magnitudes differ, BF16 scales and two shards, as hard to read as published files.
-`tiny` is the smallest: hidden size 32 in blocks of 128, so each kernel has one scale, and all of them are 1.
+`demo` has ragged blocks of different magnitudes, BF16 scales and two shards.
+`tiny` has a hidden size of 32 and blocks of 128, so that each kernel has one scale, and all scales are 1.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ TINY = _COMMON | {
 
 
 def quantized(weight: np.ndarray, block: int, scale_dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """`(kernel, scale_inv)` of a float32 weight: e4m3fn, and each block's multiplier, rounded before it is used."""
+    """`(kernel, scale_inv)` of a float32 weight: float8_e4m3fn, and a multiplier per block in `scale_dtype`."""
     rows, columns = (math.ceil(dim / block) for dim in weight.shape)
     scale = np.empty((rows, columns), np.float32)
     for i in range(rows):
@@ -80,7 +80,7 @@ def quantized(weight: np.ndarray, block: int, scale_dtype: Any) -> tuple[np.ndar
 
 
 def tensors(config: Mapping[str, Any], seed: int, ones: bool) -> dict[str, np.ndarray]:
-    """The tensors of a model of `config`, by the names a checkpoint gives them; `ones`: all scales are 1.0 in F32."""
+    """{name in the checkpoint: random tensor} for a model of `config`; with `ones`, all scales are 1.0 in float32."""
     rng = np.random.default_rng(seed)
     hidden, wide, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -91,7 +91,7 @@ def tensors(config: Mapping[str, Any], seed: int, ones: bool) -> dict[str, np.nd
         if ones:
             kernel, scale = weight.astype(ml_dtypes.float8_e4m3fn), np.ones((1, 1), np.float32)
         else:
-            # Bands of rows of unequal magnitude, as trained weights have: a scale read wrongly shows.
+            # Bands of rows differ in magnitude, so that a wrong scale is noticed.
             weight *= np.exp2(rng.integers(-3, 3, math.ceil(rows / 128))).repeat(128)[:rows, None]
             kernel, scale = quantized(weight, 128, ml_dtypes.bfloat16)
         result[f"{name}.weight"], result[f"{name}.weight_scale_inv"] = kernel, scale
@@ -143,7 +143,7 @@ def make_checkpoint(folder: str | pathlib.Path, kind: str = "demo", seed: int = 
     """Makes the checkpoint `kind` ("demo" or "tiny") in `folder` and returns the folder."""
     folder = pathlib.Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: there are files in it already. Name a new folder.")
+        raise FileExistsError(f"{folder}: the folder is not empty. Choose a new one.")
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = dict({"demo": DEMO, "tiny": TINY}[kind])
     config["quantization_config"] = {

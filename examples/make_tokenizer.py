@@ -1,4 +1,4 @@
-"""Small tokenizer of the example checkpoints: one token for each byte, and Qwen3's chat format (ChatML)."""
+"""The tokenizer of the example checkpoints: one token per byte, and Qwen3's chat format (ChatML)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ TEMPLATE = """\
 
 
 def write_tokenizer(folder: pathlib.Path, end: int, pad: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `folder`.
+    """Writes tokenizer.json and tokenizer_config.json into `folder`.
 
     end  id of `<|im_end|>`, which ends an answer
     pad  id of `<|endoftext|>`, the padding token
     """
     vocabulary = {byte: i for i, byte in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
     vocabulary |= {"<|im_start|>": 256, "<think>": 257, "</think>": 258, "<|endoftext|>": pad, "<|im_end|>": end}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     for token, special in (("<|im_start|>", True), ("<|im_end|>", True), ("<|endoftext|>", True), ("<think>", False)):
-        made.add_tokens([tokenizers.AddedToken(token, normalized=False, special=special)])
-    made.add_tokens([tokenizers.AddedToken("</think>", normalized=False)])
-    made.save(str(folder / "tokenizer.json"))
+        tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False, special=special)])
+    tokenizer.add_tokens([tokenizers.AddedToken("</think>", normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
     config = {"chat_template": TEMPLATE, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Bytes on disk and parameters: safetensors, the name table, loading, inferring a policy, auditing one."""
+"""Hugging Face checkpoints: loading, saving, converting, tokenizers, generation of text, and the cost of policies."""
 
 from .audit import Audit, AuditRow, audit
 from .checkpoint import Checkpoint, CheckpointWarning, checkpoint_tree, open_checkpoint

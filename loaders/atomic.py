@@ -1,4 +1,4 @@
-"""A folder that is there as a whole or not at all, whenever the process or the machine stops."""
+"""Atomic replacement of a folder: it is complete or unchanged, even if the process or the machine stops."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from ..policies.errors import PerparamError, SaveFailed, named
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | os.PathLike[str], ours: Callable[[str], bool]) -> Iterator[pathlib.Path]:
-    """A folder to fill, which takes the place of `folder` in one step once the block has ended and all is on the disk.
+def new_folder(folder: str | os.PathLike[str], replaceable: Callable[[str], bool]) -> Iterator[pathlib.Path]:
+    """A context with an empty folder to fill, which replaces `folder` atomically when the block ends.
 
-    folder  need not exist; what it holds is lost
-    ours    whether a name in it is one that may be lost: anything else there is refused
+    folder       may be missing; its old contents are deleted
+    replaceable  whether a file of this name may be deleted from `folder`; any other file there is an error
 
-    On Linux and macOS the two are exchanged, so that at any moment one of them is there; on a file system that cannot,
-    there is an instant between two renamings, in which the old one is called `.NAME.replaced-…`.  What a killed process
-    leaves beside it, `.NAME.saving-…`, the next one removes.
+    The new folder is flushed to the disk before it replaces the old one. On Linux and macOS the two are exchanged in
+    one step, so that one of them always exists. A file system without that step needs two renamings, and between them
+    the old folder is called `.NAME.replaced-…`. A killed process leaves `.NAME.saving-…` behind, which the next call
+    removes.
 
     Raises:
-      SaveFailed: where the file system refuses, or the folder holds what is not ours; nothing is left then.
+      SaveFailed: an error of the file system, or other files in `folder`; it is then unchanged.
     """
     if "\0" in os.fspath(folder):
-        raise SaveFailed(f"{os.fspath(folder)!r}: no name of a folder.")
+        raise SaveFailed(f"{os.fspath(folder)!r}: not a valid folder name.")
     target = pathlib.Path(os.path.realpath(folder))
     with contextlib.ExitStack() as stack:
         try:
-            _refuse_foreign(target, ours)
+            _refuse_foreign(target, replaceable)
             _make_parents(target.parent, stack)
             # In bytes: a name may have 255 of them.
             prefix = f".{os.fsdecode(os.fsencode(target.name)[:200])}.saving-"
-            with _lock_on(target.parent):  # so that nobody takes the new folder for a leftover before it is locked
+            with _lock_on(target.parent):  # so that no process removes the new folder as a leftover before it is locked
                 _remove_leftovers(target, prefix)
                 work = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
                 stack.callback(shutil.rmtree, work, ignore_errors=True)
@@ -48,32 +49,34 @@ def new_folder(folder: str | os.PathLike[str], ours: Callable[[str], bool]) -> I
             for path in [*work.iterdir(), work]:
                 _sync(path)
             with _lock_on(target.parent):
-                _refuse_foreign(target, ours)
-                _take_the_place(work, target)
+                _refuse_foreign(target, replaceable)
+                _replace(work, target)
             _sync(target.parent)
         except PerparamError:
             raise
         except OSError as error:
             raise SaveFailed(
-                f"{target}: cannot be written: {error}. Nothing was changed: make room or choose another folder."
+                f"{target}: cannot be written: {error}. Nothing was changed. Free disk space or choose another folder."
             ) from error
 
 
-def _refuse_foreign(target: pathlib.Path, ours: Callable[[str], bool]) -> None:
-    """Raises SaveFailed where a folder holds more than may be lost."""
+def _refuse_foreign(target: pathlib.Path, replaceable: Callable[[str], bool]) -> None:
+    """Raises SaveFailed if a folder contains folders, or files that are not replaceable."""
     if not target.exists():
         return
     with os.scandir(target) as entries:
-        foreign = sorted(each.name for each in entries if each.is_dir(follow_symlinks=False) or not ours(each.name))
+        foreign = sorted(
+            each.name for each in entries if each.is_dir(follow_symlinks=False) or not replaceable(each.name)
+        )
     if foreign:
         raise SaveFailed(
-            f"{target}: holds {', '.join(map(named, foreign[:5]))}{' and more' if foreign[5:] else ''}, which saving "
-            "would delete. Choose another folder, or move that away."
+            f"{target}: contains {', '.join(map(named, foreign[:5]))}{' and more' if foreign[5:] else ''}, which "
+            "saving would delete. Choose another folder, or move these elsewhere."
         )
 
 
 def _make_parents(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
-    """Makes `folder`; what of it stays empty is removed again with `stack`."""
+    """Makes `folder` and its parents; `stack` removes those that are still empty at its end."""
     absent = [each for each in (folder, *folder.parents) if not each.exists()]
     for each in reversed(absent):
         each.mkdir(exist_ok=True)
@@ -85,8 +88,8 @@ def _make_parents(folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
         stack.callback(remove)
 
 
-def _take_the_place(work: pathlib.Path, target: pathlib.Path) -> None:
-    """Renames `work` to `target`; what was there, if more than an empty folder, is called `work` afterwards."""
+def _replace(work: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames `work` to `target`; a target that was not empty is called `work` afterwards."""
     if not target.exists() or not any(target.iterdir()):
         work.rename(target)
     elif not _exchange(work, target):
@@ -101,7 +104,7 @@ def _take_the_place(work: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
-    """Exchanges two names in one step; False where the system has no such step."""
+    """Exchanges two names in one step; returns False if the system cannot."""
     swap, here = 2, -100  # RENAME_EXCHANGE and RENAME_SWAP; AT_FDCWD
     library = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
@@ -113,13 +116,13 @@ def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
 
 
 def _remove_leftovers(target: pathlib.Path, prefix: str) -> None:
-    """Removes what killed processes have left beside `target`; a living one holds a lock on its folder."""
+    """Removes folders that killed processes left beside `target`; a running process has a lock on its folder."""
     replaced = prefix.replace(".saving-", ".replaced-")
     for path in target.parent.iterdir():
-        # One that was moved away is all there is of it, unless the new one has come.
-        over = path.name.startswith(prefix) or (path.name.startswith(replaced) and target.exists())
-        if over and path.is_dir() and not path.is_symlink():
-            # Gone meanwhile, another user's, or in use.
+        # A replaced folder is the only copy unless the new one exists.
+        leftover = path.name.startswith(prefix) or (path.name.startswith(replaced) and target.exists())
+        if leftover and path.is_dir() and not path.is_symlink():
+            # Errors: it was removed in the meantime, belongs to another user, or is in use.
             with contextlib.suppress(OSError), _lock_on(path, wait=False) as locked:
                 if locked:
                     shutil.rmtree(path, ignore_errors=True)
@@ -127,10 +130,10 @@ def _remove_leftovers(target: pathlib.Path, prefix: str) -> None:
 
 @contextlib.contextmanager
 def _lock_on(folder: pathlib.Path, wait: bool = True) -> Iterator[bool]:
-    """A context in which no other process has the lock on a folder; False where its file system has no locks.
+    """A context that holds the lock on a folder; its value is False if the file system has no locks.
 
     Raises:
-      BlockingIOError: where another one has it, and this one is not to wait.
+      BlockingIOError: another process has the lock, and `wait` is False.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -139,7 +142,7 @@ def _lock_on(folder: pathlib.Path, wait: bool = True) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise
-        except OSError:  # NFS, or Lustre as it is often mounted
+        except OSError:  # NFS, and Lustre with its usual mount options
             locked = False
         yield locked
     finally:
@@ -147,7 +150,7 @@ def _lock_on(folder: pathlib.Path, wait: bool = True) -> Iterator[bool]:
 
 
 def _sync(path: pathlib.Path) -> None:
-    """Sees to it that a file, or the names in a folder, are on the disk."""
+    """Flushes a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

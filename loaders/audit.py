@@ -111,7 +111,7 @@ def audit(
     tokens          (batch, length) token ids to compare logits on
     attention_mask  (batch, length), nonzero for real tokens; None: all are real
 
-    Takes the memory of the float32 model and of the policy's, which are held at once.
+    Holds two models in memory at once: in float32 and under the policy.
     """
     model = load_model(model) if isinstance(model, (str, os.PathLike)) else model
     ids, mask = checked_tokens(tokens, attention_mask, model.config.vocab_size)

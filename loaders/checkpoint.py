@@ -1,4 +1,4 @@
-"""A checkpoint's folder: its config, and every tensor found, named, shaped and paired, from headers alone."""
+"""`open_checkpoint`: the config and the tensors of a checkpoint folder, read from headers and checked."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from .safetensors.reader import Tensor, read_header
 
 
 class CheckpointWarning(UserWarning):
-    """The config and the tensors of a checkpoint disagree; the tensors decide."""
+    """The config and the tensors of a checkpoint disagree; perparam follows the tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose headers have been read and checked.
+    """A checkpoint folder: its config, and where the data of each parameter is; no weights.
 
-    folder    where it is
-    config    its config; `dtype` is never None, eos ids are those of generation_config.json where there is one
-    tensors   every tensor the model has, by path
-    left_out  tensors the model has no place for, as the config explains, and why
+    folder    path of the folder
+    config    config of the model; `dtype` is never None, eos ids are those of generation_config.json if there is one
+    tensors   {path: tensor} for every parameter of the model and its scales
+    left_out  {tensor name: reason} for tensors that the model has no parameter for, as the config explains
     """
 
     folder: pathlib.Path
@@ -57,7 +57,7 @@ class Checkpoint:
 
     @property
     def infos(self) -> dict[str, ArrayInfo]:
-        """Shape and format of every parameter by path, scales after their kernel."""
+        """{path: shape and format} of every parameter, scales after their kernel."""
         return _infos(self.tensors, self.config)
 
     @property
@@ -76,7 +76,7 @@ class Checkpoint:
 class CheckpointTree(dict[str, Any]):
     """The parameters of a checkpoint as nested mappings of `ArrayInfo`.
 
-    config  what the plan asks of the model: its dtype, and the bytes of its cache
+    config  the model's config, from which a plan takes the dtype of activations and the bytes of the cache
     """
 
     def __init__(self, config: DecoderConfig):
@@ -107,24 +107,25 @@ def _infos(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Ar
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint in `folder`, a Hugging Face layout; no weights are read.
+    """The checkpoint in `folder`, in Hugging Face layout; reads headers, not weights.
 
     Raises:
-      MissingFile, InvalidCheckpoint, UnsupportedConfig: with everything that is missing, unused, misshapen or unpaired
-        in one error.
+      MissingFile, InvalidCheckpoint, UnsupportedConfig: one error lists all tensors that are missing, unused, of the
+        wrong shape or dtype, or without their scales.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise MissingFile(f"{folder}: there is no such folder. Give one that holds config.json and model.safetensors.")
+        raise MissingFile(f"{folder}: there is no such folder. Pass one with config.json and model.safetensors.")
     config = _config(folder)
-    tensors, left_out, problems = _placed(_tensors(folder), config)
+    tensors, left_out, problems = _match(_tensors(folder), config)
     problems += map(str, pair_problems(_infos(tensors, config), Policy()))
     if problems:
-        shown = [f"  {problem}" for problem in problems[:20]]
+        lines = [f"  {problem}" for problem in problems[:20]]
         more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
-        heading = f"{folder}: {len(problems)} tensors are not what config.json describes."
+        tensor = "1 tensor is" if len(problems) == 1 else f"{len(problems)} tensors are"
+        heading = f"{folder}: {tensor} not what config.json describes."
         raise InvalidCheckpoint(
-            "\n".join([heading, *shown, *more, "  Fetch the folder again, or correct config.json."])
+            "\n".join([heading, *lines, *more, "  Download the folder again, or correct config.json."])
         )
     _cross_check(folder, config, tensors)
     if config.dtype is None:
@@ -147,7 +148,7 @@ def _config(folder: pathlib.Path) -> DecoderConfig:
 
 
 def generation_ids(folder: pathlib.Path, config: DecoderConfig) -> DecoderConfig:
-    """`config` with the ids that generation_config.json names, where there is one."""
+    """`config` with the eos and pad ids of generation_config.json, if there is one."""
     if not (folder / GENERATION).is_file():
         return config
     fields = Fields(str(folder / GENERATION), read_json(folder / GENERATION))
@@ -160,53 +161,56 @@ def generation_ids(folder: pathlib.Path, config: DecoderConfig) -> DecoderConfig
 
 
 def _tensors(folder: pathlib.Path) -> dict[str, Tensor]:
-    """All tensors by the checkpoint's names: of one file, or of the shards that the index names."""
+    """{name in the checkpoint: tensor} of model.safetensors, or of the shards that the index lists."""
     if (folder / WHOLE).is_file():
         return read_header(folder / WHOLE)
     if not (folder / INDEX).is_file():
-        raise MissingFile(f"{folder}: neither {WHOLE} nor {INDEX} is there. Is the download complete?")
+        raise MissingFile(f"{folder}: contains neither {WHOLE} nor {INDEX}. Is the download complete?")
     weights = weight_map(folder / INDEX)
     files = sorted(set(weights.values()))
     if absent := [file for file in files if not (folder / file).is_file()]:
         raise MissingFile(
-            f"{folder}: {len(absent)} of {len(files)} shards are missing: {', '.join(absent[:5])}. Fetch them."
+            f"{folder}: {len(absent)} of {len(files)} shards {'is' if len(absent) == 1 else 'are'} missing: "
+            f"{', '.join(absent[:5])}. Complete the download."
         )
     shards = {file: read_header(folder / file) for file in files}
     wrong = [f"{named(name)} (not in {file})" for name, file in weights.items() if name not in shards[file]]
     if wrong:
         raise InvalidCheckpoint(
-            f"{folder / INDEX}: names tensors that their shard lacks: {', '.join(wrong[:5])}. Fetch it again."
+            f"{folder / INDEX}: lists tensors that are not in their file: {', '.join(wrong[:5])}. Download it again."
         )
     return {name: tensor for file in files for name, tensor in shards[file].items() if weights.get(name, file) == file}
 
 
 def weight_map(index: pathlib.Path) -> dict[str, str]:
-    """The file of every tensor, as `model.safetensors.index.json` says.
+    """{tensor name: file name}, as `model.safetensors.index.json` lists them.
 
     Raises:
-      MissingFile, InvalidCheckpoint: also for what is no name of a safetensors file in the index's folder.
+      MissingFile: there is no such file.
+      InvalidCheckpoint: not a valid index, or a value that is not the name of a safetensors file in the same folder.
     """
     weights = read_json(index).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
-        raise InvalidCheckpoint(f"{index}: weight_map is no mapping from tensors to files. Fetch the file again.")
+        raise InvalidCheckpoint(f"{index}: weight_map is not a mapping from tensors to files. Download it again.")
     for file in set(weights.values()):
         # Names, not paths: an index must not reach outside its folder.
         if not re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", file, re.ASCII):
             raise InvalidCheckpoint(
-                f"{index}: {shown(file)} is no name of a safetensors file in this folder. Do not use this checkpoint."
+                f"{index}: {shown(file)} is not the name of a safetensors file in this folder. Do not use this "
+                "checkpoint."
             )
     return weights
 
 
-def _placed(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """The tensors by path, those that are left out and why, and what is wrong with them."""
-    placed: dict[str, Tensor] = {}
+def _match(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """`({path: tensor}, {name: reason} of tensors left out, problems)`: tensors matched with the model's parameters."""
+    by_path: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
     problems = []
     quantization = config.quantization or Quantization()
     suffix = SCALE_SUFFIX[quantization.method]
-    wanted = family_of(config).tensors(config, prefixes(tensors))
-    for name, (path, shape) in wanted.items():
+    expected = family_of(config).tensors(config, prefixes(tensors))
+    for name, (path, shape) in expected.items():
         tensor = tensors.get(name)
         if tensor is None:
             problems.append(f"missing: {name} {shape}")
@@ -217,34 +221,34 @@ def _placed(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str
             problems.append(
                 f"wrong dtype: {name} is {dtype_name(tensor.dtype)}, expected f32, bf16, f16 or a float8 matrix"
             )
-        placed[path] = tensor
+        by_path[path] = tensor
         scales = tensors.get(f"{name}{suffix}")
         if scales is not None and quantization.block == (-1, -1) and scales.shape in ((), (1,)):
             scales = dataclasses.replace(scales, shape=(1, 1))
         if scales is None and tensor.dtype == np.int8:
             problems.append(f"{path}: int8 {shape} without its scales {scale_path(path)!r}, so its magnitude is lost")
         if scales is not None:
-            placed[scale_path(path)] = scales
+            by_path[scale_path(path)] = scales
             if not is_activation(scales.dtype):
                 problems.append(f"wrong dtype: {scales.name} is {dtype_name(scales.dtype)}, expected f32, bf16 or f16")
     for name in tensors:
         kernel = name.removesuffix(suffix)
-        if kernel not in wanted:
-            if why := explained(kernel, config):
-                left_out[name] = why
+        if kernel not in expected:
+            if reason := explained(kernel, config):
+                left_out[name] = reason
             else:
                 problems.append(f"unused: {named(name)} {tensors[name].shape}")
-    return placed, left_out, problems
+    return by_path, left_out, problems
 
 
 def _cross_check(folder: pathlib.Path, config: DecoderConfig, tensors: dict[str, Tensor]) -> None:
-    """Warns where `quantization_config` says otherwise than the tensors."""
+    """Warns if `quantization_config` contradicts the tensors."""
     narrow = {path for path in tensors if scale_path(path) in tensors and not is_scale(path)}
     if config.quantization is None:
         if narrow:
             _warn(
                 folder,
-                "config.json has no quantization_config, but these are quantised (taken to be in blocks of 128×128)",
+                "config.json has no quantization_config, but these are quantised (blocks of 128×128 are assumed)",
                 narrow,
             )
         return
@@ -255,16 +259,16 @@ def _cross_check(folder: pathlib.Path, config: DecoderConfig, tensors: dict[str,
     ends = {".".join(name.rsplit(".", count)[1:]) for name in listed for count in range(1, 7) if "." in name}
 
     def exempt(path: str) -> bool:
-        """As transformers reads the list: a module, all within one, or every one of a name; prefixes may differ."""
+        """Whether the list names the module of `path`, a parent, or the end of its name, as in transformers."""
         words = path.split("/")[:-1]
         beginnings = {".".join(words[:count]) for count in range(1, len(words) + 1)}
-        named = beginnings | {"model", *(f"model.{each}" for each in beginnings)}
-        named |= {".".join(words[count:]) for count in range(1, len(words))}
-        return not listed.isdisjoint(named) or ".".join(words) in ends
+        spellings = beginnings | {"model", *(f"model.{each}" for each in beginnings)}
+        spellings |= {".".join(words[count:]) for count in range(1, len(words))}
+        return not listed.isdisjoint(spellings) or ".".join(words) in ends
 
     projections = {path for path in tensors if path.startswith("layers/") and path.endswith("/kernel")}
-    if named := [path for path in narrow if exempt(path)]:
-        _warn(folder, f"{field} lists modules that are quantised", named)
+    if quantised := [path for path in narrow if exempt(path)]:
+        _warn(folder, f"{field} lists modules that are quantised", quantised)
     if plain := [path for path in projections - narrow if not exempt(path)]:
         _warn(folder, f"{field} does not list modules that are not quantised", plain)
 
@@ -273,5 +277,7 @@ def _warn(folder: pathlib.Path, text: str, paths: Iterable[str]) -> None:
     names = sorted(path.rpartition("/")[0] for path in paths)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     warnings.warn(
-        f"{folder}: {text}: {', '.join(names[:5])}{more}. The tensors decide.", CheckpointWarning, stacklevel=2
+        f"{folder}: {text}: {', '.join(names[:5])}{more}. perparam follows the tensors.",
+        CheckpointWarning,
+        stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: one that is there already, or what the Hugging Face hub has under a name."""
+"""`local_folder`: a checkpoint's folder on this machine, downloaded from the Hugging Face hub if necessary."""
 
 from __future__ import annotations
 
@@ -20,102 +20,106 @@ _NAME = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?", re.ASCII)
 def local_folder(
     path: str | os.PathLike[str], revision: str | None = None, *, progress: bool | None = None, weights: bool = True
 ) -> pathlib.Path:
-    """`path` where it is a folder; else the folder in huggingface_hub's cache that holds the model of that name.
+    """The folder `path`, or the folder in huggingface_hub's cache with the repository of that name, after a download.
 
-    path      a folder; or a name on the hub, "owner/name", whose config, tokenizer and safetensors the cache will have
-    revision  a branch, tag or commit of a name on the hub; None is its main branch
-    progress  whether huggingface_hub shows its progress bars; None means where stderr is a terminal
-    weights   False: a name's config and tokenizer are enough
+    path      a folder, or the name of a repository on the hub, such as "Qwen/Qwen3-8B"; of a repository, the config,
+              the tokenizer and the safetensors files are downloaded unless they are in the cache
+    revision  branch, tag or commit of the repository; None: the main branch
+    progress  whether to show huggingface_hub's progress bars; None: only if stderr is a terminal
+    weights   False: download the config and the tokenizer only
 
     Raises:
-      MissingFile: where it is neither, and where the hub does not give what the cache lacks: there is no such model or
-        revision, or no safetensors, it is private or gated, the network or the disk fails.
-      InvalidCheckpoint: for a folder with a revision, and an index that names other than safetensors files beside it.
+      MissingFile: `path` is neither of the two, or a file is not in the cache and cannot be downloaded: there is no
+        such model or revision, it has no safetensors files, it is private or gated, the network or the disk fails.
+      InvalidCheckpoint: a folder with a revision, or an index that lists anything but safetensors files in its folder.
     """
-    given = os.fspath(path)
-    if os.path.isdir(given):
+    text = os.fspath(path)
+    if os.path.isdir(text):
         if revision is None:
-            return pathlib.Path(given)
-        raise InvalidCheckpoint(f"{given}: this is a folder, it has no revision {revision!r}. Leave the revision out.")
-    # What huggingface_hub's validate_repo_id accepts, but for the limits of length.
-    name = isinstance(path, str) and _NAME.fullmatch(given) and not re.search(r"--|\.\.|\.git$", given)
-    if not name or os.path.exists(given):
+            return pathlib.Path(text)
+        raise InvalidCheckpoint(f"{text}: is a folder, and only a name on the hub has a revision. Omit {revision!r}.")
+    # The rules of huggingface_hub's validate_repo_id, without its limits of length.
+    is_name = isinstance(path, str) and _NAME.fullmatch(text) and not re.search(r"--|\.\.|\.git$", text)
+    if not is_name or os.path.exists(text):
         raise MissingFile(
-            f"{given}: neither a folder nor a name on the hub. Give a folder that is there, such as './qwen3', or a "
-            "name as a string, such as 'Qwen/Qwen3-8B'."
+            f"{text}: neither a folder nor the name of a repository on the hub. Pass an existing folder, such as "
+            "'./qwen3', or a name as a string, such as 'Qwen/Qwen3-8B'."
         )
-    # Imported where the hub is meant, since it takes a third of a second.
+    # Imported only here, since the import takes a third of a second.
     from huggingface_hub import constants, utils
 
-    shown = sys.stderr is not None and sys.stderr.isatty() if progress is None else progress
+    show = sys.stderr is not None and sys.stderr.isatty() if progress is None else progress
     with contextlib.ExitStack() as afterwards:
-        # Where the environment decides, huggingface_hub would only warn.
-        if not (shown or utils.are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None):
+        # If an environment variable decides, huggingface_hub would only warn.
+        if not (show or utils.are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None):
             utils.disable_progress_bars()
             afterwards.callback(utils.enable_progress_bars)
-        return _snapshot(given, revision, weights)
+        return _snapshot(text, revision, weights)
 
 
 def _snapshot(repo: str, revision: str | None, weights: bool) -> pathlib.Path:
+    """The folder of a repository in the cache, after a download of the files that are not there."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
-    # snapshot_download falls back on what the cache has, be it a part, without a word: whether the hub answers is asked
-    # first, for ten seconds. What requests, httpx and hf_xet raise differs by version: hence `Exception`.
-    unreached, listed, lacking = None, set(), ""
+    # snapshot_download silently falls back on the cache, even an incomplete one. Therefore the hub is asked first, with
+    # a timeout of ten seconds. requests, httpx and hf_xet raise different errors in each version: hence `Exception`.
+    hub_error, remote_files, missing = None, set(), ""
     try:
         siblings = HfApi().model_info(repo, revision=revision, timeout=10).siblings
-        listed = {file.rfilename for file in siblings or ()}
+        remote_files = {file.rfilename for file in siblings or ()}
     except errors.RevisionNotFoundError as error:
         raise _failure(repo, revision, error) from error
     except Exception as error:
-        unreached, lacking = error, ", and the cache has nothing of it"
+        hub_error, missing = error, ", and the cache has no file of it"
     try:
-        offline = unreached is not None
-        found = snapshot_download(repo, revision=revision, allow_patterns=_SMALL, local_files_only=offline)
-        folder = pathlib.Path(found)
+        offline = hub_error is not None
+        snapshot = snapshot_download(repo, revision=revision, allow_patterns=_SMALL, local_files_only=offline)
+        folder = pathlib.Path(snapshot)
         whole = (folder / WHOLE).is_file() or not (folder / INDEX).is_file()
         shards = [WHOLE] if whole else sorted(set(weight_map(folder / INDEX).values()))
         files = [CONFIG, *shards] if weights else [TOKENIZER[0]]
         if not offline:
-            if absent := [file for file in files if file not in listed]:
+            if absent := [file for file in files if file not in remote_files]:
                 raise MissingFile(
-                    f"{repo}: the hub has no {', '.join(absent[:5])} there. Choose a model in safetensors, not pickles."
+                    f"{repo}: has no {', '.join(absent[:5])} on the hub. Choose a model with safetensors files, not "
+                    "pickles."
                 )
-            # The commit at hand, since the branch may have moved on meanwhile; escaped, since these are patterns.
+            # The same commit, since the branch may have moved in the meantime; escaped, since these are patterns.
             snapshot_download(repo, revision=folder.name, allow_patterns=[glob.escape(file) for file in files])
         if absent := [file for file in files if not (folder / file).is_file()]:
-            lacking = f", and the cache lacks {', '.join(absent)}"
+            missing = f", and the cache lacks {', '.join(absent)}"
             raise ConnectionError("the connection was lost")
     except PerparamError:
         raise
     except Exception as error:
-        # From 1.22 on huggingface_hub may know what else the cache lacks, and its first sentence says so.
+        # Since 1.22 the first sentence of huggingface_hub's message may say what else the cache lacks.
         if hasattr(error, "snapshot_path"):
-            lacking = f": {str(error).partition('. ')[0]}"
-        raise _failure(repo, revision, unreached or error, lacking) from (unreached or error)
+            missing = f": {str(error).partition('. ')[0]}"
+        raise _failure(repo, revision, hub_error or error, missing) from (hub_error or error)
     return folder
 
 
-def _failure(repo: str, revision: str | None, error: Exception, lacking: str = "") -> MissingFile:
+def _failure(repo: str, revision: str | None, error: Exception, missing: str = "") -> MissingFile:
+    """The error that reports `error` with its cause and a remedy; `missing` says what the cache lacks."""
     from huggingface_hub import constants, errors
 
     hub, login = constants.ENDPOINT, "log in with `hf auth login` or set HF_TOKEN"
     text = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
     if isinstance(error, errors.GatedRepoError):
-        what, todo = "its owner decides who may download it", f"Ask for access at {hub}/{repo}, then {login}"
+        what, todo = "is gated: its owner decides who may download it", f"Request access at {hub}/{repo}, then {login}"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        what, todo = f"no folder here, and {hub} has no such model, or a private one", f"Correct the name, or {login}"
+        what, todo = f"not a folder, and {hub} has no such model, or it is private", f"Correct the name, or {login}"
     elif isinstance(error, errors.RevisionNotFoundError):
-        what, todo = f"no revision {revision or 'main'!r}", f"Give a branch, tag or commit that {hub}/{repo} shows"
+        what, todo = f"has no revision {revision or 'main'!r}", f"Pass a branch, tag or commit that {hub}/{repo} lists"
     elif isinstance(error, errors.OfflineModeIsEnabled):
-        what = "the network is switched off (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)"
-        todo = "Download it once with the network on, or give a folder"
+        what = "downloads are disabled (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)"
+        todo = "Download it once without that variable, or pass a folder"
     elif getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        what, todo = f"{hub} refuses access ({text})", f"For another account or token {login}"
+        what, todo = f"{hub} denies access ({text})", f"To use another account or token, {login}"
     elif isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
         what = f"the cache {constants.HF_HUB_CACHE} cannot be written ({error})"
-        todo = "Make room there, or set HF_HUB_CACHE to another folder"
+        todo = "Free disk space, or set HF_HUB_CACHE to another folder"
     else:
         what = f"the download from {hub} failed ({type(error).__name__}: {text})"
         todo = "Check the network and try again"
-    return MissingFile(f"{repo}: {what}{lacking}. {todo}.")
+    return MissingFile(f"{repo}: {what}{missing}. {todo}.")

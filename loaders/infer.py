@@ -1,4 +1,4 @@
-"""`infer_policy`: the policy that describes what a checkpoint holds."""
+"""`infer_policy`: a policy that keeps the storage formats of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .checkpoint import open_checkpoint
 
 
 def infer_policy(folder: str | os.PathLike[str]) -> Policy:
-    """The policy under which every parameter of the checkpoint in `folder` is kept as it is; headers only are read.
+    """The policy that stores every parameter as the checkpoint in `folder` does; reads headers, not weights.
 
-    It names the dtype of kernels, scales and embeddings, and by path those that differ from their kind; what is left
-    falls under the default.  Kernels compute as stored, everything else and the output in the config's dtype.  A start
-    for a policy of one's own.
+    It has rules for the usual dtypes of kernels, scales and embeddings, rules by path for parameters that differ from
+    these, and a default for all others. Kernels compute as stored; everything else and the output are in the config's
+    dtype. A starting point for your own policies.
 
     Raises:
-      As `checkpoint_tree`.
+      MissingFile, InvalidCheckpoint, UnsupportedConfig: see `checkpoint_tree`.
     """
     checkpoint = open_checkpoint(folder)
     return describe(checkpoint.infos, checkpoint.config)
 
 
 def describe(infos: Mapping[str, ArrayInfo], config: DecoderConfig) -> Policy:
-    """The policy under which parameters that are stored as `infos` says stay as they are; see `infer_policy`."""
+    """The policy that stores parameters as `infos` says, by path; see `infer_policy`."""
     dtypes = {path: info.dtype for path, info in infos.items()}
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for path in infos:
@@ -49,11 +49,11 @@ def describe(infos: Mapping[str, ArrayInfo], config: DecoderConfig) -> Policy:
                 alike = len(of_pattern[_pattern(path)]) == 1
                 exceptions[_pattern(path) if alike else path] = dtypes[path]
     blocks = {info.block for info in infos.values() if info.block is not None}
-    runs_in = config.dtype
-    compute = {"kernel": None, "default": runs_in}
-    return Policy({**exceptions, **usual}, compute, runs_in, block=blocks.pop() if blocks else None)
+    activations = config.dtype
+    compute = {"kernel": None, "default": activations}
+    return Policy({**exceptions, **usual}, compute, activations, block=blocks.pop() if blocks else None)
 
 
 def _pattern(path: str) -> str:
-    """`path` with `*` for its layer."""
+    """`path` with `*` in place of its layer's number."""
     return re.sub(r"(?<=/)\d+(?=/)", "*", path)

@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: of bounded size, without a key written twice."""
+"""Reading of JSON from untrusted files: its size is bounded, and a duplicate key is an error."""
 
 from __future__ import annotations
 
@@ -12,39 +12,41 @@ from typing import Any
 from ..policies.errors import InvalidCheckpoint, MissingFile, shown
 
 LARGEST = 16 << 20
-"""Bytes; the index of a model of 100,000 tensors is 10 MB."""
+"""Maximum size of a file in bytes; the index of a model of 100,000 tensors has 10 MB."""
 
-_MOST_ENTRIES = 1 << 18  # objects, lists and keys: what time and memory go into
+_MOST_ENTRIES = 1 << 18  # objects, lists and keys, which take most of the time and memory
 
 
 def read_json(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """The object that a JSON file holds.
+    """The JSON object in a file.
 
     Raises:
-      MissingFile: where there is no such file.
-      InvalidCheckpoint: where it is none, cannot be read, or is not a JSON object; see `parse_object`.
+      MissingFile: there is no such file.
+      InvalidCheckpoint: not a regular file, not readable, or not a JSON object; see `parse_object`.
     """
     path = pathlib.Path(path)
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise InvalidCheckpoint(f"{path}: this is no file. Fetch it again.")
+        if path.exists() and not path.is_file():  # opening a pipe would block
+            raise InvalidCheckpoint(f"{path}: not a regular file. Download it again.")
         with open(path, "rb") as file:
             data = file.read(LARGEST + 1)
+    except InvalidCheckpoint:
+        raise
     except FileNotFoundError as error:
-        raise MissingFile(f"{path}: there is no such file. A checkpoint's folder holds {path.name}.") from error
+        raise MissingFile(f"{path}: there is no such file. A checkpoint's folder contains {path.name}.") from error
     except (OSError, ValueError) as error:
         raise InvalidCheckpoint(f"{path}: cannot be read: {error}.") from error
     try:
         return parse_object(data)
     except ValueError as error:
-        raise InvalidCheckpoint(f"{path}: {error}. Fetch the file again.") from error
+        raise InvalidCheckpoint(f"{path}: {error}. Download the file again.") from error
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """The object that JSON in UTF-8 writes.
+    """The JSON object in `data`, which is UTF-8.
 
     Raises:
-      ValueError: for anything else, for a key that is written twice, and for more than a checkpoint can need.
+      ValueError: not UTF-8, not JSON, not an object, a duplicate key, or larger than any checkpoint needs.
     """
     entries = sum(data.count(mark) for mark in (b"{", b"[", b":"))
     if len(data) > LARGEST or entries > _MOST_ENTRIES:
@@ -52,7 +54,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not readable as JSON: {error}") from error
+        raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     return value
@@ -62,5 +64,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{shown(name)} is written twice")
+        raise ValueError(f"duplicate key {shown(name)}")
     return result

@@ -1,4 +1,4 @@
-"""`load_model` and `load_params`: from a folder to arrays on their devices, a slab of rows at a time."""
+"""`load_model` and `load_params`: read a checkpoint in slabs of rows, and place its arrays on their devices."""
 
 from __future__ import annotations
 
@@ -28,25 +28,28 @@ def load_model(
     revision: str | None = None,
     progress: bool | None = None,
 ) -> Decoder:
-    """The model in a Hugging Face folder, of its family's class, stored and computed as `policy` says.
+    """The model of a Hugging Face checkpoint, stored and computed as `policy` says.
 
-    path      a folder, or the name of a repository on the Hugging Face hub ("Qwen/Qwen3-8B-FP8"), which is downloaded
-              into the hub's cache
-    policy    anything `get_policy` takes.  None keeps every tensor bit for bit as the files have it, computes narrow
-              kernels weight-only in the config's dtype and returns that dtype; "bf16" and "f32" dequantise on load
-    sharding  None: JAX's default device.  A `jax.sharding.Mesh`: tensor-parallel over its last axis (see
-              `tensor_parallel`).  A `Sharding`: all parameters so.  A mapping from patterns to `NamedSharding`s: the
-              first that matches, "default" for the others
-    revision  a branch, tag or commit of the repository
-    progress  a bar on stderr with bytes and rate; None: where that is a terminal
+    path      a folder, or the name of a repository on the Hugging Face hub, such as "Qwen/Qwen3-8B-FP8", which is
+              downloaded into the hub's cache
+    policy    anything `get_policy` accepts. None keeps every tensor bit for bit as in the files, computes narrow
+              kernels weight-only in the config's dtype, and returns logits in that dtype; "bf16" and "f32" dequantise
+              during loading
+    sharding  None: JAX's default device. A `jax.sharding.Mesh`: tensor-parallel over its last axis (see
+              `tensor_parallel`). A `Sharding`: the sharding of all parameters. A mapping from patterns to
+              `NamedSharding`s: the first pattern that matches, "default" for the others
+    revision  branch, tag or commit of the repository
+    progress  whether to show a progress bar on stderr; None: only if that is a terminal
 
-    A device receives its slice of every parameter and nothing else; on a CPU what was read becomes the array without a
-    copy.  Beyond the model, loading takes the memory of at most two parameters on a GPU, and of a few slabs on a CPU.
+    The class of the model follows from `model_type` in config.json: `Qwen3`, `Qwen2` or `Llama`. A device receives only
+    its slice of every parameter. On a CPU, the memory that a file is read into becomes the array, without a copy.
+    Besides the model, loading takes the memory of at most two parameters on a GPU, and of a few slabs on a CPU.
 
     Raises:
-      MissingFile, InvalidCheckpoint, UnsupportedConfig: files that are not there, damaged, or not what they promise.
-      UnmatchedRule, ShadowedRule: a rule of the policy that decides nothing, or a pattern of `sharding`.
-      InvalidSharding: an axis that does not divide among its devices.
+      MissingFile, InvalidCheckpoint, UnsupportedConfig: files that are missing, damaged or contradictory, or a model
+        that is not implemented.
+      UnmatchedRule, ShadowedRule: a rule of the policy, or a pattern of `sharding`, that decides nothing.
+      InvalidSharding: an axis that cannot be divided evenly among its devices.
       InvalidScale: scales that are not positive finite numbers.
     """
     checkpoint = open_checkpoint(local_folder(path, revision, progress=progress))
@@ -63,16 +66,17 @@ def load_params(
     revision: str | None = None,
     progress: bool | None = None,
 ) -> dict[str, jax.Array]:
-    """The parameters of a checkpoint by path, `{"layers/0/mlp/up_proj/kernel": …}`, without a model.
+    """The parameters of a checkpoint as a dict by path, `{"layers/0/mlp/up_proj/kernel": …}`, without a model.
 
-    Arguments and errors are those of `load_model`; a pair has its kernel and, beside it, its `scale_inv`.
+    The scales of a narrow kernel have a path of their own, such as "layers/0/mlp/up_proj/scale_inv". Arguments and
+    errors are those of `load_model`.
     """
     checkpoint = open_checkpoint(local_folder(path, revision, progress=progress))
     return _load(checkpoint, resolve(get_policy(policy), checkpoint.tree), sharding, progress)
 
 
 def _load(checkpoint: Checkpoint, resolved: Resolved, layout: Any, progress: bool | None) -> dict[str, jax.Array]:
-    """All arrays in the order of the checkpoint's tree."""
+    """{path: array} of all parameters and scales, in the order of the checkpoint's tree."""
     stored = resolved.stored
     where = shardings(layout, checkpoint.config, stored)
     loaded: dict[str, jax.Array] = {}
@@ -91,7 +95,7 @@ def _load(checkpoint: Checkpoint, resolved: Resolved, layout: Any, progress: boo
 
 
 def in_file_order(checkpoint: Checkpoint, resolved: Resolved) -> list[ResolvedParam]:
-    """The parameters in the order of the files, which are then read from front to back."""
+    """The parameters in the order of their data, so that each file is read from beginning to end."""
 
     def place(param: ResolvedParam) -> tuple[Any, int]:
         tensor: Tensor = checkpoint.tensors[param.path]

@@ -1,4 +1,4 @@
-"""Arrays on their devices, filled as rows come in: each device has its slice and nothing else."""
+"""Arrays that are built from rows and placed on their devices, each device with only its slice."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ Box = tuple[tuple[int, int], ...]
 
 
 class Placement:
-    """An array of `shape` and `dtype` to be, laid out as `sharding` says (None: on the default device).
+    """A sink of rows (see `slabs.Sink`) that builds one array and places it on its devices.
 
-    A sink of rows (see `slabs.Sink`): memory on the host for every slice that devices of this process hold, which a
-    CPU adopts as it is.
+    shape, dtype  those of the array
+    sharding      None: JAX's default device
+
+    Rows are collected in host memory, one buffer for each slice on devices of this process; on a CPU the buffers become
+    the array without a copy.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None = None):
@@ -33,7 +36,7 @@ class Placement:
         return any(_meets(box, start, stop) for box in self._slices)
 
     def buffer(self, start: int, stop: int) -> np.ndarray | None:
-        """Rows `start` to `stop` of the memory, where they all lie in one slice as wide as the array."""
+        """Memory of rows `start` to `stop`, if exactly one slice contains them, in full width; else None."""
         for box, array in self._slices.items():
             if not box:
                 return array
@@ -44,7 +47,7 @@ class Placement:
         return None
 
     def write(self, start: int, rows: np.ndarray) -> None:
-        """Takes the rows from `start` on."""
+        """Copies `rows` into the array, from row `start` on."""
         if not self.shape:
             for array in self._slices.values():
                 array[...] = rows
@@ -57,23 +60,23 @@ class Placement:
                 array[low - first : high - first] = rows[(slice(low - start, high - start), *columns)]
 
     def array(self) -> jax.Array:
-        """The array, once all rows are written; the memory is its own from then on."""
+        """The array; all rows must have been written, and none may be written after this call."""
         if self.sharding is None:
             (array,) = self._slices.values()
             placed = jax.device_put(array)
         else:
             parts = [jax.device_put(self._slices[box], device) for device, box in self._devices.items()]
             placed = jax.make_array_from_single_device_arrays(self.shape, self.sharding, parts)
-        return placed.block_until_ready()  # so that memory on the host is free before more is read
+        return placed.block_until_ready()  # so that host memory is free before more is read
 
 
 def _meets(box: Box, start: int, stop: int) -> bool:
-    """Whether a slice holds any of rows `start` to `stop`."""
+    """Whether a slice contains any of rows `start` to `stop`."""
     return not box or (box[0][0] < stop and start < box[0][1])
 
 
 def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    """Where a slice begins and ends along each axis."""
+    """Start and stop of a slice along each axis."""
     whole = (*index, *(slice(None),) * (len(shape) - len(index)))
     return tuple(each.indices(size)[:2] for each, size in zip(whole, shape, strict=True))
 

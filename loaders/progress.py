@@ -1,4 +1,4 @@
-"""A progress bar with bytes and rate: on a terminal, or where it is asked for."""
+"""A progress bar with bytes and rate."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar on stderr that threads may add to.
+    """A progress bar on stderr, for several threads.
 
-    show  None: where stderr is a terminal
+    text   label of the bar
+    total  bytes in all
+    show   None: only if stderr is a terminal
     """
 
     def __init__(self, text: str, total: int, show: bool | None = None):
@@ -21,7 +23,7 @@ class Progress:
         self._bar = tqdm(desc=text, total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=not show)
 
     def add(self, count: int) -> None:
-        """Moves the bar on by `count` bytes."""
+        """Advances the bar by `count` bytes."""
         with self._lock:
             self._bar.update(count)
 

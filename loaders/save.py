@@ -1,4 +1,4 @@
-"""`save_model` and `convert_checkpoint`: Hugging Face folders, written a slab of rows at a time."""
+"""`save_model` and `convert_checkpoint`: write Hugging Face checkpoints in slabs of rows."""
 
 from __future__ import annotations
 
@@ -43,34 +43,35 @@ def save_model(
     max_shard_size: int | str = "5GB",
     progress: bool | None = None,
 ) -> pathlib.Path:
-    """The folder in which `model` was saved: what transformers, vLLM and `load_model` read.
+    """Saves `model` as a checkpoint that transformers, vLLM and `load_model` can read; returns the folder.
 
-    folder          is replaced as a whole, and only once all is written; one that holds anything but a checkpoint is
-                    refused
-    policy          anything `get_policy` takes: its storage is applied on the way.  None: as the model stores it, bit
-                    for bit
-    max_shard_size  bytes a file, or text such as "5GB"
-    progress        a bar on stderr; None: where that is a terminal
+    folder          replaced as a whole, after all files are written; a folder with files that are not a checkpoint's
+                    is an error
+    policy          anything `get_policy` accepts; its storage formats are applied to the files. None: the formats of
+                    the model, bit for bit
+    max_shard_size  bytes of a file, or text such as "5GB"
+    progress        whether to show a progress bar on stderr; None: only if that is a terminal
 
-    Written are safetensors, their index, config.json with the `quantization_config` of the narrow kernels, and
-    policy.yaml, which is there to be read: loading does not ask it unless told to.  The tokenizer and
-    generation_config.json come from the folder that the model was loaded from, where that is still there.
+    The folder contains safetensors files with their index, config.json with the `quantization_config` of narrow
+    kernels, and policy.yaml, which describes the formats and is not read by `load_model`. The tokenizer and
+    generation_config.json are copied from the folder that the model was loaded from, if it still exists.
 
     Raises:
-      UnsupportedExport: parameters that this layout cannot say: narrow ones that are not kernels in e4m3, in blocks of
-        one size.  Nothing is written then.
-      SaveFailed: the disk is full, or the file system refuses; the folder is then as it was.
-      UnmatchedRule, ShadowedRule, InvalidSize
+      UnsupportedExport: the layout cannot describe the parameters: it has narrow kernels in e4m3 with one block size,
+        and no other narrow parameters. Nothing is written then.
+      SaveFailed: the disk is full, or another error of the file system; the folder is then unchanged.
+      UnmatchedRule, ShadowedRule: a rule of the policy that decides nothing.
+      InvalidSize: a `max_shard_size` that is not a size.
     """
     policy = get_policy(policy)
     resolved = resolve(policy, model)
     sources = {path: ArrayRows(path, array) for path, array in parameters(model).items()}
-    dtype, kept = model.activations, get_policy(model.policy)
+    dtype, saved_policy = model.activations, get_policy(model.policy)
     if policy != Policy():
-        dtype, kept = policy.activations or model.config.dtype or dtype, policy
+        dtype, saved_policy = policy.activations or model.config.dtype or dtype, policy
     config = dataclasses.replace(model.config, dtype=dtype)
     params = list(resolved.params.values())
-    return _write(folder, config, params, sources, kept, size_in_bytes(max_shard_size), progress)
+    return _write(folder, config, params, sources, saved_policy, size_in_bytes(max_shard_size), progress)
 
 
 def convert_checkpoint(
@@ -81,14 +82,14 @@ def convert_checkpoint(
     max_shard_size: int | str = "5GB",
     progress: bool | None = None,
 ) -> pathlib.Path:
-    """The folder in which the checkpoint in `source` was saved, its parameters stored as `policy` says.
+    """Saves the checkpoint in the folder `source` with the storage formats of `policy`; returns the new folder.
 
-    It is `save_model` of what `load_model` loads, without a model: a few slabs of rows are in memory at a time.
-    Arguments and errors are theirs.
+    The result is that of `load_model` and `save_model`, but only a few slabs of rows are in memory at a time.
+    Arguments and errors are those of these two functions.
     """
     policy, checkpoint = get_policy(policy), open_checkpoint(source)
     if os.path.realpath(source) == os.path.realpath(folder):
-        raise InvalidCheckpoint(f"{folder}: a checkpoint cannot be converted into its own folder. Name another one.")
+        raise InvalidCheckpoint(f"{folder}: a checkpoint cannot be converted into its own folder. Choose another one.")
     resolved = resolve(policy, checkpoint.tree)
     config = dataclasses.replace(checkpoint.config, dtype=policy.activations or checkpoint.config.dtype)
     params, sources = in_file_order(checkpoint, resolved), checkpoint.tensors
@@ -96,10 +97,10 @@ def convert_checkpoint(
 
 
 def shard_sizes(checkpoint: Checkpoint, resolved: Resolved, max_shard_size: int | str) -> dict[str, int]:
-    """Bytes of data of every file that `convert_checkpoint` would write, by its name.
+    """{file name: bytes of data} of the safetensors files that `convert_checkpoint` would write.
 
     Raises:
-      UnsupportedExport: where it would write none.
+      UnsupportedExport: the layout cannot describe the parameters; see `save_model`.
     """
     groups = export(checkpoint.config, resolved.stored).groups
     shards = in_shards(groups, size_in_bytes(max_shard_size))
@@ -115,13 +116,13 @@ def _write(
     limit: int,
     progress: bool | None,
 ) -> pathlib.Path:
-    """Writes `params` in their order, read from `sources`."""
+    """Writes a checkpoint with `params` in their order, from `sources` by path; returns the folder."""
     stored = {path: info for param in params for path, info in param.stored.items()}
     written = export(config, stored)
     config = written.config
-    policy = policy if _holds(policy, stored) else describe(stored, config)
-    with new_folder(folder, _ours) as work:
-        _carry_over(config, work)
+    policy = policy if _still_applies(policy, stored) else describe(stored, config)
+    with new_folder(folder, _is_checkpoint_file) as work:
+        _copy_tokenizer(config, work)
         fields = {**unused_fields(config.source), **config_to_json(config)}
         (work / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         policy.dump(work / POLICY)
@@ -136,8 +137,8 @@ def _write(
     return pathlib.Path(folder)
 
 
-def _holds(policy: Policy, stored: Mapping[str, ArrayInfo]) -> bool:
-    """Whether a policy says something, and nothing of what is gone once things are stored: scales that it dissolves."""
+def _still_applies(policy: Policy, stored: Mapping[str, ArrayInfo]) -> bool:
+    """Whether `policy` has rules, all valid for the parameters it has stored; it may have removed scales it names."""
     try:
         resolve(policy, dict(stored))
     except InvalidPolicy:
@@ -145,8 +146,8 @@ def _holds(policy: Policy, stored: Mapping[str, ArrayInfo]) -> bool:
     return policy != Policy()
 
 
-def _carry_over(config: DecoderConfig, folder: pathlib.Path) -> None:
-    """Copies what belongs to a model beside its parameters from where it was read."""
+def _copy_tokenizer(config: DecoderConfig, folder: pathlib.Path) -> None:
+    """Copies tokenizer and generation_config.json from the folder the model was loaded from, with the model's ids."""
     if config.source is None:
         return
     for name in (GENERATION, *TOKENIZER):
@@ -154,14 +155,14 @@ def _carry_over(config: DecoderConfig, folder: pathlib.Path) -> None:
         if path.is_file():
             shutil.copyfile(path, folder / name)
     if (folder / GENERATION).is_file() and generation_ids(folder, config) != config:
-        # The model's own were changed after it was loaded; the other settings are still the file's.
+        # The ids were changed after the model was loaded; the other settings are those of the file.
         fields = {**read_json(folder / GENERATION), "eos_token_id": list(config.eos_token_id)}
         text = json.dumps({**fields, "pad_token_id": config.pad_token_id}, indent=2)
         (folder / GENERATION).write_text(text + "\n", encoding="utf-8")
 
 
-def _ours(name: str) -> bool:
-    """Whether a file of this name is one that saving writes."""
+def _is_checkpoint_file(name: str) -> bool:
+    """Whether saving writes files of this name."""
     return name in (CONFIG, GENERATION, INDEX, POLICY, *TOKENIZER) or bool(
         re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name)
     )
@@ -169,7 +170,7 @@ def _ours(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Sink:
-    """Rows of one tensor, written to its place in a file."""
+    """A sink that writes the rows of one tensor into its file."""
 
     writer: Writer
     name: str

@@ -1,7 +1,7 @@
-"""Parameters on their way from where they lie to where they are kept, a slab of rows at a time.
+"""Copying of parameters from a source to a sink in slabs of rows, with conversion of their storage format.
 
-A slab holds whole blocks, so that what becomes of it is what becomes of those rows of the whole parameter, bit for bit;
-and it is small enough to stay in a processor's cache between being read and being written.
+A slab consists of whole blocks, so that its conversion gives the same bits as that of the whole parameter. It is small
+enough to stay in a processor's cache from reading to writing.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ..policies.scales import decode_scales, encode_scales
 from .progress import Progress
 
 CONVERTED = 2**20
-"""Elements of a slab that is converted: 2 MiB of bfloat16, and 4 of the float32 between."""
+"""Elements of a slab that is converted: 2 MiB in bfloat16, and 4 MiB in float32 in between."""
 
 COPIED = 2**25
-"""Bytes of a slab that is kept as it is."""
+"""Bytes of a slab that is copied without conversion."""
 
 WORKERS = 2
-"""Parameters under way at a time: while one is read another is converted."""
+"""Parameters processed at a time: one is read while another is converted."""
 
 
 class Source(Protocol):
-    """An array that need not be in memory."""
+    """An array that is read in rows, from memory or a file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,20 +47,20 @@ class Source(Protocol):
         """Its dtype."""
 
     def read(self, start: int = 0, stop: int | None = None, into: np.ndarray | None = None) -> np.ndarray:
-        """Rows `start` to `stop` of its first axis, in `into` where that is given."""
+        """Rows `start` to `stop` along the first axis, in `into` or, where that is None, in new memory."""
 
 
 class Sink(Protocol):
-    """What takes the rows of a parameter or of its scales."""
+    """A destination of the rows of a parameter or its scales."""
 
     def needs(self, start: int, stop: int) -> bool:
-        """Whether rows `start` to `stop` are wanted."""
+        """Whether the sink needs rows `start` to `stop`."""
 
     def buffer(self, start: int, stop: int) -> np.ndarray | None:
-        """Memory that rows `start` to `stop` may be read into at once; None: they are to be handed to `write`."""
+        """Memory to read rows `start` to `stop` into directly; None: pass them to `write`."""
 
     def write(self, start: int, rows: np.ndarray) -> None:
-        """Takes the rows from `start` on; `rows` is free again afterwards."""
+        """Stores `rows` from row `start` on; the caller may overwrite `rows` afterwards."""
 
 
 def run(
@@ -69,35 +69,37 @@ def run(
     sinks: Mapping[str, Sink],
     report: Callable[[int], None],
 ) -> None:
-    """Moves one parameter and its scales from the sources to the sinks of their paths, in the format it resolved to.
+    """Copies one parameter and its scales from sources to sinks, in the format that the policy resolved for it.
 
-    report  is called with the bytes of the parameter that are done, after every slab, and may raise to end it
+    sources  by path
+    sinks    by path
+    report   called after every slab with the slab's bytes in the source; may raise to stop the copy
 
     Raises:
-      InvalidScale: scales that are not positive finite numbers, or weights that would make such.
+      InvalidScale: scales that are not positive finite numbers, or weights whose scales would not be.
       InvalidCheckpoint: a file that cannot be read.
     """
-    source, sink, kept = sources[param.path], sinks[param.path], param.change == "kept"
+    source, sink, same_format = sources[param.path], sinks[param.path], param.change == "kept"
     rows = param.shape[0] if param.shape else 1
-    height, made, makes_scales = _slab_height(param, rows), list[np.ndarray](), store.makes_scales(param)
+    height, new_scales, makes_scales = _slab_height(param, rows), list[np.ndarray](), store.makes_scales(param)
     scales = sources[param.scale_path].read() if param.has_scales else None
     has_zeros = scales is not None and bool((scales.astype(np.float32) == 0).any())
     if scales is not None and not has_zeros:
         store.check_scales(param, scales)
-    if has_zeros:  # allowed where the whole block is zeros: it is read at once to see
+    if has_zeros:  # valid for a block of zeros only, which is checked on the whole parameter
         height = max(rows, 1)
     for start in range(0, rows, height):
         stop = min(start + height, rows)
         if not (sink.needs(start, stop) or makes_scales or has_zeros):
             continue
-        buffer = sink.buffer(start, stop) if kept else None
+        buffer = sink.buffer(start, stop) if same_format else None
         values = source.read(start, stop, buffer) if param.shape else source.read(into=buffer)
         if has_zeros:
             store.check_scales(param, scales, values)
-        if not kept:
+        if not same_format:
             part = None if scales is None else scales[_grid_rows(start, stop, _sides(param, param.current.format))]
-            values, part = _converted(param.current.format, param.format, values, part)
-            made += [] if part is None else [part]
+            values, part = _convert_on_host(param.current.format, param.format, values, part)
+            new_scales += [] if part is None else [part]
         if buffer is None and sink.needs(start, stop):
             sink.write(start, values)
         report((stop - start) * (param.current.bytes // max(rows, 1)))
@@ -109,7 +111,7 @@ def run(
                 scales = np.asarray(encode_scales(decode_scales(jax.numpy.asarray(scales)), param.format.scale))
     else:
         (_, (grid, dtype)) = param.format.parts(param.shape)
-        scales = np.concatenate(made) if made else np.empty(grid, dtype)
+        scales = np.concatenate(new_scales) if new_scales else np.empty(grid, dtype)
         store.check_made(param, scales)
     sinks[param.scale_path].write(0, scales)
 
@@ -121,24 +123,25 @@ def _convert(
     return store.convert(current, requested, values, scale_inv)
 
 
-def _converted(
+def _convert_on_host(
     current: Format, requested: Format, values: np.ndarray, scale_inv: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """`store.convert` on the host, whatever the default device: the same bits on every machine."""
+    """`store.convert` on the host, whatever the default device, so that all machines give the same bits."""
     with _on_host():
         values, scale_inv = _convert(current, requested, *jax.device_put((values, scale_inv)))
         return np.asarray(values), None if scale_inv is None else np.asarray(scale_inv)
 
 
 def _on_host() -> Any:
+    """A context in which JAX computes on the host."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return contextlib.nullcontext()
 
 
 def _slab_height(param: ResolvedParam, rows: int) -> int:
-    """Rows of a slab: whole blocks, a power of two of them, so that most parameters divide into equal slabs."""
+    """Rows of a slab: a power of two of whole blocks, so that most parameters divide into equal slabs."""
     columns = max(math.prod(param.shape[1:]), 1)
     if len(param.shape) != 2:
         return max(rows, 1)
@@ -150,13 +153,13 @@ def _slab_height(param: ResolvedParam, rows: int) -> int:
 
 
 def _sides(param: ResolvedParam, format: Format) -> Block:
-    """The block of `format` in numbers."""
+    """The block of `format`, with the size of the axis in place of -1."""
     assert format.block is not None
     return block_sides(format.block, param.shape)
 
 
 def _grid_rows(start: int, stop: int, block: Block) -> slice:
-    """The rows of scales that belong to rows `start` to `stop` of a kernel."""
+    """The rows of the scales of rows `start` to `stop` of a kernel."""
     return slice(start // block[0], -(-stop // block[0]))
 
 
@@ -166,9 +169,10 @@ T = TypeVar("T")
 def in_turn(
     jobs: Iterable[T], work: Callable[[T, Callable[[int], None]], Any], progress: Progress
 ) -> Iterator[tuple[T, Any]]:
-    """`(job, work(job, report))` for each job in order, WORKERS of them under way, none begun before it has its turn.
+    """An iterator over `(job, work(job, report))` in the order of the jobs, which run in WORKERS threads.
 
-    A consumer that leaves, Ctrl-C included, or work that fails, ends what is under way at its next report.
+    At most WORKERS jobs are running or waiting to be consumed. If a job fails, or the consumer stops (also by Ctrl-C),
+    running jobs stop at their next call of `report`.
     """
     stopped = threading.Event()
 

@@ -74,12 +74,12 @@ def generate_text(
     num_return_sequences: int = 1,
     logprobs: bool = False,
 ) -> list[Completion]:
-    """`num_return_sequences` answers to every prompt, one after the other.
+    """The model's answers to text prompts, `num_return_sequences` for each prompt, in order.
 
     prompts   text; for a chat, the output of `tokenizer.apply_chat_template`. The BOS token is added if the checkpoint
               wants one and the text does not begin with it
     stop      strings that end an answer and are not part of its text
-    logprobs  whether to return the log-probability of each token
+    logprobs  whether the answers have the log-probability of each token
 
     The other arguments are those of `generate`.
 
@@ -111,12 +111,13 @@ def stream_text(
     key: Any = 0,
     chunk: int = CHUNK,
 ) -> Generator[str, None, Completion]:
-    """The answer to a prompt, piece by piece; text that may begin a stop string is held back until that is certain.
+    """An iterator over the text of an answer, while it is generated.
 
     prompt  text, or a `Prefix` of one row
     chunk   tokens between two pieces
 
-    The iterator's return value is the `Completion`. The other arguments and errors are those of `generate_text`.
+    Text that may be the beginning of a stop string is held back until that is certain. The iterator's return value is
+    the `Completion`. The other arguments and errors are those of `generate_text`.
     """
     prompts = prompt if isinstance(prompt, Prefix) else [prompt]
     run = _Run(model, tokenizer, prompts, GenerationConfig(max_new_tokens, sampling=sampling, key=key), stop, chunk)
@@ -128,7 +129,7 @@ def stream_text(
 def _pieces(run: _Run) -> Generator[str, None, Completion]:
     (row,) = run.rows
     for _ in run.steps():
-        if piece := row.fresh():
+        if piece := row.next_piece():
             yield piece
     return row.completion()
 
@@ -138,7 +139,7 @@ class _Row:
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], eos: frozenset[int]):
         self._decoder, self._stop, self._eos = tokenizer.decode_stream(), stop, eos
-        self._text, self._given, self._longest = "", 0, max(map(len, stop), default=0)
+        self._text, self._returned, self._longest = "", 0, max(map(len, stop), default=0)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.reason: str | None = None
@@ -171,19 +172,19 @@ class _Row:
     def end(self) -> None:
         """Ends an answer that no token or stop string has ended."""
         if self.reason is None:
-            self._append(self._decoder.flush())  # byte tokens may be held back that spell a stop string
+            self._append(self._decoder.flush())  # bytes of an incomplete character may complete a stop string
             self.reason = self.reason or "length"
 
-    def fresh(self) -> str:
-        """The certain text that no earlier call has returned."""
-        sure = len(self._text)
+    def next_piece(self) -> str:
+        """The text since the last call, without an end that may begin a stop string."""
+        certain = len(self._text)
         if self.reason is None:
             for length in range(min(self._longest - 1, len(self._text)), 0, -1):
                 if any(each.startswith(self._text[-length:]) for each in self._stop):
-                    sure -= length
+                    certain -= length
                     break
-        piece = self._text[self._given : sure]
-        self._given = max(sure, self._given)
+        piece = self._text[self._returned : certain]
+        self._returned = max(certain, self._returned)
         return piece
 
     def completion(self) -> Completion:
@@ -221,15 +222,15 @@ class _Run:
         self._parts = decode(model, *inputs, dataclasses.replace(config, eos_token_id=sorted(eos)), chunk=chunk)
 
     def steps(self) -> Iterator[None]:
-        """Runs to the end; yields after every part."""
+        """Generates to the end; yields after every chunk."""
         try:
             part: Generated = next(self._parts)
             while True:
-                likelihoods = part.logprobs if part.logprobs is not None else np.zeros((len(self.rows), 0))
+                logprobs = part.logprobs if part.logprobs is not None else np.zeros((len(self.rows), 0))
                 ended = [
-                    row.add(tokens[:length], logprobs[:length])
-                    for row, tokens, length, logprobs in zip(
-                        self.rows, part.tokens, part.lengths, likelihoods, strict=True
+                    row.add(tokens[:length], row_logprobs[:length])
+                    for row, tokens, length, row_logprobs in zip(
+                        self.rows, part.tokens, part.lengths, logprobs, strict=True
                     )
                 ]
                 yield
@@ -242,7 +243,7 @@ class _Run:
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask (prompts, longest), padded on the left."""
+    """Ids int32 and mask bool (prompts, longest length) of prompts, padded on the left."""
     if not prompts or not all(prompts):
         raise InvalidText("a prompt is empty, so there is nothing to continue.")
     longest = max(map(len, prompts))

@@ -154,11 +154,11 @@ class Decoder(nnx.Module):
           UnmatchedRule: a pattern that matches nothing.
           InvalidTokens: as in a call.
         """
-        seen = taps.Taps(capture, intervene)
-        with taps.tapped(seen):
+        values = taps.Taps(capture, intervene)
+        with taps.tapped(values):
             logits = self(input_ids, attention_mask)
-        seen.check()
-        return logits, seen.captured
+        values.check()
+        return logits, values.captured
 
     def hidden(
         self,

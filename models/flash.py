@@ -1,4 +1,4 @@
-"""cuDNN's flash attention, for prompts on NVIDIA GPUs: no scores in memory, whatever the length."""
+"""cuDNN's flash attention for prompts on NVIDIA GPUs, which holds no attention scores in memory."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ import numpy as np
 from ..policies.targets import Target
 
 LEAST = 128
-"""Tokens of a prompt from which on it is used: the scores of fewer are small."""
+"""Tokens of the shortest prompt that uses it; the scores of shorter ones are small."""
 
 _CAPABILITY, _WIDEST = (8, 0), 128
 
 
-def refuses(target: Target, tokens: int, head_dim: int, dtype: np.dtype, kept_in: np.dtype) -> str | None:
-    """Why it cannot read a prompt, or should not; None where it can.
+def refuses(target: Target, tokens: int, head_dim: int, dtype: np.dtype, cache_dtype: np.dtype) -> str | None:
+    """The reason not to use cuDNN's flash attention for a prompt; None if it can be used.
+
+    target       device that the program is compiled for
+    tokens       length of the prompt
+    dtype        of queries, keys and values
+    cache_dtype  of the cache that the prompt enters
 
     >>> refuses(Target("cuda", (9, 0)), 4096, 128, np.dtype(np.float32), np.dtype(np.float32))
-    'it takes bf16 and f16'
+    'it supports bf16 and f16'
     """
     if target.platform != "cuda" or target.capability is None or target.capability < _CAPABILITY:
         return "it needs an NVIDIA GPU of compute capability 8.0 or more"
     if dtype not in (jnp.bfloat16, np.float16):
-        return "it takes bf16 and f16"
-    if kept_in != dtype:
+        return "it supports bf16 and f16"
+    if cache_dtype != dtype:
         return "the cache has another dtype"
     if head_dim % 8 or head_dim > _WIDEST:
-        return f"heads are {head_dim} wide, it takes multiples of 8 up to {_WIDEST}"
+        return f"head_dim is {head_dim}, it supports multiples of 8 up to {_WIDEST}"
     if tokens < LEAST:
         return f"the prompt has fewer than {LEAST} tokens"
     return None
@@ -43,39 +48,41 @@ def attend(
     window: int | None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Causal attention of tokens that nothing came before: q (b, t, h, d) over k and v (b, t, kv, d), like q.
+    """Causal attention within prompts that enter an empty cache, (b, t, h, d) in q's dtype.
 
-    mask            (b, t) bool, True for real tokens, wherever they stand; of the others the result is zero
+    q               (b, t, h, d)
+    k, v            (b, t, kv, d), in q's dtype
+    mask            (b, t) bool, True for real tokens, anywhere in a row; the result of other tokens is zero
     window          a query sees the keys less than `window` positions before it; None: all
-    implementation  of `jax.nn.dot_product_attention`; "xla", which holds all scores, to check this one with
+    implementation  of `jax.nn.dot_product_attention`; "xla" holds all scores, and is a reference for tests
 
     Raises:
-      RuntimeError, NotImplementedError: JAX's, where there is no cuDNN, or it does not take the call, see `traces`.
+      RuntimeError, NotImplementedError: from JAX, without a cuDNN that supports the call; see `traces`.
     """
-    # cuDNN knows of padding at the end of rows alone.
+    # cuDNN supports padding only at the end of rows.
     order = jnp.argsort(~mask, axis=1, stable=True)
 
-    def moved(x: jax.Array, order: jax.Array) -> jax.Array:
+    def reorder(x: jax.Array, order: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
 
     lengths = mask.sum(axis=1, dtype=jnp.int32)
-    with jax.numpy_dtype_promotion("standard"):  # on which JAX's own function relies
+    with jax.numpy_dtype_promotion("standard"):  # which JAX's own function needs
         mixed = jax.nn.dot_product_attention(
-            moved(q, order),
-            moved(k, order),
-            moved(v, order),
+            reorder(q, order),
+            reorder(k, order),
+            reorder(v, order),
             is_causal=True,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
             local_window_size=None if window is None else (window - 1, 0),
             implementation=implementation,
         )
-    # Zero rather than whatever is there: the next layer's values of padding are multiplied with weights of zero.
-    return jnp.where(mask[:, :, None, None], moved(mixed, jnp.argsort(order, axis=1)), 0)
+    # Padding is zero, since its values in the next layer are multiplied by weights of zero, and NaN would stay NaN.
+    return jnp.where(mask[:, :, None, None], reorder(mixed, jnp.argsort(order, axis=1)), 0)
 
 
 def traces(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, window: int | None) -> bool:
-    """Whether JAX finds a cuDNN that takes this call."""
+    """Whether the installed cuDNN supports this call."""
     try:
         jax.eval_shape(lambda q, k, v, mask: attend(q, k, v, mask, window), q, k, v, mask)
     except (RuntimeError, NotImplementedError):

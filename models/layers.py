@@ -1,7 +1,7 @@
-"""Layers that read the policy: they hold arrays and resolved specs, and take no `dtype=`.
+"""Layers in Flax NNX whose dtypes come from a policy: `Linear`, `Embedding` and `RMSNorm`.
 
-Kernels stand **(out, in)**, as in the checkpoints: nothing is transposed on load, export gives the same bytes, and both
-operands of a matmul are contiguous along the axis that is summed, which FP8 tensor cores require.
+Kernels have the shape **(out, in)**, as in checkpoints: loading does not transpose, saving gives the same bytes, and
+both operands of a matmul are contiguous along the summed axis, as FP8 tensor cores require.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from ..policies.trees import Narrow
 
 
 def scope_of(policy: Policy | Scope | Any) -> Scope:
-    """The scope a module works in, from whatever was given as its `policy=`."""
+    """The scope of a module, from its argument `policy`."""
     return policy if isinstance(policy, Scope) else get_policy(policy).at()
 
 
 def stored(
     shape: tuple[int, ...], draw: Initializer, rngs: nnx.Rngs | None, scope: Scope, name: str
 ) -> tuple[nnx.Variable, Narrow | None]:
-    """The variables of a parameter of the module in `scope`, drawn in float32: itself and its scales.
+    """`(parameter, scales)`: variables of a new parameter, stored as the policy says; scales only if it is narrow.
 
-    Without `rngs` they hold shapes and dtypes alone, to be filled.
+    draw   initializer, in float32
+    rngs   None: the variables hold shapes and dtypes, to be filled later
+    scope  the scope of the module that owns the parameter
+    name   of the parameter in its module
 
     Raises:
       InvalidPolicy: a narrow dtype for a parameter of fewer than two dimensions.
@@ -61,6 +64,7 @@ def stored(
 
 
 Initializer = Callable[[nnx.Rngs, tuple[int, ...]], jax.Array]
+"""A function of random keys and a shape that returns a float32 array."""
 
 
 def _random(initializer: Callable[..., jax.Array]) -> Initializer:
@@ -72,10 +76,10 @@ def _constant(value: float) -> Initializer:
 
 
 class Linear(nnx.Module):
-    """y = x @ (kernel * scale_inv).T + bias, scaled block by block, in the activations' dtype.
+    """A linear layer, y = x @ (kernel * scale_inv).T + bias, in the activations' dtype.
 
     kernel     (out, in)                     the policy's storage dtype
-    scale_inv  (ceil(out/bo), ceil(in/bi))   what each block is multiplied by; None where the kernel is not narrow
+    scale_inv  (ceil(out/bo), ceil(in/bi))   multiplier of each block of (bo, bi); None for a kernel that is not narrow
     bias       (out,)                        None without `use_bias`
 
     >>> layer = Linear(4, 3, policy={"params": {"kernel": "f8_e4m3fn"}, "compute": "bf16"}, rngs=nnx.Rngs(0))
@@ -103,7 +107,7 @@ class Linear(nnx.Module):
         self.bias_compute = scope.spec("bias").compute_dtype if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., in) to (..., out), in the activations' dtype: the policy's, or that of x."""
+        """y (..., out) of x (..., in), in the activations' dtype: the policy's, or else that of x."""
         x = x.astype(self.activations or x.dtype)
         return self._biased(block_matmul(x, self.kernel, self.scale_inv, self.compute))
 
@@ -113,18 +117,18 @@ class Linear(nnx.Module):
         bias = saturating_cast(self.bias[...], self.bias_compute or y.dtype)
         return (y.astype(bias.dtype) + bias).astype(y.dtype)
 
-    def _shares_launch(self) -> tuple[Any, ...] | None:
-        """What projections of the same x have in common where their products can be launched as one."""
+    def _launch_key(self) -> tuple[Any, ...] | None:
+        """Equal for projections of the same x that one kernel launch can compute; None for a layer that cannot join."""
         if type(self) is not Linear or self.scale_inv is None:
             return None
         return self.activations, self.compute, pair(self.kernel, self.scale_inv).format
 
 
 def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
-    """`layer(x)` of each; of narrow `Linear`s that agree in all but their width, as one `scaled_matmuls`."""
+    """`layer(x)` of each layer; narrow `Linear`s that differ only in width share one `scaled_matmuls`."""
     linears = [layer for layer in layers if isinstance(layer, Linear)]
-    shared = {layer._shares_launch() for layer in linears}
-    if len(linears) < len(layers) or len(shared) > 1 or None in shared:
+    keys = {layer._launch_key() for layer in linears}
+    if len(linears) < len(layers) or len(keys) > 1 or None in keys:
         return tuple(layer(x) for layer in layers)
     first = linears[0]
     kernels = [pair(layer.kernel, layer.scale_inv) for layer in linears if layer.scale_inv is not None]
@@ -134,21 +138,23 @@ def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
 
 
 def pair(kernel: nnx.Variable, scale_inv: nnx.Variable) -> ScaledArray:
-    """The ScaledArray of a parameter's variables; a narrow kernel knows its block."""
+    """The ScaledArray of a narrow kernel's variables."""
     format = stored_format(np.dtype(kernel.dtype), kernel.block, np.dtype(scale_inv.dtype))
     return ScaledArray(kernel[...], scale_inv[...], format)
 
 
 def block_matmul(x: jax.Array, kernel: nnx.Variable, scale_inv: Narrow | None, compute: Format | None) -> jax.Array:
-    """`scaled_matmul` of the arrays in a parameter's variables."""
+    """`scaled_matmul` of x and a kernel's variables."""
     return scaled_matmul(x, kernel[...] if scale_inv is None else pair(kernel, scale_inv), compute=compute)
 
 
 class Embedding(nnx.Module):
-    """Rows of a table, cast after the gather; `attend` is the tied head.
+    """A table of token embeddings; `attend` uses it as a tied head.
 
-    embedding            (vocabulary, features)
-    embedding_scale_inv  (ceil(vocabulary/bo), ceil(features/bi)), None where the table is not narrow
+    embedding            (vocabulary, features), the policy's storage dtype
+    embedding_scale_inv  (ceil(vocabulary/bo), ceil(features/bi)), multiplier of each block; None if it is not narrow
+
+    Only the rows of a lookup are cast, not the table.
     """
 
     def __init__(self, vocabulary: int, features: int, *, policy: Policy | Scope | Any = None, rngs: nnx.Rngs | None):
@@ -160,7 +166,7 @@ class Embedding(nnx.Module):
         self.embedding_scale_inv = nnx.data(scale_inv)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Ids (...) to (..., features) in the activations' dtype; an id outside the table gives NaN."""
+        """Embeddings (..., features) of ids (...), in the activations' dtype; NaN for an id outside the table."""
         inside = (ids >= 0) & (ids < self.embedding.shape[0])
         rows = _rows(self.embedding[...], ids)
         wide = self.activations or (jnp.float32 if self.embedding_scale_inv is not None else rows.dtype)
@@ -173,14 +179,16 @@ class Embedding(nnx.Module):
         return jnp.where(inside[..., None], saturating_cast(rows, compute).astype(wide), jnp.nan)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """(..., features) to logits (..., vocabulary), under the rule of `embedding`."""
+        """Logits (..., vocabulary) of x (..., features), computed under the policy's rule for `embedding`."""
         return block_matmul(x, self.embedding, self.embedding_scale_inv, self.compute)
 
 
 @jax.custom_jvp
 def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of a table, gathered as bits and tied to the ids: XLA's CPU backend widens a whole narrow table to gather of
-    it, and that before the decoding loop."""
+    """Rows of a table, gathered as bits behind an optimization barrier.
+
+    XLA's CPU backend would convert a whole narrow table for a gather, and move that out of the decoding loop.
+    """
     table, ids = jax.lax.optimization_barrier((table, ids))
     bits = jax.lax.bitcast_convert_type(table, jnp.dtype(f"uint{8 * table.dtype.itemsize}"))
     return jax.lax.bitcast_convert_type(jnp.take(bits, ids, axis=0, mode="clip"), table.dtype)
@@ -193,10 +201,11 @@ def _rows_jvp(primals, tangents):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) in float32, cast, then times `scale`, (features,), in the compute dtype of `scale`.
+    """An RMS norm: x / rms(x) in float32, cast to the compute dtype of `scale`, then multiplied by `scale`.
 
-    Rounding follows transformers' Qwen3RMSNorm: where the compute dtype is the activations' one, the normalised x is
-    rounded to it before the product.
+    scale  (features,), the policy's storage dtype
+
+    As in transformers' Qwen3RMSNorm, the normalised x is rounded before the product.
     """
 
     def __init__(self, features: int, *, eps: float, policy: Policy | Scope | Any = None, rngs: nnx.Rngs | None):
@@ -206,7 +215,7 @@ class RMSNorm(nnx.Module):
         self.scale, _ = stored((features,), _constant(1), rngs, scope, "scale")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., features) to the same, in the activations' dtype."""
+        """The norm of x (..., features), of the same shape, in the activations' dtype."""
         result = self.activations or x.dtype
         compute = self.compute or result
         wide = x.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Where parameters lie on several devices: cut among them or copied to each."""
+"""Shardings of a model's parameters over several devices."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from .config import DecoderConfig
 
 
 def tensor_parallel(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """The shardings, by pattern, that cut a decoder over the last axis of `mesh` (Megatron-LM, arXiv:1909.08053).
+    """{pattern: sharding} for tensor parallelism over the last axis of `mesh` (Megatron-LM, arXiv:1909.08053).
 
-    Projections into heads and into the wide layer are cut by what they make, those out of them by what they take, the
-    embedding and the head by the vocabulary; what does not divide among the devices, and every norm, is copied.
+    q_proj, k_proj, v_proj, gate_proj and up_proj are split along their output axis, o_proj and down_proj along their
+    input axis, the embedding and the head along the vocabulary. Norms, and parameters that cannot be divided evenly
+    among the devices, are replicated.
     """
     axis = mesh.axis_names[-1]
     count = mesh.shape[axis]
@@ -39,16 +40,17 @@ def tensor_parallel(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedShardin
 
 
 def shardings(layout: Any, config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, Sharding | None]:
-    """The sharding of every parameter of `stored`, by path; None: wherever JAX puts it.
+    """{path: sharding} of all parameters and scales in `stored`; None: JAX's default device.
 
-    layout  None, a `Sharding` for all, a `Mesh` (see `tensor_parallel`), or shardings by pattern, of which the first
-            that matches wins; what none names falls under "default", and without that is copied to every device
+    layout  None, a `Sharding` for all, a `Mesh` (see `tensor_parallel`), or {pattern: sharding}: the first pattern that
+            matches decides, "default" is for all other parameters, which are replicated without it
+    stored  {path: shape and format}
 
-    Scales follow their kernel: cut as it is where its cuts fall between blocks, else copied along that axis.
+    Scales are sharded as their kernel; see `scales_sharding`.
 
     Raises:
-      InvalidSharding: for anything else, and for an axis that does not divide among its devices.
-      UnmatchedRule: for a pattern that matches nothing and does not end with '?'.
+      InvalidSharding: any other layout, or an axis that cannot be divided evenly among its devices.
+      UnmatchedRule: a pattern that matches nothing and does not end with '?'.
     """
     if layout is None:
         return dict.fromkeys(stored)
@@ -58,7 +60,7 @@ def shardings(layout: Any, config: DecoderConfig, stored: Mapping[str, ArrayInfo
         layout = {"default": layout}
     if not isinstance(layout, Mapping) or not layout or not all(isinstance(s, Sharding) for s in layout.values()):
         raise InvalidSharding(
-            f"sharding is a jax.sharding.Mesh, a Sharding, or a mapping from patterns to Shardings, found {layout!r}."
+            f"sharding: expected a jax.sharding.Mesh, a Sharding or a mapping of patterns to them, found {layout!r}."
         )
     result: dict[str, Sharding | None] = {}
     decide = _rules(layout, [path for path in stored if not is_scale(path)])
@@ -73,25 +75,28 @@ def shardings(layout: Any, config: DecoderConfig, stored: Mapping[str, ArrayInfo
 
 
 def scales_sharding(sharding: Sharding, shape: tuple[int, ...], block: Block, path: str = "kernel") -> Sharding:
-    """The sharding of the scales of a kernel of `shape` that is sharded as `sharding`.
+    """The sharding of a kernel's scales, where the kernel has this shape, block and sharding.
 
-    An axis is cut as the kernel's where every cut falls between two blocks, and copied where one falls within a block:
-    of 768 rows on 4 devices each has 192, one block of 128 and a half.
+    An axis is split like the kernel's if each device has whole blocks, and replicated otherwise: of 768 rows, each of 4
+    devices has 192, which are one and a half blocks of 128.
+
+    Raises:
+      InvalidSharding: a sharding without names of axes.
     """
     if sharding.is_fully_replicated:
         return sharding
     if not isinstance(sharding, NamedSharding):
         raise InvalidSharding(
-            f"{path}: cut by {type(sharding).__name__}, expected a NamedSharding, whose axes have names."
+            f"{path}: expected a NamedSharding, which also shards the scales, found {type(sharding).__name__}."
         )
     names = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
     shards = sharding.shard_shape(shape)
     sides = (*(1,) * (len(shape) - 2), *block_sides(block, shape))
-    kept = [
+    spec = [
         name if shard % side == 0 or shard == size else None
         for name, size, shard, side in zip(names, shape, shards, sides, strict=True)
     ]
-    return NamedSharding(sharding.mesh, PartitionSpec(*kept), memory_kind=sharding.memory_kind)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
 
 
 def _rules(layout: Mapping[str, Sharding], paths: list[str]) -> dict[str, Sharding]:
@@ -101,12 +106,12 @@ def _rules(layout: Mapping[str, Sharding], paths: list[str]) -> dict[str, Shardi
     if default is None:
         mesh = next((one.mesh for one in layout.values() if isinstance(one, NamedSharding)), None)
         if mesh is None:
-            raise InvalidSharding('the shardings name no mesh and no "default" to put the other parameters. Add one.')
+            raise InvalidSharding('sharding: no "default", and no NamedSharding with a mesh. Add one of them.')
         default = NamedSharding(mesh, PartitionSpec())
     for key, pattern in patterns.items():
         if not key.endswith("?") and not any(map(pattern.matches, paths)):
             raise UnmatchedRule(
-                f"{key!r} (sharding) matches none of {len(paths)} parameters. Correct the pattern, remove it, or end "
+                f"{key!r} (sharding) matches none of the model's parameters. Correct the pattern, remove it, or end "
                 "it with '?' if it may match nothing."
             )
     return {
@@ -116,12 +121,13 @@ def _rules(layout: Mapping[str, Sharding], paths: list[str]) -> dict[str, Shardi
 
 
 def _checked(path: str, shape: tuple[int, ...], sharding: Sharding) -> Sharding:
+    """`sharding`, if it fits the shape; else raises InvalidSharding."""
     try:
         if isinstance(sharding, NamedSharding) and len(sharding.spec) > len(shape):
-            raise ValueError(f"it names {len(sharding.spec)} axes")
+            raise ValueError(f"its spec has {len(sharding.spec)} axes")
         sharding.shard_shape(shape)
     except ValueError as error:
         raise InvalidSharding(
-            f"{path}: {np.array(shape).tolist()} cannot be cut as {sharding}: {error}. Leave that axis whole."
+            f"{path}: the shape {np.array(shape).tolist()} cannot be split as {sharding}: {error}. Replicate that axis."
         ) from error
     return sharding

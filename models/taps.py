@@ -1,6 +1,6 @@
-"""Looking into a model while it runs, and changing what is seen: values by the path of what made them.
+"""Capture and replacement of intermediate values in one call of a model, by path.
 
-Nothing is stored in modules, and nothing is computed that nobody asked for: taps are looked up when a model is traced.
+Modules store nothing for this, and a model that is traced without taps is the same program as before.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from ..policies.patterns import Pattern
 
 
 class Taps:
-    """What is to be captured and changed in one call of a model.
+    """The values to capture and to replace in one call of a model.
 
     capture    patterns of paths, such as "layers/3/mlp"
-    intervene  {pattern: function of the value, which returns what takes its place}
-    captured   {path: value} of what came by
+    intervene  {pattern: function}: the function takes a value and returns its replacement
+    captured   {path: value}, filled during the call
     """
 
     def __init__(self, capture: Any = (), intervene: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None):
         self._capture = {text: Pattern.of(text) for text in ([capture] if isinstance(capture, str) else capture)}
         self._intervene = [(text, Pattern.of(text), change) for text, change in (intervene or {}).items()]
-        self._met: set[str] = set()
-        self._seen: list[str] = []
+        self._matched: set[str] = set()
+        self._paths: list[str] = []
         self.captured: dict[str, jax.Array] = {}
 
-    def pass_by(self, path: str, value: jax.Array | Callable[[], jax.Array]) -> jax.Array | None:
-        """`value` as it goes on; what is only computed if asked for goes nowhere, and cannot be changed."""
-        self._seen.append(path)
+    def visit(self, path: str, value: jax.Array | Callable[[], jax.Array]) -> jax.Array | None:
+        """`value` or its replacement, captured if a pattern matches; a function is called only then, and gives None."""
+        self._paths.append(path)
         if not callable(value):
             for text, pattern, change in self._intervene:
                 if pattern.matches(path):
-                    self._met.add(text)
+                    self._matched.add(text)
                     value = change(value)
         for text, pattern in self._capture.items():
             if pattern.matches(path):
-                self._met.add(text)
+                self._matched.add(text)
                 self.captured[path] = value() if callable(value) else value
         return None if callable(value) else value
 
     def check(self) -> None:
-        """Raises UnmatchedRule for a pattern that nothing came by of."""
+        """Raises UnmatchedRule for a pattern that matched nothing."""
         for text in (*self._capture, *(text for text, _, _ in self._intervene)):
-            if text not in self._met:
-                some = ", ".join(dict.fromkeys([*self._seen[:4], *self._seen[-1:]]))
+            if text not in self._matched:
+                examples = ", ".join(dict.fromkeys([*self._paths[:4], *self._paths[-1:]]))
                 raise UnmatchedRule(
-                    f"{text!r} (capture) matches nothing in this model. There are {some}, among others."
+                    f"{text!r} (capture) matches nothing in this model, whose values include {examples}."
                 )
 
 
@@ -60,7 +60,7 @@ _active: contextvars.ContextVar[tuple[Taps, tuple[str, ...]] | None] = contextva
 
 @contextlib.contextmanager
 def tapped(taps: Taps) -> Iterator[None]:
-    """A context in which a model's values pass by `taps`."""
+    """A context in which models use `taps`."""
     token = _active.set((taps, ()))
     try:
         yield
@@ -82,15 +82,15 @@ def within(*names: str | int) -> Iterator[None]:
 
 
 def tap(name: str, value: jax.Array) -> jax.Array:
-    """`value`, or what takes its place."""
+    """`value`, or its replacement."""
     if (active := _active.get()) is None:
         return value
-    changed = active[0].pass_by("/".join((*active[1], name)), value)
+    changed = active[0].visit("/".join((*active[1], name)), value)
     assert changed is not None
     return changed
 
 
 def offer(name: str, value: Callable[[], jax.Array]) -> None:
-    """Offers what is only computed where it is captured."""
+    """Offers a value that is computed only if it is captured; it cannot be replaced."""
     if (active := _active.get()) is not None:
-        active[0].pass_by("/".join((*active[1], name)), value)
+        active[0].visit("/".join((*active[1], name)), value)

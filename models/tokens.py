@@ -1,4 +1,4 @@
-"""Token ids and masks as callers give them, checked before anything is computed."""
+"""Checks of the token ids and masks that callers pass."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..policies.errors import InvalidTokens
 def checked_tokens(
     input_ids: ArrayLike, attention_mask: ArrayLike | None, vocabulary: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`(ids, mask)`, both (batch, length), int32 and bool; ids of padding are 0, so that none is looked up.
+    """`(ids, mask)`, both (batch, length), int32 and bool; the ids of padding are 0, whatever they were.
 
     input_ids       (batch, length) integers
     attention_mask  (batch, length), nonzero for real tokens; None: all are real
 
     Raises:
-      InvalidTokens: shapes or dtypes that do not fit; ids of real tokens outside the vocabulary, unless traced.
+      InvalidTokens: shapes or dtypes that do not fit; ids of real tokens outside the vocabulary, except under jit.
     """
     ids = _array("input_ids", input_ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -51,5 +51,5 @@ def _array(name: str, values: ArrayLike) -> Any:
         return np.asarray(values)
     except (ValueError, OverflowError) as error:
         raise InvalidTokens(
-            f"{name}: rows of different length are no array. Pad them, and say in attention_mask which tokens are real."
+            f"{name}: found rows of different length. Pad them, and mark the real tokens in attention_mask."
         ) from error

@@ -254,7 +254,7 @@ def dimmed(written):
 
 def shown(pieces, opened=False, colour=True):
     out = Screen()
-    screen = conversation._Shown(out, colour, opened)
+    screen = conversation._AnswerPrinter(out, colour, opened)
     for piece in pieces:
         screen.add(piece)
     screen.end()
@@ -300,7 +300,7 @@ def test_the_terminal_is_left_as_it_was():
 
 def test_nothing_that_is_certain_is_held_back():
     out = Screen()
-    screen = conversation._Shown(out, False, True)
+    screen = conversation._AnswerPrinter(out, False, True)
     for piece, sure in [("so", "so"), (" <", " "), ("b", "<b"), ("</thin", ""), ("g", "</thing"), ("</think>", None)]:
         screen.add(piece)
         assert out.take() == (piece if sure is None else sure)

@@ -1,1 +1,1 @@
-"""Safetensors files: their headers, their data, and how they are written."""
+"""Reading and writing of safetensors files."""

@@ -1,7 +1,7 @@
-"""Reading safetensors without torch: a header that is checked, and tensors read into memory of our own.
+"""Reading of safetensors files without torch: their headers, strictly checked, and rows of their tensors.
 
-The format (https://github.com/huggingface/safetensors): eight bytes of little-endian length, a JSON header, the data.
-Nothing is memory-mapped: a mapped file that is truncated meanwhile kills the process.
+The format (https://github.com/huggingface/safetensors) is eight bytes of little-endian length, a JSON header, the data.
+Files are not memory-mapped, since access to a mapped file that was truncated kills the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...policies.errors import InvalidCheckpoint, MissingFile, UnknownDtype, sho
 from ..json_file import LARGEST, parse_object
 
 ALIGNMENT = 64
-"""Bytes; XLA's CPU backend adopts a buffer that is aligned so, and copies any other."""
+"""In bytes; XLA's CPU backend uses a buffer with this alignment without a copy."""
 
 _MOST_AXES = 8
 _DTYPES = frozenset("F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E8M0 I64 I32 I16 I8 U64 U32 U16 U8 BOOL C64".split())
@@ -27,9 +27,14 @@ _DTYPES = frozenset("F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E8M0 I64 I32 I16 I8 U64
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: `bytes` bytes of `file` from `offset` on, an array of `shape` and `dtype`.
+    """A tensor in a safetensors file.
 
-    file_bytes  the length of the file when its header was read
+    name        in the file
+    file        path of the file
+    shape       of the array
+    dtype       of the array
+    offset      position of the data in the file, in bytes
+    file_bytes  length of the file when its header was read
     """
 
     name: str
@@ -45,12 +50,12 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, start: int = 0, stop: int | None = None, into: np.ndarray | None = None) -> np.ndarray:
-        """Rows `start` to `stop` of the first axis, in memory of our own that is aligned to 64 bytes, or in `into`.
+        """Rows `start` to `stop` along the first axis, in `into` or in new memory aligned to 64 bytes.
 
-        into  contiguous, of the rows' shape and dtype
+        into  contiguous array of the rows' shape and dtype; None: allocate one
 
         Raises:
-          InvalidCheckpoint: where the file has changed its length since its header was read, or cannot be read.
+          InvalidCheckpoint: the length of the file has changed since its header was read, or it cannot be read.
         """
         shape, row = self.shape, 0
         if shape:
@@ -64,12 +69,12 @@ class Tensor:
         try:
             with open(self.file, "rb", buffering=0) as file:
                 if (size := os.fstat(file.fileno()).st_size) != self.file_bytes:
-                    raise _damaged(self.file, f"it had {self.file_bytes} bytes when it was opened and has {size} now")
+                    raise _damaged(self.file, f"its length was {self.file_bytes} bytes when it was opened, now {size}")
                 file.seek(self.offset + start * row)
                 while done < buffer.nbytes:
                     count = file.readinto(buffer.data[done:])
                     if not count:
-                        text = f"{shown(self.name)} ends {buffer.nbytes - done} bytes early"
+                        text = f"the file ends within {shown(self.name)}, at byte {done} of {buffer.nbytes}"
                         raise _damaged(self.file, text)
                     done += count
         except OSError as error:
@@ -78,17 +83,17 @@ class Tensor:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in the order of the data.
+    """{name: tensor} of a safetensors file, in the order of the data.
 
     Raises:
-      MissingFile: where there is no such file.
-      InvalidCheckpoint: a header that is cut short, malformed, or at odds with the length of the file: every byte of
-        data belongs to exactly one tensor.
+      MissingFile: there is no such file.
+      InvalidCheckpoint: a header that is truncated or malformed, or does not fit the length of the file; every byte of
+        data must belong to exactly one tensor.
     """
     path = pathlib.Path(path)
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise _damaged(path, "this is no file")
+        if path.exists() and not path.is_file():  # opening a pipe would block
+            raise _damaged(path, "not a regular file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header, start = _header(path, file, size)
@@ -98,23 +103,23 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise InvalidCheckpoint(f"{path}: cannot be read: {error}.") from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise _damaged(path, f"__metadata__ is no mapping from text to text but {shown(metadata)}")
+        raise _damaged(path, f"__metadata__: expected a mapping from text to text, found {shown(metadata)}")
     entries = [_entry(path, name, entry, size) for name, entry in header.items()]
     end, tensors = 0, {}
     for (first, last), tensor in sorted(entries, key=lambda entry: entry[0]):
         if first != end:
-            what = "overlaps the tensor before it" if first < end else "leaves a hole before it"
-            where = f"{shown(tensor.name)} lies at bytes {first} to {last}"
-            raise _damaged(path, f"{where}, which {what} (data up to {end})")
+            what = "overlaps the tensor before it" if first < end else "leaves a gap before it"
+            where = f"{shown(tensor.name)} is at bytes {first} to {last}"
+            raise _damaged(path, f"{where}, which {what} (it ends at {end})")
         end = last
         tensors[tensor.name] = dataclasses.replace(tensor, offset=start + first)
     if start + end != size:
-        raise _damaged(path, f"the header promises {start + end} bytes, the file has {size}")
+        raise _damaged(path, f"the header describes {start + end} bytes, the file has {size}")
     return tensors
 
 
 def aligned_empty(count: int) -> np.ndarray:
-    """`count` uninitialised bytes that begin at a multiple of 64."""
+    """`count` uninitialised bytes, aligned to 64 bytes."""
     raw = np.empty(count + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + count]
@@ -125,13 +130,13 @@ def _damaged(path: pathlib.Path, text: str) -> InvalidCheckpoint:
 
 
 def _header(path: pathlib.Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    """The header and the byte at which data begins."""
+    """The JSON header, and the offset of the data in bytes."""
     if size < 8:
         raise _damaged(path, f"a safetensors file begins with eight bytes of length, this one has {size} bytes")
     length = int.from_bytes(file.read(8), "little")
     if length > min(size - 8, LARGEST):
-        claim = f"the header claims {length} bytes, the file has {size - 8} after its first eight"
-        raise _damaged(path, f"{claim}, and no header needs more than {LARGEST >> 20} MiB")
+        claim = f"the header has a length of {length} bytes, the file has {size - 8} after its first eight"
+        raise _damaged(path, f"{claim}, and the limit is {LARGEST >> 20} MiB")
     try:
         return parse_object(file.read(length)), 8 + length
     except ValueError as error:
@@ -139,33 +144,34 @@ def _header(path: pathlib.Path, file: BinaryIO, size: int) -> tuple[dict[str, An
 
 
 def _entry(path: pathlib.Path, name: str, entry: Any, size: int) -> tuple[tuple[int, int], Tensor]:
-    """A tensor of a file of `size` bytes and its data offsets, each checked for itself."""
+    """`((start, stop), tensor)` of a header's entry in a file of `size` bytes, with `offset` still 0."""
     if not name.isprintable():
-        raise _damaged(path, f"{shown(name)} is no name of a tensor")
+        raise _damaged(path, f"{shown(name)} is not a valid name of a tensor")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(path, f"{shown(name)} has no dtype, shape and data_offsets")
+        raise _damaged(path, f"{shown(name)}: expected dtype, shape and data_offsets, and nothing else")
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(path, f"{shown(name)} has shape {shown(shape)} and data_offsets {shown(offsets)}")
     if len(shape) > _MOST_AXES:
-        raise _damaged(path, f"{shown(name)} has {len(shape)} axes, and no tensor here needs more than {_MOST_AXES}")
+        raise _damaged(path, f"{shown(name)} has {len(shape)} axes, and the limit is {_MOST_AXES}")
     if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
         raise InvalidCheckpoint(f"{path}: {shown(name)} has the dtype {shown(dtype_name)}, which perparam cannot read.")
     try:
-        # Named as in the header; as_dtype refuses F64 while JAX has no 64-bit floats.
+        # as_dtype rejects F64 unless JAX has 64-bit floats enabled.
         dtype = as_dtype(dtype_name)
     except UnknownDtype as error:
         raise InvalidCheckpoint(f"{path}: {shown(name)}: {error}") from error
-    if math.prod(side or 1 for side in shape) >= 2**48:  # numpy counts so too, whatever is multiplied by none
+    if math.prod(side or 1 for side in shape) >= 2**48:  # numpy has this limit even if another axis is empty
         raise _damaged(path, f"{shown(name)} has shape {shown(shape)}, larger than any array")
     tensor, (first, last) = Tensor(name, path, tuple(shape), dtype, 0, size), offsets
     if tensor.bytes != last - first:
         raise _damaged(
             path,
-            f"{shown(name)}, {dtype_name} {tensor.shape}, is {tensor.bytes} bytes, its offsets say {last - first}",
+            f"{shown(name)}, {dtype_name} {tensor.shape}, has {tensor.bytes} bytes, its offsets span {last - first}",
         )
     return (first, last), tensor
 
 
-def _naturals(values: Any) -> bool:
+def _are_sizes(values: Any) -> bool:
+    """Whether `values` is a list of integers from 0 to 2**63 - 1."""
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)

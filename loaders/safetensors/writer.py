@@ -1,4 +1,4 @@
-"""Writing safetensors: files laid out from shapes and dtypes alone, then filled in any order, by any thread."""
+"""Writing of safetensors files: laid out from shapes and dtypes, then filled in any order and from any thread."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = {
     np.dtype(ml_dtypes.bfloat16): "BF16",
     np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
 }
-"""The dtypes that checkpoints are saved in, as files call them."""
+"""Names in safetensors files of the dtypes that checkpoints are saved in."""
 
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _UNITS = {
@@ -44,7 +44,7 @@ _UNITS = {
 
 
 Tensors = dict[str, jax.ShapeDtypeStruct]
-"""Tensors to be written, by name."""
+"""{name: shape and dtype} of tensors to write."""
 
 
 def tensor_bytes(tensor: jax.ShapeDtypeStruct) -> int:
@@ -53,13 +53,13 @@ def tensor_bytes(tensor: jax.ShapeDtypeStruct) -> int:
 
 
 def size_in_bytes(size: int | str) -> int:
-    """A number of bytes from one, or from text as Hugging Face writes it: "5GB" is 5 * 10**9, "512MiB" 512 * 2**20.
+    """A size in bytes, from a number or from text in Hugging Face's notation: "5GB" is 5 * 10**9, "512MiB" 512 * 2**20.
 
     >>> size_in_bytes("5GB")
     5000000000
 
     Raises:
-      InvalidSize: for anything else.
+      InvalidSize: any other value.
     """
     count = 0
     if isinstance(size, str) and (text := re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(\w*)\s*", size, re.ASCII)):
@@ -73,9 +73,9 @@ def size_in_bytes(size: int | str) -> int:
 
 
 def in_shards(groups: Iterable[Tensors], limit: int) -> dict[str, Tensors]:
-    """The tensors of every file, by its name: groups in their order, none torn apart, at most `limit` bytes a file.
+    """{file name: tensors}: the groups in order, each in one file, at most `limit` bytes of data in a file.
 
-    A group that is larger has a file to itself.
+    A group that is larger than `limit` has its own file.
     """
     shards: list[Tensors] = [{}]
     room = limit
@@ -92,10 +92,13 @@ def in_shards(groups: Iterable[Tensors], limit: int) -> dict[str, Tensors]:
 
 
 class Writer:
-    """The safetensors files of a folder, and their index; all space is taken when they are made.
+    """A writer of the safetensors files of a folder and of their index; allocates all disk space when it is made.
+
+    folder  exists, without these files
+    shards  {file name: tensors}
 
     Raises:
-      OSError: where the disk is full, or whatever else the file system says, here and in `write` and `close`.
+      OSError: the disk is full, or another error of the file system, here and in `write` and `close`.
     """
 
     def __init__(self, folder: pathlib.Path, shards: dict[str, Tensors]):
@@ -114,7 +117,8 @@ class Writer:
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _open(self, path: pathlib.Path, tensors: Tensors) -> None:
-        # The widest first, as the reference implementation lays them out, so that each begins at a multiple of its
+        """Creates a file, with its header and space for its tensors."""
+        # The widest dtype first, as in the reference implementation, so that each tensor begins at a multiple of its
         # dtype's size.
         end, header, places = 0, dict[str, Any](), {}
         for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
@@ -126,7 +130,7 @@ class Writer:
                 "data_offsets": offsets,
             }
             end = offsets[1]
-        # transformers refuses files that do not say for whom they are.
+        # transformers refuses files without this format in their metadata.
         text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % 64)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
@@ -137,19 +141,23 @@ class Writer:
         self._places |= {name: (file, start + place) for name, place in places.items()}
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
-        """Puts `values` into the tensor called `name` from its byte `start` on."""
+        """Writes `values` into the data of tensor `name`, from byte `start` on."""
         file, place = self._places[name]
         _write_at(file, place + start, np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
-        """Sees to it that all is on the disk, and that the reference implementation can open it."""
+        """Flushes the files to the disk, and checks that the reference implementation can open them.
+
+        Raises:
+          SaveFailed: it cannot.
+        """
         for file in self._files:
             os.fsync(file)
         self._release()
         for name, tensors in self._shards.items():
             try:
-                with safetensors.safe_open(self._folder / name, framework="np") as found:
-                    names = set(found.keys())
+                with safetensors.safe_open(self._folder / name, framework="np") as file:
+                    names = set(file.keys())
             except safetensors.SafetensorError as error:
                 raise SaveFailed(
                     f"{self._folder / name}: safetensors cannot read what was written: {error}."
@@ -172,7 +180,7 @@ class Writer:
 
 
 def _reserve(file: int, size: int) -> None:
-    """Takes `size` bytes of the disk now, so that a full one is found before any work is done."""
+    """Allocates `size` bytes of disk space, so that a full disk is an error before any work is done."""
     if hasattr(os, "posix_fallocate") and size:
         try:
             return os.posix_fallocate(file, 0, size)

@@ -85,16 +85,16 @@ class Sampling:
             if not number or isinstance(value, bool) or not low <= value <= high or not math.isfinite(value):
                 raise InvalidSampling(f"{name}: expected a number from {low:g} to {high:g}, found {shown(value)}.")
         if 0 < self.temperature < 1e-6:
-            raise InvalidSampling(f"temperature: {self.temperature:g} leaves float32. Write 0 for the likeliest token.")
+            raise InvalidSampling(f"temperature: {self.temperature:g} is too small. Use 0 for the most likely token.")
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether it asks which tokens prompt and answer hold."""
+        """Whether a penalty depends on the tokens of prompt and answer."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def kind(self) -> Kind:
-        """What a program is compiled for; everything else it takes as numbers."""
+        """The static settings, for which a program is compiled."""
         draws = self.temperature > 0
         return Kind(
             draws,
@@ -106,7 +106,11 @@ class Sampling:
         )
 
     def numbers(self, vocabulary: int) -> dict[str, jax.Array]:
-        """The rest, as arrays."""
+        """The numeric settings, which are arguments of a program: float32 scalars, and `bias` (vocabulary,) or (1,).
+
+        Raises:
+          InvalidSampling: a biased id outside the vocabulary.
+        """
         outside = [i for i, _ in self.logit_bias if not 0 <= i < vocabulary]
         if outside:
             raise InvalidSampling(f"logit_bias: {outside[0]} is outside the vocabulary of {vocabulary}.")
@@ -118,7 +122,7 @@ class Sampling:
 
 
 def _bias(bias: Any) -> tuple[tuple[int, float], ...]:
-    """What is added to which ids."""
+    """`logit_bias` as pairs of an id and the number added to its logit."""
     try:
         pairs = tuple((operator.index(i), float(added)) for i, added in dict(bias).items())
     except (TypeError, ValueError):
@@ -129,11 +133,20 @@ def _bias(bias: Any) -> tuple[tuple[int, float], ...]:
 
 
 GREEDY = Sampling(temperature=0.0)
+"""The most likely token, always."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """The static part of a `Sampling`: which steps there are."""
+    """The static settings of a `Sampling`: which steps a program has.
+
+    draws       False: the most likely token is taken
+    top_k       0: no such step
+    top_p       whether there is such a step
+    min_p       whether there is such a step
+    counts      whether there are penalties, which need the tokens of prompt and answer
+    processors  the caller's functions
+    """
 
     draws: bool
     top_k: int
@@ -166,7 +179,7 @@ def process(kind: Kind, numbers: Mapping[str, jax.Array], logits: jax.Array, his
     if kind.top_p:
         ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1) if ranked is None else ranked
         share = jnp.exp(ranked - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-        # A token stays while those before it have not yet the probability p; the first one always does.
+        # A token stays if the more likely ones together have a probability below p; the first one always stays.
         stays = (jnp.cumsum(share, axis=-1) - share < numbers["top_p"]).at[:, 0].set(True)
         least = jnp.min(ranked, axis=-1, keepdims=True, where=stays, initial=jnp.inf)
         logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -177,7 +190,7 @@ def process(kind: Kind, numbers: Mapping[str, jax.Array], logits: jax.Array, his
 
 
 def draw(kind: Kind, logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """A token for each row of processed logits (b, vocabulary), by the row's own key (b,): (b,) int32."""
+    """The next token of each row, (b,) int32, from processed logits (b, vocabulary) and a key for each row (b,)."""
     if not kind.draws:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -158,7 +158,7 @@ def test_no_stderr_at_all_is_fine(folder, monkeypatch):
 
 def test_an_interruption_ends_it_within_a_slab(folder, small_slabs, monkeypatch):
     reads = []
-    convert = slabs._converted
+    convert = slabs._convert_on_host
 
     def slow(*arguments):
         reads.append(threading.current_thread().name)
@@ -169,7 +169,7 @@ def test_an_interruption_ends_it_within_a_slab(folder, small_slabs, monkeypatch)
         if len(reads) > 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(slabs, "_converted", slow)
+    monkeypatch.setattr(slabs, "_convert_on_host", slow)
     monkeypatch.setattr(Progress, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         perparam.load_model(folder, "f32")

@@ -55,21 +55,21 @@ def test_rows_without_a_real_token_are_zero():
     ("change", "why"),
     [
         ({}, None),
-        ({"dtype": F16, "kept_in": F16}, None),
+        ({"dtype": F16, "cache_dtype": F16}, None),
         ({"target": Target("cuda", (8, 0))}, None),
         ({"target": Target("cuda", (7, 5))}, "compute capability 8.0"),
         ({"target": Target("cuda")}, "compute capability 8.0"),
         ({"target": Target("cpu")}, "NVIDIA GPU"),
         ({"target": Target("rocm")}, "NVIDIA GPU"),
-        ({"dtype": F32, "kept_in": F32}, "bf16 and f16"),
-        ({"kept_in": np.dtype(np.int8)}, "another dtype"),
+        ({"dtype": F32, "cache_dtype": F32}, "bf16 and f16"),
+        ({"cache_dtype": np.dtype(np.int8)}, "another dtype"),
         ({"head_dim": 100}, "heads are 100 wide"),
         ({"head_dim": 256}, "heads are 256 wide"),
         ({"tokens": flash.LEAST - 1}, "fewer than"),
     ],
 )
 def test_what_it_takes(change, why):
-    call = {"target": HOPPER, "tokens": 4096, "head_dim": 128, "dtype": BF16, "kept_in": BF16} | change
+    call = {"target": HOPPER, "tokens": 4096, "head_dim": 128, "dtype": BF16, "cache_dtype": BF16} | change
     found = flash.refuses(**call)
     assert found is None if why is None else why in found
 
