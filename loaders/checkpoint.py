@@ -32,7 +32,7 @@ from .safetensors.reader import Tensor, read_header
 
 
 class CheckpointWarning(UserWarning):
-    """The config and the tensors of a checkpoint disagree; perparam follows the tensors."""
+    """The config and the tensors of a checkpoint disagree; the tensors are used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +277,7 @@ def _warn(folder: pathlib.Path, text: str, paths: Iterable[str]) -> None:
     names = sorted(path.rpartition("/")[0] for path in paths)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     warnings.warn(
-        f"{folder}: {text}: {', '.join(names[:5])}{more}. perparam follows the tensors.",
+        f"{folder}: {text}: {', '.join(names[:5])}{more}. The tensors are used.",
         CheckpointWarning,
         stacklevel=2,
     )

@@ -42,8 +42,8 @@ def local_folder(
     is_name = isinstance(path, str) and _NAME.fullmatch(text) and not re.search(r"--|\.\.|\.git$", text)
     if not is_name or os.path.exists(text):
         raise MissingFile(
-            f"{text}: neither a folder nor the name of a repository on the hub. Pass an existing folder, such as "
-            "'./qwen3', or a name as a string, such as 'Qwen/Qwen3-8B'."
+            f"{text}: neither a folder nor a name on the hub. Pass an existing folder, such as './qwen3', or a name as "
+            "a string, such as 'Qwen/Qwen3-8B'."
         )
     # Imported only here, since the import takes a third of a second.
     from huggingface_hub import constants, utils

@@ -51,7 +51,7 @@ class Taps:
             if text not in self._matched:
                 examples = ", ".join(dict.fromkeys([*self._paths[:4], *self._paths[-1:]]))
                 raise UnmatchedRule(
-                    f"{text!r} (capture) matches nothing in this model, whose values include {examples}."
+                    f"{text!r} (capture) matches no value of this model. Its values include {examples}."
                 )
 
 

@@ -397,14 +397,14 @@ def test_each_prompt_holds_what_was_said(chat, monkeypatch):
 def test_every_prompt_has_bos_once_whoever_writes_it(model, tmp_path, monkeypatch, template):
     write_tokenizer(tmp_path, template)
     change_json(tmp_path / "tokenizer_config.json", add_bos_token=True, bos_token="<|endoftext|>")
-    tokenizer, asked, original = load_tokenizer(tmp_path), [], terminal.stream
+    tokenizer, asked, original = load_tokenizer(tmp_path), [], conversation.stream_text
 
     def stream(model, tokenizer, prefix, *rest, **options):
         asked.append(np.asarray(prefix.tokens)[np.asarray(prefix.cache.positions) != EMPTY].tolist())
         return original(model, tokenizer, prefix, *rest, **options)
 
-    monkeypatch.setattr(terminal, "stream", stream)
-    talk = terminal.Chat(model, tokenizer, out=Screen(), sampling=Sampling(temperature=0.0), max_new_tokens=8)
+    monkeypatch.setattr(conversation, "stream_text", stream)
+    talk = conversation.Chat(model, tokenizer, out=Screen(), sampling=Sampling(temperature=0.0), max_new_tokens=8)
     talk.take("why")
     talk.take("hello")
     bos = tokenizer.token_id("<|endoftext|>")

@@ -154,7 +154,7 @@ def test_compare_reads_its_own_text_or_ids_and_plots(texts, capsys, tmp_path):
     assert main(["compare", texts, "--policy", "bf16", "--plot", str(tmp_path / "x.png")]) == 0
     printed = capsys.readouterr().out
     count = len(perparam.load_tokenizer(texts).encode(TEXT))
-    assert f"\n{count} tokens of text\nplotted: {tmp_path / 'x.png'}\n" in printed
+    assert f"\n{count} tokens of text\nplot written to {tmp_path / 'x.png'}\n" in printed
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert main(["compare", texts, "--policy", "bf16", "--tokens", "1,2,3"]) == 0
     assert "\n3 tokens of text\n" in capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_an_error_is_one_paragraph_and_exit_code_2(arguments, text, folder, laye
 def test_the_demo_leaves_a_folder_with_files_alone(folder, capsys):
     before = (pathlib.Path(folder) / "config.json").read_bytes()
     assert main(["demo", "--folder", folder]) == 2
-    assert "there are files in it already" in capsys.readouterr().err
+    assert "the folder is not empty. Choose a new one." in capsys.readouterr().err
     assert (pathlib.Path(folder) / "config.json").read_bytes() == before
 
 

@@ -69,7 +69,7 @@ class Tensor:
         try:
             with open(self.file, "rb", buffering=0) as file:
                 if (size := os.fstat(file.fileno()).st_size) != self.file_bytes:
-                    raise _damaged(self.file, f"its length was {self.file_bytes} bytes when it was opened, now {size}")
+                    raise _damaged(self.file, f"it had {self.file_bytes} bytes when it was opened and has {size} now")
                 file.seek(self.offset + start * row)
                 while done < buffer.nbytes:
                     count = file.readinto(buffer.data[done:])

@@ -122,7 +122,7 @@ def test_an_error_of_the_file_system_is_told_as_such(tmp_path):
 def test_what_comes_into_the_folder_meanwhile_is_not_lost(tmp_path, way):
     target = tmp_path / "target"
     fill(target, "first")
-    with pytest.raises(SaveFailed, match=r"holds notes, which saving would delete"):
+    with pytest.raises(SaveFailed, match=r"contains notes, which saving would delete"):
         fill_and_raise(target, lambda: (target / "notes").write_text("mine"))
     assert texts(target)["notes"] == "mine"
     assert texts(target)["file2"] == "first"
@@ -164,9 +164,9 @@ def test_permissions_are_those_of_any_new_folder(tmp_path, umask):
 def test_files_and_both_folders_are_synced_before_and_after_the_exchange(tmp_path, monkeypatch):
     target, events = tmp_path / "target", []
     fill(target, "first")
-    sync, take = atomic._sync, atomic._take_the_place
+    sync, take = atomic._sync, atomic._replace
     monkeypatch.setattr(atomic, "_sync", lambda path: (events.append(path.name), sync(path)))
-    monkeypatch.setattr(atomic, "_take_the_place", lambda *paths: (events.append("exchange"), take(*paths)))
+    monkeypatch.setattr(atomic, "_replace", lambda *paths: (events.append("exchange"), take(*paths)))
     fill(target, "second")
     place = events.index("exchange")
     assert {"file0", "file1", "file2"} < set(events[:place])

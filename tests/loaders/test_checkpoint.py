@@ -78,7 +78,7 @@ def test_headers_are_enough_for_a_tree_and_a_plan(folder, monkeypatch):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    assert "there is no such folder. Give one that holds config.json" in refusal(tmp_path / "absent", MissingFile)
+    assert "there is no such folder. Pass one with config.json" in refusal(tmp_path / "absent", MissingFile)
 
 
 def test_a_folder_without_config_is_refused(folder):
@@ -91,7 +91,7 @@ def test_a_folder_without_weights_is_refused(folder):
     write(folder, fields(), {})
     (folder / "model.safetensors").unlink()
     message = refusal(folder, MissingFile)
-    assert "neither model.safetensors nor model.safetensors.index.json is there. Is the download complete?" in message
+    assert "contains neither model.safetensors nor model.safetensors.index.json. Is the download complete?" in message
 
 
 def test_one_file_goes_before_an_index(folder):
@@ -103,7 +103,7 @@ def test_one_file_goes_before_an_index(folder):
 def test_missing_shards_are_named(folder):
     write(folder, fields(), tensors(fields()), shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    assert "1 of 3 shards are missing: model-00002-of-00003.safetensors. Fetch them." in refusal(folder, MissingFile)
+    assert "1 of 3 shards is missing: model-00002-of-00003.safetensors. Complete" in refusal(folder, MissingFile)
 
 
 def test_an_index_that_names_a_tensor_its_shard_lacks_is_refused(folder):
@@ -111,7 +111,7 @@ def test_an_index_that_names_a_tensor_its_shard_lacks_is_refused(folder):
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     weight_map[GATE] = ONE if weight_map[GATE] == TWO else TWO
     write_index(folder, weight_map)
-    assert f"names tensors that their shard lacks: {GATE} (not in {weight_map[GATE]})" in refusal(folder)
+    assert f"lists tensors that are not in their file: {GATE} (not in {weight_map[GATE]})" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_an_index_that_points_out_of_its_folder_is_refused(folder, file):
         shutil.copy(folder / ONE, near / "model.safetensors")
     write_index(folder, {"model.norm.weight": file})
     text = refusal(folder)
-    assert "is no name of a safetensors file in this folder. Do not use this checkpoint." in text
+    assert "is not the name of a safetensors file in this folder. Do not use this checkpoint." in text
     assert f"{file!r:.50}" in text
 
 
@@ -134,19 +134,19 @@ def test_an_index_that_points_out_of_its_folder_is_refused(folder, file):
 def test_an_index_without_a_map_from_tensors_to_files_is_refused(folder, weight_map):
     write(folder, fields(), tensors(fields()), shards=2)
     write_index(folder, weight_map)
-    assert "weight_map is no mapping from tensors to files" in refusal(folder)
+    assert "weight_map is not a mapping from tensors to files" in refusal(folder)
 
 
 def test_an_index_that_is_no_json_is_refused(folder):
     write(folder, fields(), tensors(fields()), shards=2)
     (folder / "model.safetensors.index.json").write_text("<html>")
-    assert "model.safetensors.index.json: not readable as JSON" in refusal(folder)
+    assert "model.safetensors.index.json: not valid JSON" in refusal(folder)
 
 
 def test_a_damaged_shard_is_named(folder):
     write(folder, fields(), tensors(fields()), shards=2)
     (folder / TWO).write_bytes((folder / TWO).read_bytes()[:-1])
-    assert re.search(rf"{TWO}: the header promises \d+ bytes, the file has \d+", refusal(folder))
+    assert re.search(rf"{TWO}: the header describes \d+ bytes, the file has \d+", refusal(folder))
 
 
 # Which tensors.
@@ -170,7 +170,7 @@ def test_everything_that_is_wrong_with_the_tensors_is_in_one_error(folder):
         "wrong dtype: model.layers.0.input_layernorm.weight is i32",
         "unused: model.layers.7.mlp.up_proj.weight (76, 56)",
         "unused: score.weight (2, 56)",
-        "Fetch the folder again, or correct config.json.",
+        "Download the folder again, or correct config.json.",
     ):
         assert problem in message
 
@@ -301,7 +301,7 @@ def test_modules_listed_as_unquantised_that_are_pass_in_silence(folder, name, pl
 def test_a_listed_module_that_is_quantised_warns_with_its_name(folder):
     config = listed("lm_head", "model.layers.0.mlp.down_proj")
     write(folder, config, tensors(config))
-    expected = r"modules_to_not_convert lists modules that are quantised: layers/0/mlp/down_proj\. The tensors decide\."
+    expected = r"_to_not_convert lists modules that are quantised: layers/0/mlp/down_proj\. The tensors are used\."
     with pytest.warns(CheckpointWarning, match=expected) as caught:
         checkpoint = open_checkpoint(folder)
     assert str(folder) in str(caught[0].message)
@@ -310,7 +310,7 @@ def test_a_listed_module_that_is_quantised_warns_with_its_name(folder):
 
 def test_an_unlisted_module_that_is_not_quantised_warns_with_its_name(folder):
     write(folder, listed("lm_head"), tensors(fields(), plain=["model.layers.1.self_attn.k_proj"]))
-    expected = r"does not list modules that are not quantised: layers/1/self_attn/k_proj\. The tensors decide\."
+    expected = r"does not list modules that are not quantised: layers/1/self_attn/k_proj\. The tensors are used\."
     with pytest.warns(CheckpointWarning, match=expected):
         checkpoint = open_checkpoint(folder)
     assert checkpoint.infos["layers/1/self_attn/k_proj/kernel"].dtype == BF16
@@ -415,7 +415,7 @@ def test_a_pipe_for_a_config_is_not_waited_for(folder):
     write(folder, fields(), tensors(fields()))
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    assert "config.json: this is no file" in refusal(folder)
+    assert "config.json: not a regular file" in refusal(folder)
 
 
 def test_an_index_beyond_all_measure_is_refused_at_once(folder):

@@ -29,7 +29,7 @@ from perparam.policies.errors import InvalidCheckpoint, MissingFile, PerparamErr
 REPO = "owner/small"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
-SWITCHED_OFF = "the network is switched off (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)"
+SWITCHED_OFF = "downloads are disabled (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)"
 NOT_NEEDED = {
     "pytorch_model.bin": b"a pickle", "model.pt": b"a pickle", "modeling_small.py": b"code", "README.md": b"words",
     "original/model.safetensors": b"the same again", "original/config.json": b"{}", "model.gguf": b"",
@@ -230,7 +230,7 @@ def test_offline_with_nothing_in_the_cache_is_refused(hub, small, monkeypatch):
     offline(monkeypatch)
     message = refusal(REPO)
     assert message == (
-        f"{REPO}: {SWITCHED_OFF}, and the cache has nothing of it. Download it once with the network on, or give a "
+        f"{REPO}: {SWITCHED_OFF}, and the cache has no file of it. Download it once without that variable, or pass a "
         "folder."
     )
     assert hub.requests == []
@@ -240,7 +240,7 @@ def test_an_unreachable_hub_with_nothing_in_the_cache_is_refused(hub, monkeypatc
     unplugged(monkeypatch)
     expected = (
         rf"{REPO}: the download from http://127\.0\.0\.1:9 failed \(Connect\w+: .*[Rr]efused.*\), and the cache has "
-        r"nothing of it\. Check the network and try again\."
+        r"no file of it\. Check the network and try again\."
     )
     assert re.fullmatch(expected, refusal(REPO))
 
@@ -263,7 +263,7 @@ def test_small_files_that_are_missing_are_named_without_the_network(hub, sharded
     offline(monkeypatch)
     message = refusal(REPO)
     assert message.startswith(f"{REPO}: {SWITCHED_OFF}: The cached snapshot for '{REPO}'")
-    assert f"is incomplete: 1 file(s) are missing ({file}). Download it once with the network on" in message
+    assert f"is incomplete: 1 file(s) are missing ({file}). Download it once without that variable" in message
 
 
 def test_a_missing_file_is_named_where_the_cache_has_no_list_of_files(hub, small, monkeypatch):
@@ -290,7 +290,7 @@ def test_a_connection_that_keeps_breaking_off_is_an_error_and_the_next_call_goes
 
 def test_a_model_that_is_not_there_is_refused_with_how_to_log_in(hub):
     assert refusal("owner/absent") == (
-        f"owner/absent: no folder here, and {hub.url} has no such model, or a private one, and the cache has nothing "
+        f"owner/absent: not a folder, and {hub.url} has no such model, or it is private, and the cache has no file "
         "of it. Correct the name, or log in with `hf auth login` or set HF_TOKEN."
     )
 
@@ -300,7 +300,7 @@ def test_a_revision_that_is_not_there_is_refused(hub, small):
     local_folder(REPO)
     for revision in ("v9", "0" * 40):
         assert refusal(REPO, revision=revision) == (
-            f"{REPO}: no revision {revision!r}. Give a branch, tag or commit that {hub.url}/{REPO} shows."
+            f"{REPO}: has no revision {revision!r}. Pass a branch, tag or commit that {hub.url}/{REPO} lists."
         )
 
 
@@ -308,15 +308,15 @@ def test_a_gated_model_is_refused_with_where_to_ask(hub, small):
     hub.add(REPO, small)
     hub.refusals[f"/{REPO}/resolve/"] = "GatedRepo"
     assert refusal(REPO) == (
-        f"{REPO}: its owner decides who may download it. Ask for access at {hub.url}/{REPO}, then log in with "
-        "`hf auth login` or set HF_TOKEN."
+        f"{REPO}: is gated: its owner decides who may download it. Request access at {hub.url}/{REPO}, then log in "
+        "with `hf auth login` or set HF_TOKEN."
     )
 
 
 def test_a_token_that_the_hub_refuses_is_an_error(hub, small):
     hub.add(REPO, small)
     hub.refusals["/"] = ""
-    expected = f"{REPO}: {hub.url} refuses access (Invalid credentials in Authorization header), and the cache has "
+    expected = f"{REPO}: {hub.url} denies access (Invalid credentials in Authorization header), and the cache has "
     assert refusal(REPO).startswith(expected)
 
 
@@ -324,7 +324,7 @@ def test_a_token_that_the_hub_refuses_is_an_error(hub, small):
 def test_a_hub_that_is_down_is_an_error_at_once(hub, revision):
     hub.refusals["/"] = "down"
     message = refusal(REPO, revision=revision)
-    assert re.search(r"failed \(HfHubHTTPError: .*\), and the cache has nothing of it\. Check the network", message)
+    assert re.search(r"failed \(HfHubHTTPError: .*\), and the cache has no file of it\. Check the network", message)
     assert len(hub.requests) == 1
 
 
@@ -332,7 +332,7 @@ def test_a_hub_that_is_down_is_an_error_at_once(hub, revision):
 def test_a_model_without_what_perparam_loads_is_refused(hub, small, file):
     (small / file).unlink()
     hub.add(REPO, small, **{"pytorch_model.bin": b"a pickle"})
-    assert refusal(REPO) == f"{REPO}: the hub has no {file} there. Choose a model in safetensors, not pickles."
+    assert refusal(REPO) == f"{REPO}: has no {file} on the hub. Choose a model with safetensors files, not pickles."
     assert "pytorch_model.bin" not in hub.fetched
 
 
@@ -370,7 +370,7 @@ def test_a_disk_that_takes_no_more_is_an_error_that_names_the_cache(hub, small, 
     monkeypatch.setattr(file_download, "http_get", full)
     message = refusal(REPO)
     assert message.startswith(f"{REPO}: the cache {constants.HF_HUB_CACHE} cannot be written ([Errno {number}] {text})")
-    assert message.endswith("Make room there, or set HF_HUB_CACHE to another folder.")
+    assert message.endswith("Free disk space, or set HF_HUB_CACHE to another folder.")
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_a_folder_is_returned_as_it_is(hub, small, tmp_path):
 
 def test_a_folder_with_a_revision_is_refused(hub, small):
     message = refusal("small", InvalidCheckpoint, revision="main")
-    assert message == "small: this is a folder, it has no revision 'main'. Leave the revision out."
+    assert message == "small: is a folder, and only a name on the hub has a revision. Omit 'main'."
     assert hub.requests == []
 
 

@@ -63,8 +63,8 @@ def test_rows_without_a_real_token_are_zero():
         ({"target": Target("rocm")}, "NVIDIA GPU"),
         ({"dtype": F32, "cache_dtype": F32}, "bf16 and f16"),
         ({"cache_dtype": np.dtype(np.int8)}, "another dtype"),
-        ({"head_dim": 100}, "heads are 100 wide"),
-        ({"head_dim": 256}, "heads are 256 wide"),
+        ({"head_dim": 100}, "head_dim is 100"),
+        ({"head_dim": 256}, "head_dim is 256"),
         ({"tokens": flash.LEAST - 1}, "fewer than"),
     ],
 )

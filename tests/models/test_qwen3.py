@@ -317,7 +317,7 @@ def test_a_rule_that_is_shadowed_is_refused():
         (ROW.astype(np.float32), None, "input_ids: expected integers .* found float32"),
         (ROW, np.ones((1, 5)), r"attention_mask: expected the shape of input_ids, \(1, 6\), found \(1, 5\)"),
         (ROW, np.ones(6), "attention_mask: expected the shape of input_ids"),
-        ([[1, 2], [3]], None, "input_ids: rows of different length are no array. Pad them"),
+        ([[1, 2], [3]], None, "input_ids: found rows of different length. Pad them"),
         ([[1, 61]], None, r"input_ids\[0, 1\] is 61, outside the vocabulary of 61"),
         ([[1, 2], [-1, 0]], None, r"input_ids\[1, 0\] is -1, outside the vocabulary of 61"),
     ],

@@ -212,9 +212,9 @@ def test_one_pattern_changes_all_it_matches_and_several_follow_one_another(model
 
 @pytest.mark.parametrize("pattern", ["layers/2/mlp", "nothing", "layers/0/mlp/down_proj", "model/layers/0", "lm_head"])
 def test_a_pattern_that_matches_nothing_is_refused(model, pattern):
-    with pytest.raises(UnmatchedRule, match=rf"'{pattern}'.* matches nothing in this model\. There are embed_tokens, "):
+    with pytest.raises(UnmatchedRule, match=rf"'{pattern}'.* matches no value of this model\. Its values"):
         model.observe(IDS, MASK, capture=["norm", pattern])
-    with pytest.raises(UnmatchedRule, match=rf"'{pattern}'.* matches nothing in this model\. There are embed_tokens, "):
+    with pytest.raises(UnmatchedRule, match=rf"'{pattern}'.* matches no value of this model\. Its values"):
         model.observe(IDS, MASK, intervene={pattern: lambda value: value})
 
 

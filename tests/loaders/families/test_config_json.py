@@ -391,7 +391,7 @@ def test_a_field_of_the_wrong_kind_is_refused(tmp_path, what):
 def test_what_is_no_json_is_refused(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises(InvalidCheckpoint, match=r"config\.json: not readable as JSON: .* Fetch the file again"):
+    with pytest.raises(InvalidCheckpoint, match=r"config\.json: not valid JSON: .* Download the file again"):
         read_config(path)
 
 

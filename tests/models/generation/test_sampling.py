@@ -355,7 +355,7 @@ def test_values_out_of_range_are_refused(field, value, said):
 
 @pytest.mark.parametrize("temperature", [1e-7, 1e-38, 1e-45, 1e-300])
 def test_a_temperature_that_would_leave_float32_is_refused(temperature):
-    with pytest.raises(InvalidSampling, match=r"temperature: .* leaves float32\. Write 0 for the likeliest token\."):
+    with pytest.raises(InvalidSampling, match=r"temperature: .* is too small\. Use 0 for the most likely token\."):
         Sampling(temperature=temperature)
 
 
