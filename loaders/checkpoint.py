@@ -23,7 +23,7 @@ from ..policies.resolved import pair_problems
 from ..policies.trees import ArrayInfo
 from .families import family_of, read_config
 from .families.family import Family
-from .families.names import explained, prefixes
+from .families.names import prefixes, reason_left_out
 from .families.quantization import SCALE_SUFFIX
 from .fields import Fields
 from .json_file import read_json
@@ -234,7 +234,7 @@ def _match(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str,
     for name in tensors:
         kernel = name.removesuffix(suffix)
         if kernel not in expected:
-            if reason := explained(kernel, config):
+            if reason := reason_left_out(kernel, config):
                 left_out[name] = reason
             else:
                 problems.append(f"unused: {named(name)} {tensors[name].shape}")

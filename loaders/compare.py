@@ -157,31 +157,31 @@ def compare(
     policies  anything `get_policy` accepts: a mapping from names, or a sequence
     tokens    (count,) ids of a text
 
-    At most two models are held at a time.
+    At most two models are in memory at a time.
 
     Raises:
       InvalidTokens: fewer than two tokens, or no policy.
       Errors of `load_model`.
     """
-    named = policies if isinstance(policies, Mapping) else {_name(i, each): each for i, each in enumerate(policies)}
+    by_name = policies if isinstance(policies, Mapping) else {_name(i, each): each for i, each in enumerate(policies)}
     ids = np.asarray(tokens)
-    if ids.ndim != 1 or ids.size < 2 or not named:
-        raise InvalidTokens(f"expected two token ids or more, and a policy, found {ids.shape} and {len(named)}.")
+    if ids.ndim != 1 or ids.size < 2 or not by_name:
+        raise InvalidTokens(f"expected two token ids or more, and a policy, found {ids.shape} and {len(by_name)}.")
     first, rows = None, []
-    for name, policy in named.items():
+    for name, policy in by_name.items():
         model = load_model(path, policy)
         first = first or model
         checked_tokens(ids[None], None, model.config.vocab_size)
         costs = plan(resolve(get_policy(policy), model))
-        with_loss, losses, read, kls, agreements = _read(first, model, ids).T
+        with_loss, losses, counts, kls, agreements = _evaluate(first, model, ids).T
         loss, loss_error = mean_and_error(losses, with_loss)
         rows.append(
             Compared(
                 name,
                 perplexity=math.exp(loss),
                 perplexity_error=math.exp(loss) * loss_error,
-                kl=max(float(kls.sum() / read.sum()), 0.0),  # rounding can make it slightly negative
-                top1=float(agreements.sum() / read.sum()),
+                kl=max(float(kls.sum() / counts.sum()), 0.0),  # rounding can make it slightly negative
+                top1=float(agreements.sum() / counts.sum()),
                 bytes=costs.total_bytes,
                 kv_bytes=costs.kv_bytes,
                 tokens_per_second=_speed(model, ids),
@@ -191,7 +191,7 @@ def compare(
     return Comparison(tuple(rows), len(ids))
 
 
-def _read(first: CausalLM, model: CausalLM, ids: np.ndarray) -> np.ndarray:
+def _evaluate(first: CausalLM, model: CausalLM, ids: np.ndarray) -> np.ndarray:
     """Number and sum of the losses, tokens, sum of KL and agreements of each window, (windows, 5) float64."""
     length = min(WINDOW, len(ids))
     programs = [_program(each) for each in (first, model)]
@@ -214,7 +214,7 @@ def _program(model: CausalLM) -> Any:
 
 
 def _speed(model: CausalLM, ids: np.ndarray, count: int = 16) -> float:
-    """Tokens a second of decoding one row: the time of `count` more tokens."""
+    """Speed of decoding one row, in tokens per second, from the time of `count` more tokens."""
     prompt = ids[None, : min(32, len(ids))]
 
     def seconds(more: int) -> float:
@@ -222,6 +222,6 @@ def _speed(model: CausalLM, ids: np.ndarray, count: int = 16) -> float:
         generate(model, prompt, max_new_tokens=1 + more, eos_token_id=()).block_until_ready()
         return time.perf_counter() - start
 
-    seconds(count), seconds(0)  # compiled
-    taken = sorted(seconds(count) - seconds(0) for _ in range(5))[2]
-    return count / taken if taken > 0 else math.nan
+    seconds(count), seconds(0)  # compiles both programs
+    elapsed = sorted(seconds(count) - seconds(0) for _ in range(5))[2]
+    return count / elapsed if elapsed > 0 else math.nan

@@ -1,4 +1,4 @@
-"""The tensors and the `quantization_config` of a checkpoint that is to be written."""
+"""`export`: the tensors and the `quantization_config` of a checkpoint to write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .safetensors.writer import NAMES, Tensors
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A checkpoint that is to be written.
+    """The contents of a checkpoint to write.
 
     config  the model's config with the quantization of its stored kernels
     names   the tensor name of every parameter and its scales, by path
@@ -33,7 +33,7 @@ class Export:
 
 
 def export(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> Export:
-    """The checkpoint of parameters that are stored as `stored` says, by path.
+    """The contents of a checkpoint of parameters with the shapes and formats in `stored`, by path.
 
     Raises:
       UnsupportedExport: parameters without a name in the family's checkpoints, or a format that no
@@ -65,21 +65,22 @@ def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, 
     """The name of every parameter in the family's checkpoints, by path, without the scales.
 
     Raises:
-      UnsupportedExport: parameters that the family's checkpoints have no name for, or no such shape.
+      UnsupportedExport: parameters without a name in the family's checkpoints, or with another shape.
     """
     family = family_of(config)
     wanted = {path: (name, shape) for name, (path, shape) in family.tensors(config).items()}
     scales = {scale_path(path) for path in wanted}
     if unnamed := [path for path in stored if path not in wanted.keys() | scales]:
+        count = "1 parameter" if len(unnamed) == 1 else f"{len(unnamed)} parameters"
         raise UnsupportedExport(
-            f"a {family.architecture} checkpoint has no name for {len(unnamed)} parameters: "
-            f"{', '.join(unnamed[:5])}. Merge added parameters into the model's kernels first."
+            f"a {family.architecture} checkpoint has no name for {count}: {', '.join(unnamed[:5])}. Merge added "
+            "parameters into the model's kernels first."
         )
     for path, (_, shape) in wanted.items():
         if path not in stored or stored[path].shape != shape:
-            found = stored[path].shape if path in stored else "none"
+            current = stored[path].shape if path in stored else "no such parameter"
             raise UnsupportedExport(
-                f"{path}: found {found}, where the model's config says {shape}. Correct the config."
+                f"{path}: expected the shape {shape} of the model's config, found {current}. Correct the config."
             )
     return {path: name for path, (name, _) in wanted.items()}
 
@@ -96,25 +97,25 @@ def _quantization(
     for path, one in stored.items():
         if one.dtype not in NAMES:
             raise UnsupportedExport(
-                f"{path}: {dtype_name(one.dtype)} has no place in this layout, whose dtypes are "
+                f"{path}: {dtype_name(one.dtype)} is not supported in this layout, whose dtypes are "
                 f"{', '.join(map(dtype_name, NAMES))}. Save under a policy that stores it as one of them."
             )
         if is_scale(path) and not is_activation(one.dtype):
             raise UnsupportedExport(
-                f"{path}: {dtype_name(one.dtype)} has no place in this layout, whose scales are f32, bf16 or f16. Save "
-                "under a policy with such scales, or use Orbax."
+                f"{path}: {dtype_name(one.dtype)} is not supported in this layout, whose scales are f32, bf16 or f16. "
+                "Save under a policy with such scales, or use Orbax."
             )
         if path in narrow and not path.endswith("/kernel"):
             raise UnsupportedExport(
-                f"{path}: {dtype_name(one.dtype)}, but in this layout only kernels are quantised: others would read it "
-                "without its scales. Save under a policy that stores it in bf16."
+                f"{path}: {dtype_name(one.dtype)}, but in this layout only kernels are quantised: other programs "
+                "would read it without its scales. Save under a policy that stores it in bf16."
             )
     if not narrow:
         return None
     blocks = sorted({one.block for one in narrow.values() if one.block is not None})
     if len(blocks) != 1:
         raise UnsupportedExport(
-            f"kernels in blocks of {blocks}: config.json names one. Save under a policy with a block."
+            f"kernels in blocks of {blocks}: config.json can have only one. Save under a policy with a block."
         )
     plain = [name for path, name in names.items() if path.endswith("/kernel") and path in stored and path not in narrow]
     # transformers gives a tied model a head of its own, and quantises it unless it is listed.
@@ -133,8 +134,8 @@ def _method(block: Block, source: Quantization | None) -> Method:
         return "compressed-tensors"
     if -1 in block:
         raise UnsupportedExport(
-            f"kernels in blocks of {list(block)}, -1 for a whole axis: no quantization_config can say that. Save under "
-            "a policy with a block of two numbers, [1, -1] or [-1, -1], or use Orbax."
+            f"kernels in blocks of {list(block)}, -1 for a whole axis: no quantization_config can describe that. Save "
+            "under a policy with a block of two numbers, [1, -1] or [-1, -1], or use Orbax."
         )
     return "fp8"
 

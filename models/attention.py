@@ -55,7 +55,7 @@ def attend(
     ) -> jax.Array:
         return _over_slots(window, q, cache, queries, slots)
 
-    def flashed(q: jax.Array, _: LayerCache, __: jax.Array, ___: jax.Array, prefill: PrefillKV) -> jax.Array:
+    def flash_attention(q: jax.Array, _: LayerCache, __: jax.Array, ___: jax.Array, prefill: PrefillKV) -> jax.Array:
         return flash.attend(q, prefill.k, prefill.v, prefill.mask, window).reshape(*q.shape[:2], -1)
 
     def weights() -> jax.Array:
@@ -68,7 +68,7 @@ def attend(
         or not flash.traces(q, prefill.k, prefill.v, prefill.mask, window)
     ):
         return over_slots(q, cache, queries, slots), weights
-    on_gpu = unless_portable(flashed, over_slots)
+    on_gpu = unless_portable(flash_attention, over_slots)
     return jax.lax.platform_dependent(q, cache, queries, slots, prefill, cuda=on_gpu, default=over_slots), weights
 
 
@@ -138,14 +138,14 @@ def _attend_in_chunks(
 def _attend_in_chunks_jvp(window: int | None, size: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """The derivative collects the chunks, and computes each a second time in the backward pass."""
 
-    def collected(q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array) -> jax.Array:
+    def in_chunks(q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array) -> jax.Array:
         mixed = jax.checkpoint(lambda part: _attend(window, part[0], part[1], cache, slots))
         parts = q.reshape(*q.shape[:3], -1, size, q.shape[4])
         positions = queries.reshape(queries.shape[0], -1, size)
         results = jax.lax.map(mixed, (jnp.moveaxis(parts, 3, 0), jnp.moveaxis(positions, 1, 0)))
         return jnp.moveaxis(results, 0, 3).reshape(q.shape)
 
-    return jax.jvp(collected, primals, tangents)
+    return jax.jvp(in_chunks, primals, tangents)
 
 
 def _chunk(queries: int, row: int) -> int:

@@ -17,7 +17,7 @@ Method = Literal["fp8", "compressed-tensors"]
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """What a checkpoint's `quantization_config` says; a cross-check, since the tensors decide.
+    """The contents of a checkpoint's `quantization_config`; formats are taken from the tensors, and checked with it.
 
     block          (rows, columns) of a kernel that share one scale; -1 for a whole axis
     not_converted  names of modules that are not quantised, as the checkpoint spells them
@@ -37,7 +37,7 @@ class DecoderConfig:
     rope_theta    base of the rotary embeddings
     rope_scaling  rule that stretches them to longer contexts; None: unscaled
     windows       sliding window of each layer in tokens, the query itself included; None attends to all tokens
-    dtype         dtype the checkpoint is meant to run in; None where its config names none, or a narrow one
+    dtype         dtype of activations; None if the config has none, or a narrow one
     quantization  None for an unquantised checkpoint
     eos_token_id  ids that end a generation
     pad_token_id  id that fills a row after its end

@@ -1,4 +1,4 @@
-"""The decoder that all model families share, in Flax NNX, and the protocol of what generation and loading use of one.
+"""The decoder that all model families share, in Flax NNX, and the protocol that generation and saving require.
 
 Numerics follow transformers' `modeling_llama` and `modeling_qwen3`, rounding points included.
 """
@@ -30,7 +30,7 @@ from .transformer import Attention, Layer, LinearFactory, Step
 
 
 class CausalLM(Protocol):
-    """A causal language model as generation, saving, the audit and `compare` use it; `Decoder` is one."""
+    """The protocol of causal language models in generation, saving, `audit` and `compare`; `Decoder` implements it."""
 
     @property
     def config(self) -> DecoderConfig:
@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
             head = linear(config.hidden_size, config.vocab_size, use_bias=False, policy=scope.at("lm_head"), rngs=rngs)
         self.lm_head = nnx.data(head)
         if not isinstance(policy, Scope):
-            resolve(scope.policy, self)  # every rule of the policy has to decide something
+            resolve(scope.policy, self)  # raises an error for a rule that decides nothing
 
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> jax.Array:
         """Logits (b, t, vocabulary) in the policy's output dtype, or else the activations' dtype.

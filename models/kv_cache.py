@@ -30,10 +30,10 @@ class KVCache:
     Stored in attention's layout: the axis that a product does not sum over is contiguous, so that no decoding step
     copies or transposes them.
 
-    keys          one a layer, (b, kv heads, head_dim, slots), in `dtype`; float8 as uint8 of the same bits, since XLA's
-                  CPU backend copies a float8 array in a loop's state at every step
-    values        one a layer, (b, kv heads, slots, head_dim), likewise
-    key_scales    one a layer, (b, kv heads, slots) float32: multiplier of each head's key of a token; None for each
+    keys          one per layer, (b, kv heads, head_dim, slots), in `dtype`; float8 is stored as uint8 of the same
+                  bits, since XLA's CPU backend copies a float8 array in a loop's state at every step
+    values        one per layer, (b, kv heads, slots, head_dim), likewise
+    key_scales    one per layer, (b, kv heads, slots) float32: multiplier of each head's key of a token; None for each
                   layer where the dtype needs no scales
     value_scales  likewise
     positions     (b, slots) int32, EMPTY for a slot without a token or with padding

@@ -73,7 +73,7 @@ def test_generate_prints_the_new_ids(folder, capsys):
     assert [int(word) for word in printed.split(",")] == expected
 
 
-SUMMARY = r"\n(\d+) tokens, the first after [\d.]+ s(?:, then [\d.]+ tokens/s)?, [\d.]+ GiB( on the device)?\n"
+SUMMARY = r"\n(\d+) tokens, the first after [\d.]+ s(?:, then [\d.]+ tokens/s)?, [\d.]+ GiB on the (?:host|device)\n"
 
 
 def generated(folder, capsys, *arguments):

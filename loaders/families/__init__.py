@@ -44,7 +44,7 @@ def config_to_json(config: DecoderConfig) -> dict[str, Any]:
     """The mapping that a `config.json` holds, as transformers and vLLM read it; `read_config` of it gives `config`.
 
     Raises:
-      UnsupportedExport: windows that differ between layers, since a config.json names only one.
+      UnsupportedExport: windows that differ between layers, since a config.json can have only one.
     """
     family = family_of(config)
     fields = {

@@ -35,7 +35,7 @@ _IMPLEMENTED = frozenset(
 WINDOWS = frozenset({"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"})
 """The fields that `read_windows` implements."""
 
-_MOST_LAYERS = 1000  # far above any model; a damaged config must not cost minutes
+_MOST_LAYERS = 1000  # far above any model; a damaged config must not take minutes
 
 
 def read_decoder(config: Fields, family_fields: Iterable[str], head_dim: int | None = None) -> dict[str, Any]:
@@ -133,12 +133,12 @@ def windows_to_json(config: DecoderConfig) -> dict[str, Any]:
     """The fields of sliding windows.
 
     Raises:
-      UnsupportedExport: windows that differ between layers, since a config.json names only one.
+      UnsupportedExport: windows that differ between layers, since a config.json can have only one.
     """
     windows = sorted({window for window in config.windows if window is not None})
     if len(windows) > 1:
         raise UnsupportedExport(
-            f"sliding windows of {windows} tokens: a config.json names one. Give all layers the same."
+            f"sliding windows of {windows} tokens: a config.json can have only one. Use the same for all layers."
         )
     return {
         "use_sliding_window": bool(windows),
@@ -151,7 +151,7 @@ def windows_to_json(config: DecoderConfig) -> dict[str, Any]:
 
 
 def unused_fields(source: pathlib.Path | None) -> dict[str, Any]:
-    """The fields of a config.json that change nothing here, but may matter to others; {} where the file is gone."""
+    """The fields of a config.json that only other programs use; {} if the file no longer exists."""
     if source is None or not source.is_file():
         return {}
     return {name: value for name, value in read_json(source).items() if name in _CHANGES_NOTHING}

@@ -1,4 +1,4 @@
-"""What loading and saving know of one model family."""
+"""`Family`: the classes, the config.json and the tensor names of a model family."""
 
 from __future__ import annotations
 

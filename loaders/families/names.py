@@ -18,7 +18,7 @@ Axis = Literal["vocabulary", "hidden", "intermediate", "queries", "keys", "head"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor, or with `{i}` in its name one tensor a layer.
+    """An entry of a name table: one tensor, or one tensor per layer if the name contains `{i}`.
 
     name     in the checkpoint
     path     in the model
@@ -94,7 +94,7 @@ those of language models that were part of a multimodal model."""
 
 
 def prefixes(names: Container[str]) -> tuple[str, str]:
-    """The entry of PREFIXES under which the embedding stands; the first one where there is no embedding."""
+    """The entry of PREFIXES that the name of the embedding has; the first one without an embedding."""
     return next((each for each in PREFIXES if f"{each[0]}embed_tokens.weight" in names), PREFIXES[0])
 
 
@@ -112,10 +112,10 @@ def expected_tensors(
     return tensors
 
 
-def explained(name: str, config: DecoderConfig) -> str | None:
-    """Why the model has no parameter for a tensor, where the config explains it; else None."""
+def reason_left_out(name: str, config: DecoderConfig) -> str | None:
+    """The reason why the model has no parameter for a tensor, if its config explains that; else None."""
     if config.tie_word_embeddings and re.search(r"lm_head\.weight(_scale(_inv)?)?$", name):
         return "the head is tied to the embedding"
     if name.endswith("rotary_emb.inv_freq"):
-        return "frequencies follow from rope_theta"
+        return "frequencies are computed from rope_theta"
     return None

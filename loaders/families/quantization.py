@@ -31,7 +31,7 @@ _GROUP_READ = ("weights", "input_activations")
 _GROUP_ONLY: Mapping[str, Any] = {"targets": ["Linear"], "format": "float-quantized"}
 _WEIGHTS_READ = ("strategy", "block_structure", "observer", "observer_kwargs")
 _NUMBERS: Mapping[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
-"""The same for "compressed-tensors": of the whole, of its one group, and of the group's weights and activations."""
+"""The same for "compressed-tensors": fields of the config, of its one group, and of weights and activations."""
 
 _STRATEGIES = {"channel": (1, -1), "tensor": (-1, -1)}
 """The blocks of `strategy` in "compressed-tensors"."""
@@ -78,7 +78,7 @@ def _read_compressed(fields: Fields) -> Quantization:
     _refuse_others(weights, "weights", _WEIGHTS_READ, {**_NUMBERS, "dynamic": False})
     if activations.values.get("dynamic", True) is not True:
         raise fields.unsupported(
-            "input_activations: dynamic = false is not implemented, since policies scale activations as they come. "
+            "input_activations: dynamic = false is not implemented, since activations are quantised dynamically. "
             "Quantise the model with dynamic activations."
         )
     strategy = weights.get("strategy", str)

@@ -12,7 +12,7 @@ from ...policies.errors import InvalidSampling, shown
 
 
 def row_keys(key: Any, rows: int, num_return_sequences: int = 1) -> jax.Array:
-    """One key for each answer: (rows * num_return_sequences,), the answers to a prompt one after the other.
+    """A random key for each answer, (rows * num_return_sequences,), the answers to a prompt one after the other.
 
     key  an integer or a JAX key: rows and answers differ; or one of them for each row: the answers to a row do not
          depend on the batch it is in.  A uint32 `jax.Array` whose last axis is 2 is a raw key, as in `jax.random`
@@ -29,7 +29,7 @@ def row_keys(key: Any, rows: int, num_return_sequences: int = 1) -> jax.Array:
 
 
 def _base_keys(key: Any, rows: int) -> tuple[jax.Array, bool]:
-    """Keys () or (rows,), and whether they are one for all rows."""
+    """`(keys, one_for_all)`: keys of shape () or (rows,), and whether it is one key for all rows."""
     if isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape[-1:] == (2,):
         key = jax.random.wrap_key_data(key)
     if isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -37,15 +37,15 @@ def _base_keys(key: Any, rows: int) -> tuple[jax.Array, bool]:
     else:
         seeds = np.asarray(key)
         if not np.issubdtype(seeds.dtype, np.integer):
-            raise _refused(key, rows)
+            raise _invalid_key(key, rows)
         shape = seeds.shape
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds.reshape(-1).astype(np.uint32))).reshape(shape)
     if shape not in ((), (rows,)):
-        raise _refused(key, rows)
+        raise _invalid_key(key, rows)
     return keys, shape == ()
 
 
-def _refused(key: Any, rows: int) -> InvalidSampling:
+def _invalid_key(key: Any, rows: int) -> InvalidSampling:
     return InvalidSampling(
         f"key: expected an integer or a JAX key, or one for each of {rows} {'row' if rows == 1 else 'rows'}, "
         f"found {shown(key)}."

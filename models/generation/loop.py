@@ -90,7 +90,7 @@ def generate_with_logprobs(
 ) -> Generated:
     """The new tokens after every prompt, with the ends of rows and, as `config` says, log-probabilities.
 
-    Arguments and errors are those of `generate`, the settings in one value.
+    Arguments and errors are those of `generate`; `config` has the settings.
     """
     count = config.max_new_tokens
     parts = list(decode(model, input_ids, attention_mask, config, chunk=max(count, 1)))
@@ -122,8 +122,8 @@ def decode(
 ) -> Generator[Generated, np.ndarray | None, None]:
     """An iterator over the new tokens: the first token, then `chunk` tokens at a time.
 
-    At most `chunk` tokens in all come as one part. The `lengths` of a part count its own tokens, `ended` tells of all
-    tokens so far. A value (rows,) bool sent to the iterator ends the rows where it is True.
+    At most `chunk` tokens in all come as one part. The `lengths` of a part count its own tokens, `ended` is
+    about all tokens so far. Send a bool array (rows,) to the iterator to end the rows where it is True.
 
     Arguments and errors are those of `generate_with_logprobs`.
     """

@@ -38,7 +38,7 @@ def prefill(
     max_new_tokens: int = 256,
     prefix: Prefix | None = None,
 ) -> Prefix:
-    """The prompts as the model has processed them, for `generate` to continue.
+    """Processes prompts; returns a `Prefix` that `generate` continues.
 
     input_ids       (batch, length) integers
     attention_mask  (batch, length), nonzero for real tokens; prompts may be padded left or right; None: all are real
@@ -63,7 +63,7 @@ def prefill(
 
 
 def extend_prefix(model: CausalLM, prefix: Prefix, input_ids: ArrayLike, *, max_new_tokens: int = 256) -> Prefix:
-    """`prefill` of one prompt that processes only the tokens after its longest common beginning with `prefix`.
+    """`prefill` of one prompt, but only of the tokens after its longest common beginning with `prefix`.
 
     input_ids       (1, length) integers
     max_new_tokens  as for `prefill`
@@ -79,9 +79,9 @@ def extend_prefix(model: CausalLM, prefix: Prefix, input_ids: ArrayLike, *, max_
         raise InvalidTokens(
             f"input_ids: expected one row and a prefix of one row, found {ids.shape[0]} and {prefix.tokens.shape[0]}."
         )
-    known = np.asarray(prefix.tokens)[np.asarray(prefix.cache.positions) != EMPTY]
-    most = min(known.size, ids.size - 1)  # the last token is processed again for its logits
-    differs = np.flatnonzero(ids[0, :most] != known[:most])
+    past = np.asarray(prefix.tokens)[np.asarray(prefix.cache.positions) != EMPTY]
+    most = min(past.size, ids.size - 1)  # the last token is processed again for its logits
+    differs = np.flatnonzero(ids[0, :most] != past[:most])
     shared = int(differs[0]) if differs.size else most
     beginning = truncated(prefix, shared)
     if shared == 0 or beginning.room < bucket(ids.size - shared) + max_new_tokens:

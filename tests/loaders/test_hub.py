@@ -339,7 +339,7 @@ def test_a_model_without_what_perparam_loads_is_refused(hub, small, file):
 def test_an_index_whose_shards_are_not_there_is_refused_before_the_others_are_fetched(hub, sharded):
     (sharded / TWO).unlink()
     hub.add(REPO, sharded)
-    assert f"the hub has no {TWO} there" in refusal(REPO)
+    assert f"has no {TWO} on the hub" in refusal(REPO)
     assert ONE not in hub.fetched
 
 

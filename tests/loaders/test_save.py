@@ -528,12 +528,12 @@ def broken(fp8, name):
 
 
 REFUSALS = {
-    "e5m2": r"layers/0/mlp/.*: f8_e5m2 has no place in this layout",
-    "int8": r"layers/0/mlp/.*: (int8|i8) has no place in this layout",
-    "e8m0 scales": r"layers/0/mlp/.*/scale_inv: f8_e8m0fnu has no place in this layout",
-    "whole axes": r"kernels in blocks of \[16, -1\], -1 for a whole axis: no quantization_config can say that",
+    "e5m2": r"layers/0/mlp/.*: f8_e5m2 is not supported in this layout",
+    "int8": r"layers/0/mlp/.*: (int8|i8) is not supported in this layout",
+    "e8m0 scales": r"layers/0/mlp/.*/scale_inv: f8_e8m0fnu is not supported in this layout",
+    "whole axes": r"kernels in blocks of \[16, -1\], -1 for a whole axis: no quantization_config can describe that",
     "embedding": r"embed_tokens/embedding: f8_e4m3fn, but in this layout only kernels are quantised",
-    "blocks": r"kernels in blocks of \[\(16, 24\), \(32, 32\)\]: config.json names one",
+    "blocks": r"kernels in blocks of \[\(16, 24\), \(32, 32\)\]: config.json can have only one",
     "more": r"no name for 1 parameters: layers/0/mlp/up_proj/lora_a",
     "larger": r"embed_tokens/embedding",
     "missing": r"layers/1/mlp/up_proj/kernel",
@@ -559,7 +559,7 @@ def test_a_policy_can_make_them_fit(fp8, tmp_path):
     ids=["embedding", "e5m2"],
 )
 def test_converting_refuses_them_too(fp8, policy, tmp_path):
-    with pytest.raises(UnsupportedExport, match=r"has no place in this layout|only kernels are quantised"):
+    with pytest.raises(UnsupportedExport, match=r"is not supported in this layout|only kernels are quantised"):
         convert_checkpoint(fp8, tmp_path / "saved", policy)
     assert not list(tmp_path.iterdir())
 
