@@ -66,49 +66,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sub.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling; default: 0")
         return sub
 
-    planned = command("plan", _plan, "Print the storage and compute format of each parameter; reads no weights.")
-    planned.add_argument("--json", action="store_true", help="print one JSON object per line, for diffs")
-    planned.add_argument(
+    plan_command = command("plan", _plan, "Print the storage and compute format of each parameter; reads no weights.")
+    plan_command.add_argument("--json", action="store_true", help="print one JSON object per line, for diffs")
+    plan_command.add_argument(
         "--target", metavar="TARGET", help="add the matmul implementations on a device: here, cpu, cuda, cuda:9.0, …"
     )
-    chat = command("chat", _chat, "Chat with a model. /help lists commands; Ctrl-C stops an answer.")
-    chat.add_argument("--system", metavar="TEXT", help="a system message")
-    chat.add_argument("--no-thinking", action="store_true", help="set enable_thinking=False in the chat template")
-    chat.add_argument(
+    chat_command = command("chat", _chat, "Chat with a model. /help lists commands; Ctrl-C stops an answer.")
+    chat_command.add_argument("--system", metavar="TEXT", help="a system message")
+    chat_command.add_argument(
+        "--no-thinking", action="store_true", help="set enable_thinking=False in the chat template"
+    )
+    chat_command.add_argument(
         "--max-new-tokens", type=int, default=2048, metavar="N", help="maximum length of an answer; default: 2048"
     )
-    tokens = command("generate", _generate, "Continue a prompt, given as text or token ids.")
-    prompt = tokens.add_mutually_exclusive_group(required=True)
+    generate_command = command("generate", _generate, "Continue a prompt, given as text or token ids.")
+    prompt = generate_command.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("--file", metavar="FILE", help="a file with the prompt; -: standard input")
     prompt.add_argument("--tokens", metavar="1,2,3", type=_ids, help="the prompt as token ids; prints the new ids")
-    tokens.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="default: 20")
-    tokens.add_argument(
+    generate_command.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="default: 20")
+    generate_command.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="a string that ends the answer; may be repeated"
     )
-    compared = command("compare", _compare, "Compare policies: perplexity, KL to the first policy, memory, speed.")
-    compared.add_argument("--text", metavar="FILE", help="the text to evaluate; default: a paragraph of Darwin")
-    compared.add_argument("--tokens", metavar="1,2,3", type=_ids, help="token ids instead of a text")
-    compared.add_argument("--plot", metavar="FILE.png", help="also write a plot of the table; needs matplotlib")
-    costs = command("audit", _audit, "Print the numerical error of a policy, relative to float32.")
-    costs.add_argument(
+    compare_command = command(
+        "compare", _compare, "Compare policies: perplexity, KL to the first policy, memory, speed."
+    )
+    compare_command.add_argument("--text", metavar="FILE", help="the text to evaluate; default: a paragraph of Darwin")
+    compare_command.add_argument("--tokens", metavar="1,2,3", type=_ids, help="token ids instead of a text")
+    compare_command.add_argument("--plot", metavar="FILE.png", help="also write a plot of the table; needs matplotlib")
+    audit_command = command("audit", _audit, "Print the numerical error of a policy, relative to float32.")
+    audit_command.add_argument(
         "--tokens", metavar="1,2,3", type=_ids, help="token ids of the comparison; default: 64 random ids"
     )
-    convert = command("convert", _convert, "Convert a checkpoint to the storage formats of a policy.")
-    convert.add_argument("folder", metavar="DST", help="the new folder; an old checkpoint there is replaced")
-    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a file; default: 5GB")
-    convert.add_argument("--dry-run", action="store_true", help="print the plan and the file sizes; write nothing")
-    demo = command("demo", _demo, "Make a small FP8 Qwen3 checkpoint, print its plan, and run it under two policies.")
-    demo.add_argument("--folder", metavar="DIR", help="folder for the checkpoint; default: a temporary folder")
-    parsed = parser.parse_args(arguments)
-    if getattr(parsed, "stop", None) and parsed.tokens is not None:
+    convert_command = command("convert", _convert, "Convert a checkpoint to the storage formats of a policy.")
+    convert_command.add_argument("folder", metavar="DST", help="the new folder; an old checkpoint there is replaced")
+    convert_command.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a file; default: 5GB"
+    )
+    convert_command.add_argument(
+        "--dry-run", action="store_true", help="print the plan and the file sizes; write nothing"
+    )
+    demo_command = command(
+        "demo", _demo, "Make a small FP8 Qwen3 checkpoint, print its plan, and run it under two policies."
+    )
+    demo_command.add_argument("--folder", metavar="DIR", help="folder for the checkpoint; default: a temporary folder")
+    options = parser.parse_args(arguments)
+    if getattr(options, "stop", None) and options.tokens is not None:
         parser.error("--stop needs a prompt as text, not --tokens")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print × prints a question mark
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"perparam: warning: {message}", file=sys.stderr)
-            parsed.run(parsed)
+            options.run(options)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -120,7 +120,7 @@ class Comparison:
 
 
 def _name(index: int, policy: PolicyLike) -> str:
-    """The name of a policy in the table: the text or path that stands for it, or else its number."""
+    """The name of a policy in the table: its own text or path, or else a number such as "policy 2"."""
     return str(policy) if isinstance(policy, (str, os.PathLike)) else f"policy {index + 1}"
 
 

@@ -68,21 +68,21 @@ def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, 
       UnsupportedExport: parameters without a name in the family's checkpoints, or with another shape.
     """
     family = family_of(config)
-    wanted = {path: (name, shape) for name, (path, shape) in family.tensors(config).items()}
-    scales = {scale_path(path) for path in wanted}
-    if unnamed := [path for path in stored if path not in wanted.keys() | scales]:
+    expected = {path: (name, shape) for name, (path, shape) in family.tensors(config).items()}
+    scales = {scale_path(path) for path in expected}
+    if unnamed := [path for path in stored if path not in expected.keys() | scales]:
         count = "1 parameter" if len(unnamed) == 1 else f"{len(unnamed)} parameters"
         raise UnsupportedExport(
             f"a {family.architecture} checkpoint has no name for {count}: {', '.join(unnamed[:5])}. Merge added "
             "parameters into the model's kernels first."
         )
-    for path, (_, shape) in wanted.items():
+    for path, (_, shape) in expected.items():
         if path not in stored or stored[path].shape != shape:
             current = stored[path].shape if path in stored else "no such parameter"
             raise UnsupportedExport(
                 f"{path}: expected the shape {shape} of the model's config, found {current}. Correct the config."
             )
-    return {path: name for path, (name, _) in wanted.items()}
+    return {path: name for path, (name, _) in expected.items()}
 
 
 def _quantization(

@@ -44,7 +44,7 @@ class Fields:
             raise self.invalid(f"{key}: expected {kind.__name__}, found {shown(value)}.")
         if kind is not float:
             return value
-        if not abs(value) < 1e30:  # NaN, infinity, and integers that no float holds
+        if not abs(value) < 1e30:  # NaN, infinity, and integers that are too large for a float
             raise self.invalid(f"{key}: expected a finite number, found {shown(value)}.")
         return float(value)
 

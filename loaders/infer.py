@@ -46,8 +46,8 @@ def describe(infos: Mapping[str, ArrayInfo], config: DecoderConfig) -> Policy:
         usual[kind] = collections.Counter(dtypes[path] for path in paths).most_common(1)[0][0]
         for path in paths:
             if dtypes[path] != usual[kind]:
-                alike = len(of_pattern[_pattern(path)]) == 1
-                exceptions[_pattern(path) if alike else path] = dtypes[path]
+                one_dtype = len(of_pattern[_pattern(path)]) == 1
+                exceptions[_pattern(path) if one_dtype else path] = dtypes[path]
     blocks = {info.block for info in infos.values() if info.block is not None}
     activations = config.dtype
     compute = {"kernel": None, "default": activations}

@@ -1,4 +1,4 @@
-"""Arrays that are built from rows and placed on their devices, each device with only its slice."""
+"""Arrays that are built from rows and result on their devices, each device with only its slice."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ class Placement:
         """The array; all rows must have been written, and none may be written after this call."""
         if self.sharding is None:
             (array,) = self._slices.values()
-            placed = jax.device_put(array)
+            result = jax.device_put(array)
         else:
             parts = [jax.device_put(self._slices[box], device) for device, box in self._devices.items()]
-            placed = jax.make_array_from_single_device_arrays(self.shape, self.sharding, parts)
-        return placed.block_until_ready()  # so that host memory is free before more is read
+            result = jax.make_array_from_single_device_arrays(self.shape, self.sharding, parts)
+        return result.block_until_ready()  # so that host memory is free before more is read
 
 
 def _meets(box: Box, start: int, stop: int) -> bool:

@@ -118,8 +118,8 @@ def _write(
 ) -> pathlib.Path:
     """Writes a checkpoint with `params` in their order, from `sources` by path; returns the folder."""
     stored = {path: info for param in params for path, info in param.stored.items()}
-    written = export(config, stored)
-    config = written.config
+    contents = export(config, stored)
+    config = contents.config
     policy = policy if _still_applies(policy, stored) else describe(stored, config)
     with new_folder(folder, _is_checkpoint_file) as work:
         _copy_tokenizer(config, work)
@@ -127,10 +127,10 @@ def _write(
         (work / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         policy.dump(work / POLICY)
         bar = Progress(f"saving {pathlib.Path(folder).name}", sum(param.current.bytes for param in params), progress)
-        with Writer(work, in_shards(written.groups, limit)) as writer, bar:
+        with Writer(work, in_shards(contents.groups, limit)) as writer, bar:
 
             def work_on(param: ResolvedParam, report: Callable[[int], None]) -> None:
-                run(param, sources, {path: _Sink(writer, written.names[path]) for path in param.stored}, report)
+                run(param, sources, {path: _Sink(writer, contents.names[path]) for path in param.stored}, report)
 
             for _ in in_turn(params, work_on, bar):
                 pass

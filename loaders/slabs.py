@@ -25,10 +25,10 @@ from ..policies.resolved import ResolvedParam
 from ..policies.scales import decode_scales, encode_scales
 from .progress import Progress
 
-CONVERTED = 2**20
+CONVERT_ELEMENTS = 2**20
 """Elements of a slab that is converted: 2 MiB in bfloat16, and 4 MiB in float32 in between."""
 
-COPIED = 2**25
+COPY_BYTES = 2**25
 """Bytes of a slab that is copied without conversion."""
 
 WORKERS = 2
@@ -146,10 +146,10 @@ def _slab_height(param: ResolvedParam, rows: int) -> int:
     if len(param.shape) != 2:
         return max(rows, 1)
     if param.change == "kept":
-        return max(1, COPIED // (columns * param.current.dtype.itemsize))
+        return max(1, COPY_BYTES // (columns * param.current.dtype.itemsize))
     formats = (param.current.format, param.format)
     block = math.lcm(*(_sides(param, format)[0] for format in formats if format.block is not None))
-    return block * 2 ** int(math.log2(max(CONVERTED // (columns * block), 1)))
+    return block * 2 ** int(math.log2(max(CONVERT_ELEMENTS // (columns * block), 1)))
 
 
 def _sides(param: ResolvedParam, format: Format) -> Block:

@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
           InvalidTokens: as in a call.
         """
         values = taps.Taps(capture, intervene)
-        with taps.tapped(values):
+        with taps.using(values):
             logits = self(input_ids, attention_mask)
         values.check()
         return logits, values.captured

@@ -31,7 +31,7 @@ def scope_of(policy: Policy | Scope | Any) -> Scope:
     return policy if isinstance(policy, Scope) else get_policy(policy).at()
 
 
-def stored(
+def new_parameter(
     shape: tuple[int, ...], draw: Initializer, rngs: nnx.Rngs | None, scope: Scope, name: str
 ) -> tuple[nnx.Variable, Narrow | None]:
     """`(parameter, scales)`: variables of a new parameter, stored as the policy says; scales only if it is narrow.
@@ -100,9 +100,9 @@ class Linear(nnx.Module):
         self.activations = scope.activations
         self.compute = scope.spec("kernel").compute
         draw = _random(initializers.lecun_normal(in_axis=-1, out_axis=-2))
-        self.kernel, scale_inv = stored((out_features, in_features), draw, rngs, scope, "kernel")
+        self.kernel, scale_inv = new_parameter((out_features, in_features), draw, rngs, scope, "kernel")
         self.scale_inv = nnx.data(scale_inv)
-        bias = stored((out_features,), _constant(0), rngs, scope, "bias")[0] if use_bias else None
+        bias = new_parameter((out_features,), _constant(0), rngs, scope, "bias")[0] if use_bias else None
         self.bias = nnx.data(bias)
         self.bias_compute = scope.spec("bias").compute_dtype if use_bias else None
 
@@ -162,7 +162,7 @@ class Embedding(nnx.Module):
         self.activations = scope.activations
         self.compute = scope.spec("embedding").compute
         draw = _random(initializers.normal(0.02))
-        self.embedding, scale_inv = stored((vocabulary, features), draw, rngs, scope, "embedding")
+        self.embedding, scale_inv = new_parameter((vocabulary, features), draw, rngs, scope, "embedding")
         self.embedding_scale_inv = nnx.data(scale_inv)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -212,7 +212,7 @@ class RMSNorm(nnx.Module):
         scope = scope_of(policy)
         self.activations, self.eps = scope.activations, eps
         self.compute = scope.spec("scale").compute_dtype
-        self.scale, _ = stored((features,), _constant(1), rngs, scope, "scale")
+        self.scale, _ = new_parameter((features,), _constant(1), rngs, scope, "scale")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The norm of x (..., features), of the same shape, in the activations' dtype."""

@@ -59,7 +59,7 @@ _active: contextvars.ContextVar[tuple[Taps, tuple[str, ...]] | None] = contextva
 
 
 @contextlib.contextmanager
-def tapped(taps: Taps) -> Iterator[None]:
+def using(taps: Taps) -> Iterator[None]:
     """A context in which models use `taps`."""
     token = _active.set((taps, ()))
     try:

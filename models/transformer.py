@@ -62,7 +62,7 @@ class Attention(nnx.Module):
             cache = past.put(cache, step.start)
         prefill = None if step.prefill_mask is None else PrefillKV(k, v, step.prefill_mask)
         mixed, weights = attend(q, cache, step.queries, step.slots, self.window, prefill)
-        if prefill is not None:  # otherwise XLA fills the cache at the end, and holds k and v until then
+        if prefill is not None:  # otherwise XLA fills the cache at the end, and keeps k and v until then
             mixed, cache = jax.lax.optimization_barrier((mixed, cache))
         taps.offer("weights", weights)
         return self.o_proj(mixed), cache

@@ -41,7 +41,7 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DecoderCo
 
 
 def config_to_json(config: DecoderConfig) -> dict[str, Any]:
-    """The mapping that a `config.json` holds, as transformers and vLLM read it; `read_config` of it gives `config`.
+    """The contents of a `config.json` that transformers and vLLM can read; `read_config` of them gives `config`.
 
     Raises:
       UnsupportedExport: windows that differ between layers, since a config.json can have only one.

@@ -72,7 +72,7 @@ _HEAD = (
 
 
 def decoder_names(*own: Entry) -> tuple[Entry, ...]:
-    """The name table of a decoder whose layers have the tensors `own` besides those of every decoder."""
+    """The name table of a decoder whose layers have the tensors `own` in addition to those of every decoder."""
     return (*_EMBEDDING, *_ATTENTION, *own, *_MLP, *_HEAD)
 
 

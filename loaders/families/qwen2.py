@@ -13,7 +13,7 @@ from .names import decoder_names
 
 def _read(config: Fields) -> dict[str, Any]:
     if config.get("use_mrope", bool, False):
-        raise config.unsupported("use_mrope true is not implemented. Models that read text alone have it false.")
+        raise config.unsupported("use_mrope true is not implemented. Text-only models set it to false.")
     return {"windows": read_windows(config)}
 
 

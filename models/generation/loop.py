@@ -88,7 +88,7 @@ def generate_with_logprobs(
     attention_mask: ArrayLike | None = None,
     config: GenerationConfig = GenerationConfig(logprobs=0),  # noqa: B008, since it is immutable
 ) -> Generated:
-    """The new tokens after every prompt, with the ends of rows and, as `config` says, log-probabilities.
+    """The new tokens after every prompt, where each row ends, and log-probabilities if `config` requests them.
 
     Arguments and errors are those of `generate`; `config` has the settings.
     """

@@ -144,14 +144,14 @@ def test_two_models_are_held_at_a_time(folder, monkeypatch):
         return model
 
     monkeypatch.setattr(MODULE, "load_model", counted)
-    monkeypatch.setattr(MODULE, "_read", lambda *_: np.ones((1, 5)))
+    monkeypatch.setattr(MODULE, "_evaluate", lambda *_: np.ones((1, 5)))
     monkeypatch.setattr(MODULE, "_speed", lambda *_: 0.0)
     compare(folder, POLICIES, IDS[:4])
     assert most == [1, 2, 2, 2]
 
 
 def test_policies_may_have_names_of_their_own(folder, monkeypatch):
-    monkeypatch.setattr(MODULE, "_read", lambda *_: np.ones((1, 5)))
+    monkeypatch.setattr(MODULE, "_evaluate", lambda *_: np.ones((1, 5)))
     monkeypatch.setattr(MODULE, "_speed", lambda *_: 0.0)
     made = compare(folder, {"as it is": None, "narrow": get_policy("bf16")}, IDS[:4])
     assert [row.name for row in made.rows] == ["as it is", "narrow"]

@@ -156,8 +156,8 @@ def test_tensors_begin_at_multiples_of_their_size(model, tmp_path):
 
 
 def test_parameters_of_several_slabs_are_whole(fp8, bf16, tmp_path, monkeypatch):
-    monkeypatch.setattr("perparam.loaders.slabs.COPIED", 300)
-    monkeypatch.setattr("perparam.loaders.slabs.CONVERTED", 600)
+    monkeypatch.setattr("perparam.loaders.slabs.COPY_BYTES", 300)
+    monkeypatch.setattr("perparam.loaders.slabs.CONVERT_ELEMENTS", 600)
     save_model(load_model(fp8), tmp_path / "kept")
     assert_same_tensors(checkpoints.read(tmp_path / "kept"), checkpoints.read(fp8))
     model = load_model(bf16)
@@ -808,7 +808,7 @@ import checkpoints, jax, numpy as np
 import perparam
 from perparam.loaders import slabs
 
-slabs.COPIED, slabs.CONVERTED = 2048, 4096  # several slabs, cut otherwise than the devices' slices
+slabs.COPY_BYTES, slabs.CONVERT_ELEMENTS = 2048, 4096  # several slabs, cut otherwise than the devices' slices
 folder = pathlib.Path(sys.argv[1])
 config = checkpoints.fields(
     hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=8, head_dim=16, vocab_size=64,

@@ -39,8 +39,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def small_slabs(monkeypatch):
-    monkeypatch.setattr(slabs, "CONVERTED", 512)
-    monkeypatch.setattr(slabs, "COPIED", 512)
+    monkeypatch.setattr(slabs, "CONVERT_ELEMENTS", 512)
+    monkeypatch.setattr(slabs, "COPY_BYTES", 512)
 
 
 def info(array, block=None) -> ArrayInfo:
@@ -101,12 +101,12 @@ def test_any_shape_blocks_and_slabs(shape, found_block, block, slab, seed):
     wanted = stored_arrays(resolved, {"a/kernel": kernel, "a/scale_inv": scales})
     source = _Rows(kernel)
     to = {path: Placement(array.shape, array.dtype) for path, array in wanted.items()}
-    before, slabs.CONVERTED = slabs.CONVERTED, slab
+    before, slabs.CONVERT_ELEMENTS = slabs.CONVERT_ELEMENTS, slab
     try:
         sources = {"a/kernel": source, "a/scale_inv": _Rows(scales)}
         slabs.run(resolved.params["a/kernel"], sources, to, lambda count: None)
     finally:
-        slabs.CONVERTED = before
+        slabs.CONVERT_ELEMENTS = before
     for path, array in to.items():
         assert np.asarray(array.array()).tobytes() == np.asarray(wanted[path]).tobytes()
     starts, stops = zip(*source.asked, strict=True)

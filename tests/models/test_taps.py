@@ -289,5 +289,5 @@ def test_a_model_inside_an_intervention_is_another_one(model, plain):
 def test_generation_within_a_tapped_context_is_the_same(model):
     """Programs that are compiled know nothing of taps."""
     tokens = perparam.generate(model, IDS, MASK, 3, eos_token_id=())
-    with taps.tapped(taps.Taps(capture="norm")):
+    with taps.using(taps.Taps(capture="norm")):
         np.testing.assert_array_equal(perparam.generate(model, IDS, MASK, 3, eos_token_id=()), tokens)
