@@ -40,7 +40,14 @@ from .policies.resolved import resolve
 _FOLDER = "a folder with config.json and safetensors files"
 _CHECKPOINT = f"{_FOLDER}, or the name of a repository on the Hugging Face hub"
 _POLICY = "a YAML file, a preset (f32, bf16, fp8_weight_only, fp8_dynamic), a dtype, or params=…,compute=…,output=…"
-_SAMPLING = "default: the value in generation_config.json"
+_SAMPLING = {
+    "temperature": (float, "divide the logits by X; 0: take the most likely token"),
+    "top-p": (float, "keep the most likely tokens that together have probability X; 1: all"),
+    "min-p": (float, "keep tokens at least X times as likely as the most likely one; 0: all"),
+    "top-k": (int, "keep the X most likely tokens; 0: all"),
+    "repetition-penalty": (float, "penalty for tokens that are in the prompt or the answer; 1: none"),
+}
+"""Options whose default is the value in generation_config.json."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,16 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             several = name == "compare"
             action = "append" if several else "store"
-            sub.add_argument("--policy", metavar="POLICY", help=_POLICY, action=action, required=several)
+            policy_help = f"{_POLICY}; repeat it for each policy" if several else _POLICY
+            sub.add_argument("--policy", metavar="POLICY", help=policy_help, action=action, required=several)
         if name in ("chat", "generate"):
-            for option, kind in (("temperature", float), ("top-p", float), ("min-p", float), ("top-k", int)):
-                sub.add_argument(f"--{option}", type=kind, metavar="X", help=_SAMPLING)
-            sub.add_argument("--repetition-penalty", type=float, metavar="X", help=_SAMPLING)
-            sub.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling; default: 0")
+            group = sub.add_argument_group("sampling", "The defaults are the values in generation_config.json.")
+            for option, (kind, meaning) in _SAMPLING.items():
+                group.add_argument(f"--{option}", type=kind, metavar="X", help=meaning)
+            group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random numbers; default: 0")
         return sub
 
     plan_command = command("plan", _plan, "Print the storage and compute format of each parameter; reads no weights.")
-    plan_command.add_argument("--json", action="store_true", help="print one JSON object per line, for diffs")
+    plan_command.add_argument("--json", action="store_true", help="print JSON with one line per row, for diffs")
     plan_command.add_argument(
         "--target", metavar="TARGET", help="add the matmul implementations on a device: here, cpu, cuda, cuda:9.0, …"
     )

@@ -106,7 +106,10 @@ def _failure(repo: str, revision: str | None, error: Exception, missing: str = "
     hub, login = constants.ENDPOINT, "log in with `hf auth login` or set HF_TOKEN"
     text = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
     if isinstance(error, errors.GatedRepoError):
-        what, todo = "is gated: its owner decides who may download it", f"Request access at {hub}/{repo}, then {login}"
+        what, todo = (
+            "is gated, and its owner decides who has access",
+            f"Request access at {hub}/{repo}, then {login}",
+        )
     elif isinstance(error, errors.RepositoryNotFoundError):
         what, todo = f"not a folder, and {hub} has no such model, or it is private", f"Correct the name, or {login}"
     elif isinstance(error, errors.RevisionNotFoundError):

@@ -1,4 +1,4 @@
-"""Arrays that are built from rows and result on their devices, each device with only its slice."""
+"""Arrays that are built from rows and placed on their devices, each device with only its slice."""
 
 from __future__ import annotations
 

@@ -308,8 +308,8 @@ def test_a_gated_model_is_refused_with_where_to_ask(hub, small):
     hub.add(REPO, small)
     hub.refusals[f"/{REPO}/resolve/"] = "GatedRepo"
     assert refusal(REPO) == (
-        f"{REPO}: is gated: its owner decides who may download it. Request access at {hub.url}/{REPO}, then log in "
-        "with `hf auth login` or set HF_TOKEN."
+        f"{REPO}: is gated, and its owner decides who has access. Request access at {hub.url}/{REPO}, then log "
+        "in with `hf auth login` or set HF_TOKEN."
     )
 
 
