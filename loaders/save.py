@@ -138,7 +138,7 @@ def _write(
 
 
 def _still_applies(policy: Policy, stored: Mapping[str, ArrayInfo]) -> bool:
-    """Whether `policy` has rules, all valid for the parameters it has stored; it may have removed scales it names."""
+    """Whether `policy` has rules, and none of them names parameters that no longer exist, such as removed scales."""
     try:
         resolve(policy, dict(stored))
     except InvalidPolicy:
