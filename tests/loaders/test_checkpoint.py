@@ -404,7 +404,7 @@ def test_what_the_config_explains_is_left_out_and_told(folder, capsys):
     write(folder, config, stored)
     assert open_checkpoint(folder).left_out == {
         "lm_head.weight": "the head is tied to the embedding",
-        "model.layers.0.self_attn.rotary_emb.inv_freq": "frequencies follow from rope_theta",
+        "model.layers.0.self_attn.rotary_emb.inv_freq": "frequencies are computed from rope_theta",
     }
     assert main(["plan", str(folder)]) == 0
     printed = capsys.readouterr().out

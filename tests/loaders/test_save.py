@@ -534,7 +534,7 @@ REFUSALS = {
     "whole axes": r"kernels in blocks of \[16, -1\], -1 for a whole axis: no quantization_config can describe that",
     "embedding": r"embed_tokens/embedding: f8_e4m3fn, but in this layout only kernels are quantised",
     "blocks": r"kernels in blocks of \[\(16, 24\), \(32, 32\)\]: config.json can have only one",
-    "more": r"no name for 1 parameters: layers/0/mlp/up_proj/lora_a",
+    "more": r"no name for 1 parameter: layers/0/mlp/up_proj/lora_a",
     "larger": r"embed_tokens/embedding",
     "missing": r"layers/1/mlp/up_proj/kernel",
 }
