@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from . import (
@@ -30,6 +31,7 @@ from . import (
 from .chat import Chat, Stopwatch
 from .loaders import Checkpoint, convert_checkpoint, open_checkpoint, sampling_defaults
 from .loaders.compare import TEXT, check_plot
+from .loaders.metrics import divergence
 from .loaders.save import shard_sizes
 from .models import CausalLM
 from .policies import PerparamError
@@ -292,10 +294,10 @@ def _demo_in(folder: pathlib.Path) -> None:
         print(f"  logits {logits[name].shape}, generated {','.join(map(str, tokens))}")
     under_policy, exact = logits["the policy"], logits["f32"]
     error = np.linalg.norm(under_policy - exact) / np.linalg.norm(exact)
-    agreement = np.mean(under_policy.argmax(-1) == exact.argmax(-1))
+    _, agrees = divergence(jnp.asarray(exact), jnp.asarray(under_policy))
     print(
         f"\nLogits under the policy differ from float32 by {error:.1e} (relative); "
-        f"the most likely token is the same for {agreement:.0%} of tokens."
+        f"the most likely token is the same for {float(agrees.mean()):.0%} of tokens."
     )
     print(
         "\nTo keep the checkpoint, run `perparam demo --folder DIR`, then try `perparam plan DIR`, `perparam chat DIR` "

@@ -20,7 +20,7 @@ from ..policies.dtypes import largest
 from ..policies.errors import InvalidTokens
 from ..policies.formats import Format, ScaledArray
 from ..policies.plan import Plan, Row, plan
-from ..policies.presets import get_policy
+from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
 from ..policies.store import store_param
 from ..policies.tables import table
@@ -102,7 +102,10 @@ class Audit:
 
 
 def audit(
-    model: CausalLM | str | os.PathLike[str], policy: Any, tokens: ArrayLike, attention_mask: ArrayLike | None = None
+    model: CausalLM | str | os.PathLike[str],
+    policy: PolicyLike,
+    tokens: ArrayLike,
+    attention_mask: ArrayLike | None = None,
 ) -> Audit:
     """The error that `policy` causes, relative to the same parameters dequantised and computed in float32.
 

@@ -10,7 +10,7 @@ import jax
 
 from ..models.decoder import Decoder, assemble
 from ..models.sharding import shardings
-from ..policies.presets import get_policy
+from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
 from .checkpoint import Checkpoint, open_checkpoint
 from .hub import local_folder
@@ -22,7 +22,7 @@ from .slabs import in_turn, run
 
 def load_model(
     path: str | os.PathLike[str],
-    policy: Any = None,
+    policy: PolicyLike = None,
     *,
     sharding: Any = None,
     revision: str | None = None,
@@ -60,7 +60,7 @@ def load_model(
 
 def load_params(
     path: str | os.PathLike[str],
-    policy: Any = None,
+    policy: PolicyLike = None,
     *,
     sharding: Any = None,
     revision: str | None = None,

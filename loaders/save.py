@@ -9,7 +9,6 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from ..models.config import DecoderConfig
 from ..models.decoder import CausalLM
 from ..policies.errors import InvalidCheckpoint, InvalidPolicy
 from ..policies.policy import Policy
-from ..policies.presets import get_policy
+from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
 from ..policies.trees import ArrayInfo, parameters
 from .atomic import new_folder
@@ -38,7 +37,7 @@ from .slabs import Source, in_turn, run
 def save_model(
     model: CausalLM,
     folder: str | os.PathLike[str],
-    policy: Any = None,
+    policy: PolicyLike = None,
     *,
     max_shard_size: int | str = "5GB",
     progress: bool | None = None,
@@ -77,7 +76,7 @@ def save_model(
 def convert_checkpoint(
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],
-    policy: Any = None,
+    policy: PolicyLike = None,
     *,
     max_shard_size: int | str = "5GB",
     progress: bool | None = None,

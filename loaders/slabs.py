@@ -23,6 +23,7 @@ from ..policies.blocks import Block, block_sides
 from ..policies.formats import Format
 from ..policies.resolved import ResolvedParam
 from ..policies.scales import decode_scales, encode_scales
+from ..policies.targets import host_device
 from .progress import Progress
 
 CONVERT_ELEMENTS = 2**20
@@ -134,10 +135,8 @@ def _convert_on_host(
 
 def _on_host() -> Any:
     """A context in which JAX computes on the host."""
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
-        return contextlib.nullcontext()
+    device = host_device()
+    return contextlib.nullcontext() if device is None else jax.default_device(device)
 
 
 def _slab_height(param: ResolvedParam, rows: int) -> int:

@@ -18,15 +18,14 @@ from jax.nn import initializers
 from ..policies.dtypes import saturating_cast
 from ..policies.formats import Format, ScaledArray, quantize, stored_format
 from ..policies.matmul import scaled_matmul, scaled_matmuls
-from ..policies.policy import Policy
-from ..policies.presets import get_policy
+from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import too_flat
 from ..policies.scales import F32, decode_scales
 from ..policies.scope import Scope
 from ..policies.trees import Narrow
 
 
-def scope_of(policy: Policy | Scope | Any) -> Scope:
+def scope_of(policy: PolicyLike | Scope) -> Scope:
     """The scope of a module, from its argument `policy`."""
     return policy if isinstance(policy, Scope) else get_policy(policy).at()
 
@@ -93,7 +92,7 @@ class Linear(nnx.Module):
         out_features: int,
         *,
         use_bias: bool = False,
-        policy: Policy | Scope | Any = None,
+        policy: PolicyLike | Scope = None,
         rngs: nnx.Rngs | None,
     ):
         scope = scope_of(policy)
@@ -157,7 +156,7 @@ class Embedding(nnx.Module):
     Only the rows of a lookup are cast, not the table.
     """
 
-    def __init__(self, vocabulary: int, features: int, *, policy: Policy | Scope | Any = None, rngs: nnx.Rngs | None):
+    def __init__(self, vocabulary: int, features: int, *, policy: PolicyLike | Scope = None, rngs: nnx.Rngs | None):
         scope = scope_of(policy)
         self.activations = scope.activations
         self.compute = scope.spec("embedding").compute
@@ -208,7 +207,7 @@ class RMSNorm(nnx.Module):
     As in transformers' Qwen3RMSNorm, the normalised x is rounded before the product.
     """
 
-    def __init__(self, features: int, *, eps: float, policy: Policy | Scope | Any = None, rngs: nnx.Rngs | None):
+    def __init__(self, features: int, *, eps: float, policy: PolicyLike | Scope = None, rngs: nnx.Rngs | None):
         scope = scope_of(policy)
         self.activations, self.eps = scope.activations, eps
         self.compute = scope.spec("scale").compute_dtype

@@ -82,6 +82,14 @@ def here() -> Target:
     return Target("cuda", _capability(device.compute_capability))
 
 
+def host_device() -> jax.Device | None:
+    """JAX's CPU device; None if JAX_PLATFORMS excludes it."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
 def peak_memory() -> tuple[int, str]:
     """Bytes in use at the peak so far, and where: on the "device" if it reports them, else resident on the "host"."""
     statistics = jax.local_devices()[0].memory_stats() or {}

@@ -22,7 +22,7 @@ from .errors import UnsupportedCast
 from .formats import ScaledArray
 from .modules import fill, reseeded, streams, takes_policy
 from .policy import Policy
-from .presets import get_policy
+from .presets import PolicyLike, get_policy
 from .resolved import resolve
 from .scope import Scope
 from .store import store
@@ -31,7 +31,7 @@ from .trees import Narrow, parameters, replace_parameters, variables_by_path
 AnyModule = nn.Module | Callable[..., nnx.Module]
 
 
-def init(module: AnyModule, policy: Any, key: Any, *inputs: Any, **kwargs: Any) -> Any:
+def init(module: AnyModule, policy: PolicyLike, key: Any, *inputs: Any, **kwargs: Any) -> Any:
     """Returns the variables of `module`, initialised by the module and then converted to their storage format.
 
     module  a Linen module, or for NNX a callable `module(rngs=rngs)`: a class, a partial, a lambda; a callable with an
@@ -65,7 +65,7 @@ def init(module: AnyModule, policy: Any, key: Any, *inputs: Any, **kwargs: Any) 
 
 def apply(
     module: AnyModule,
-    policy: Any,
+    policy: PolicyLike,
     variables: Any,
     *inputs: Any,
     rngs: Mapping[str, Any] | None = None,

@@ -170,12 +170,12 @@ def read(folder: Path) -> dict[str, np.ndarray]:
 # Models.
 
 
-def checkpoint_name(path: str) -> str:
-    """What a checkpoint calls the parameter at `path`."""
+def checkpoint_name(path: str, config: dict | None = None) -> str:
+    """The name of the parameter at `path` in a checkpoint with that config.json."""
     module, _, leaf = path.rpartition("/")
-    kind = {"bias": "bias", "scale_inv": "weight_scale_inv", "embedding_scale_inv": "weight_scale_inv"}.get(
-        leaf, "weight"
-    )
+    compressed = ((config or {}).get("quantization_config") or {}).get("quant_method") == "compressed-tensors"
+    scales = "weight_scale" if compressed else "weight_scale_inv"
+    kind = {"bias": "bias", "scale_inv": scales, "embedding_scale_inv": scales}.get(leaf, "weight")
     return f"{'' if module == 'lm_head' else 'model.'}{module.replace('/', '.')}.{kind}"
 
 
