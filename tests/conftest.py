@@ -14,7 +14,7 @@ hypothesis.settings.load_profile("default")
 OPTIMISED = {
     *("test_activations", "test_backends", "test_blocks", "test_casting", "test_decoding", "test_dtypes"),
     *("test_formats", "test_mxfp8"),
-    *("test_generation_memory", "test_matmul", "test_real_shapes", "test_storage"),
+    *("test_programs_memory", "test_matmul", "test_real_shapes", "test_storage"),
 }
 """What promises bits, or is written for a compiler, is compiled as it is for users."""
 
