@@ -1,4 +1,4 @@
-"""Drawn tokens: a row's seed alone decides on them, and several answers to a prompt differ."""
+"""Drawn tokens: a row's seed alone decides on them, and penalties and processors see prompt and answer."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,12 @@ import pytest
 from checkpoints import relative_error
 from generating import FLOAT32_ERROR, IDS, MASK, NEW, WARM, whole_passes
 
-from perparam import generate
+from perparam import Sampling, generate
 from perparam.generation import prefill
 from perparam.models.generation import programs
 from perparam.models.generation.keys import row_keys
+
+# Seeds.
 
 SEEDS = [5, 6, 5, 2**31 + 1, 0, 99, 7, 8]
 EIGHT = np.random.default_rng(0).integers(0, 59, (8, 12))
@@ -84,3 +86,54 @@ def test_several_answers_share_one_prefill(model, monkeypatch):
     monkeypatch.setattr(programs, "prefill", counted)
     generate(model, IDS, MASK, NEW, eos_token_id=(), num_return_sequences=2)
     assert seen == [(3, 16)]
+
+
+# What penalties and processors see.
+
+
+def only_then(history, logits):
+    """Counts on from the last token: 7, 8, 9, …"""
+    last = jnp.sum(history.real, axis=1, dtype=jnp.int32) - 1
+    order = jnp.cumsum(history.real, axis=1, dtype=jnp.int32) - 1
+    newest = jnp.sum(jnp.where(history.real & (order == last[:, None]), history.tokens, 0), axis=1)
+    return jnp.where(jnp.arange(logits.shape[1]) == (newest[:, None] + 1) % 61, logits, -jnp.inf)
+
+
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
+def test_a_processor_sees_the_tokens_of_prompt_and_answer(model, temperature):
+    how = Sampling(temperature=temperature, processors=(only_then,))
+    found = generate(model, IDS, MASK, NEW, eos_token_id=(), sampling=how)
+    last = np.array([5, 2, 54])[:, None]
+    np.testing.assert_array_equal(found, (last + 1 + np.arange(NEW)) % 61)
+
+
+def test_penalties_see_prompt_and_answer(model):
+    """No token comes twice, and none of the prompt, where repeating one is made impossible."""
+    how = Sampling(temperature=0, frequency_penalty=1e4)
+    found = np.asarray(generate(model, IDS, MASK, NEW, eos_token_id=(), sampling=how))
+    assert all(len(set(row)) == NEW for row in found)
+    positive = Sampling(temperature=0, repetition_penalty=1e6, logit_bias=())
+    found = np.asarray(generate(model, IDS, MASK, NEW, eos_token_id=(), sampling=positive))
+    for row, ids, mask in zip(found, IDS, MASK, strict=True):
+        assert len(set(row)) == NEW
+        assert not set(row) & set(ids[mask == 1])
+
+
+@pytest.mark.slow
+def test_penalties_ignore_the_padding_of_the_prompt(model):
+    """Penalties leave the ids that stand in padding, and 0, which takes their place, alone."""
+    how = Sampling(temperature=0, repetition_penalty=1.5)
+    found = generate(model, IDS, MASK, NEW, eos_token_id=(), sampling=how)
+    for row in range(3):
+        alone = generate(model, IDS[row : row + 1, MASK[row] == 1], None, NEW, eos_token_id=(), sampling=how)
+        np.testing.assert_array_equal(found[row : row + 1], alone)
+
+
+@pytest.mark.slow
+def test_penalties_see_all_of_an_extended_prefix(model):
+    how = Sampling(temperature=0, repetition_penalty=3.0)
+    expected = generate(model, IDS, MASK, NEW, eos_token_id=(), sampling=how)
+    extended = prefill(
+        model, IDS[:, 4:], MASK[:, 4:], prefix=prefill(model, IDS[:, :4], MASK[:, :4], max_new_tokens=64)
+    )
+    np.testing.assert_array_equal(generate(model, extended, None, NEW, eos_token_id=(), sampling=how), expected)
