@@ -3,7 +3,7 @@
 import pathlib
 
 import pytest
-from fuzz import mutations, run
+from fuzz import mutations, promise, run
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 def broken(one: mutations.Input, folder: pathlib.Path) -> str:
     """How the promise was broken, and by what."""
-    failures = "\n".join(run.check(one, folder).failures)
+    failures = "\n".join(promise.check(one, folder).failures)
     return failures and f"{one.kind} ({one.label}): {failures}"
 
 
@@ -91,7 +91,7 @@ def test_an_input_is_the_same_each_time():
 
 def test_sound_checkpoints_are_accepted(folder):
     one = mutations.Input("safetensors", "sound", mutations.sound_checkpoint())
-    assert run.check(one, folder, load=True).refused is None
+    assert promise.check(one, folder, load=True).refused is None
 
 
 @pytest.mark.parametrize(
@@ -104,16 +104,16 @@ def test_sound_checkpoints_are_accepted(folder):
     ],
 )
 def test_what_breaks_the_promise_is_noted(reader, failure):
-    assert any(failure in line for line in run.failures_of(reader))
+    assert any(failure in line for line in promise.failures_of(reader))
 
 
 def test_what_is_refused_is_no_failure():
-    assert run.failures_of(lambda: _refuse("policy.yaml:1: no.\n  Write it again.")) == []
+    assert promise.failures_of(lambda: _refuse("policy.yaml:1: no.\n  Write it again.")) == []
 
 
 def test_a_reader_that_hangs_is_interrupted(monkeypatch):
-    monkeypatch.setattr(run, "HUNG", 0.1)
-    assert any("still running" in line for line in run.failures_of(lambda: [None for _ in iter(int, 1)]))
+    monkeypatch.setattr(promise, "HUNG", 0.1)
+    assert any("still running" in line for line in promise.failures_of(lambda: [None for _ in iter(int, 1)]))
 
 
 @pytest.mark.slow

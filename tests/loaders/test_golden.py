@@ -52,8 +52,8 @@ def logits(case, policy):
     return checkpoints.logits(loaded(case, policy), expected(case)["input_ids"], expected(case)["attention_mask"])
 
 
-# Left out of the quick run. The first two differ from other cases only in their files, which `test_save` compares; the
-# layers of the others are those of a quick case of the same family.
+# Left out of the quick run. The first two differ from other cases only in their files, which `tests/loaders/save`
+# compares; the layers of the others are those of a quick case of the same family.
 SLOW = (
     *("fp8_shards", "fp8_untied_f32_scales"),
     *("llama_fp8_channel", "llama_fp8_tensor", "llama_linear_rope", "llama_plain_tied", "qwen2_sliding_window"),

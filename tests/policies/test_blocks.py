@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from perparam import dequantize, quantize
 from perparam.policies import InvalidScale, UnknownDtype, UnsupportedCast
 
+pytestmark = pytest.mark.optimised
+
 NARROW = (
     *("float8_e4m3fn", "float8_e5m2", "float8_e4m3", "float8_e3m4"),
     *("float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz", "int8"),

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from perparam import Policy, get_policy
 from perparam.policies import InvalidPolicy, Narrow, ShadowedRule, UnmatchedRule, UnsupportedCast
 
+pytestmark = pytest.mark.optimised
+
 KERNEL, SCALE = (jnp.asarray(half) for half in reference_quantize(np.ones((4, 4)), "float8_e4m3fn", (2, 2)))
 
 

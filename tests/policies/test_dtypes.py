@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from perparam.policies import PerparamError, UnknownDtype, as_dtype, dtype_name, saturating_cast
 
+pytestmark = pytest.mark.optimised
+
 NARROW_FLOATS = (
     "float8_e4m3fn",
     "float8_e5m2",

@@ -33,6 +33,8 @@ from perparam.policies import (
 )
 from perparam.policies.scales import largest_scale
 
+pytestmark = pytest.mark.optimised
+
 F8, E8M0 = "float8_e4m3fn", "float8_e8m0fnu"
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 

@@ -14,6 +14,8 @@ from perparam import scaled_matmul
 from perparam.policies import InvalidScale, PerparamError, UnsupportedCast
 from perparam.policies.matmul.cpu import slab_height
 
+pytestmark = pytest.mark.optimised
+
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """The unit roundoff of each dtype of results: half the distance of 1 from its neighbour."""
 

@@ -22,6 +22,8 @@ from perparam.policies import FORMATS, InvalidPolicy, ScaledArray, UnknownDtype,
 from perparam.policies.matmul import IMPLEMENTATIONS, quantize_rows, scaled_matmuls
 from perparam.policies.matmul.dispatch import describe
 
+pytestmark = pytest.mark.optimised
+
 FORMAT = FORMATS["mxfp8"]
 E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
 IDS = np.random.default_rng(0).integers(1, 60, (2, 9))

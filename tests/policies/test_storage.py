@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from perparam import Policy
 from perparam.policies import InvalidPolicy, InvalidScale, Narrow, UnmatchedRule, UnpairedScale, UnsupportedCast
 
+pytestmark = pytest.mark.optimised
+
 BLOCK = (2, 3)
 SHAPE = (5, 7)
 GRID = (3, 3)

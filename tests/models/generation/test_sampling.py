@@ -102,20 +102,20 @@ def test_penalties_and_bias_come_before_the_temperature_and_the_filters():
     assert all(np.isneginf(found[row, token]) for row, (token,) in enumerate(answer))
 
 
-def test_those_as_likely_as_the_last_of_the_likeliest_stay():
+def test_top_k_keeps_every_token_as_likely_as_the_last_that_it_keeps():
     np.testing.assert_array_equal(
         np.isfinite(processed(Sampling(top_k=2), [[3.0, 1.0, 2.0, 2.0, 0.0]])), [[True, False, True, True, False]]
     )
 
 
 @pytest.mark.parametrize("how", [Sampling(top_p=0.0), Sampling(top_p=1e-9), Sampling(top_k=1), Sampling(min_p=1.0)])
-def test_one_token_always_stays(how):
+def test_filters_always_keep_the_likeliest_token(how):
     logits = random_logits(50)
     found = processed(how, logits)
     np.testing.assert_array_equal(np.isfinite(found), logits == logits.max(axis=1, keepdims=True))
 
 
-def test_filters_pass_over_what_is_already_out():
+def test_filters_ignore_tokens_that_are_already_excluded():
     """A processor has left three tokens: no filter brings another one back, or leaves none."""
     logits = np.full((1, 11), -np.inf, np.float32)
     logits[0, [2, 5, 7]] = 1, 0.5, -3
@@ -125,7 +125,7 @@ def test_filters_pass_over_what_is_already_out():
         np.testing.assert_array_equal(found, logits)
 
 
-def test_greedily_there_is_no_temperature_and_no_filter():
+def test_greedy_decoding_uses_no_temperature_and_no_filter():
     logits = random_logits()
     how = Sampling(temperature=0, top_k=1, top_p=0.1, min_p=0.9)
     np.testing.assert_array_equal(processed(how, logits), logits)
@@ -271,58 +271,6 @@ def test_keys_are_independent_of_their_neighbours(name):
     fits(9 * tokens[::2] + tokens[1::2], np.outer(P, P).ravel())
 
 
-# Keys.
-
-
-def bits(keys):
-    return np.asarray(jax.random.key_data(keys))
-
-
-def test_a_seed_of_its_own_gives_a_row_the_same_keys_whatever_the_batch():
-    seeds = [5, -1, 5, 2**31, 0]
-    together = bits(row_keys(seeds, 5, 3))
-    assert together.shape[0] == 15
-    for row, seed in enumerate(seeds):
-        np.testing.assert_array_equal(bits(row_keys([seed], 1, 3)), together[3 * row : 3 * row + 3])
-        np.testing.assert_array_equal(bits(row_keys([seed], 1)), together[3 * row : 3 * row + 1])
-    np.testing.assert_array_equal(together[:3], together[6:9])
-    assert len(np.unique(together, axis=0)) == 12
-
-
-def test_rows_and_samples_of_one_seed_differ():
-    keys = bits(row_keys(5, 4, 3))
-    assert len(np.unique(keys, axis=0)) == 12
-    np.testing.assert_array_equal(keys, bits(row_keys(5, 4, 3)))
-    np.testing.assert_array_equal(keys[:6], bits(row_keys(5, 2, 3)))
-    assert not np.isin(bits(row_keys(6, 4, 3)), keys).all()
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int32", "uint32", "int64", "uint64"])
-def test_seeds_may_be_of_any_integer_dtype(dtype):
-    seeds = np.array([1, 2, 3], dtype)
-    np.testing.assert_array_equal(bits(row_keys(seeds, 3)), bits(row_keys([1, 2, 3], 3)))
-    np.testing.assert_array_equal(bits(row_keys(seeds[1], 3)), bits(row_keys(2, 3)))
-
-
-def test_a_jax_key_is_the_integer_it_was_made_from():
-    for key in (jax.random.key(7), jax.random.PRNGKey(7)):
-        np.testing.assert_array_equal(bits(row_keys(key, 3, 2)), bits(row_keys(7, 3, 2)))
-    for keys in (jax.random.split(jax.random.key(0), 3), jax.random.split(jax.random.PRNGKey(0), 3)):
-        found = row_keys(keys, 3)
-        assert len(np.unique(bits(found), axis=0)) == 3
-        np.testing.assert_array_equal(bits(row_keys(keys[1:2], 1)), bits(found[1:2]))
-    with pytest.raises(InvalidSampling, match="one for each of 2 rows"):
-        row_keys(jax.random.split(jax.random.key(0), 3), 2)
-
-
-@pytest.mark.parametrize("seed", [1.5, "1", None, [1, 2], [[1], [2], [3]], [1.0, 2.0, 3.0], [], True], ids=repr)
-def test_seeds_that_do_not_fit_are_refused(seed):
-    with pytest.raises(
-        InvalidSampling, match="key: expected an integer or a JAX key, or one for each of 3 rows, found"
-    ):
-        row_keys(seed, 3)
-
-
 # What is refused.
 
 
@@ -360,7 +308,7 @@ def test_a_temperature_that_would_leave_float32_is_refused(temperature):
 
 
 @pytest.mark.parametrize("bias", [{"a": 1.0}, {1: "x"}, {1: float("nan")}, [3], {1.5: 1.0}, 3], ids=repr)
-def test_a_bias_that_is_none_is_refused(bias):
+def test_an_invalid_bias_is_refused(bias):
     with pytest.raises(InvalidSampling, match="logit_bias"):
         Sampling(logit_bias=bias)
 
@@ -371,7 +319,7 @@ def test_a_bias_outside_the_vocabulary_is_refused(token):
         Sampling(logit_bias={token: 1.0}).numbers(61)
 
 
-def test_samplings_are_values():
+def test_samplings_are_compared_and_hashed_by_value():
     one, other = (
         Sampling(logit_bias={3: 1, 5: 2.0}, processors=[doubled]),
         Sampling(logit_bias=((3, 1.0), (5, 2.0)), processors=(doubled,)),

@@ -9,6 +9,8 @@ from matmuls import FP8
 
 from perparam.policies.matmul import quantize_rows
 
+pytestmark = pytest.mark.optimised
+
 QUOTIENT_ERROR = 2.0**-23
 """A float32 quotient an ulp off: XLA on a CPU multiplies with the reciprocal of what is constant along a loop."""
 

@@ -18,6 +18,8 @@ from perparam.policies.matmul import matmul_override, quantize_rows, scaled_matm
 from perparam.policies.matmul.calls import Operands
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS
 
+pytestmark = pytest.mark.optimised
+
 ORACLE_ERROR = 1e-5
 """The same float32 products summed in another order: sqrt(n) * 2**-24 rms, 1.2e-6 of 384 and 1e-5 of 25600."""
 

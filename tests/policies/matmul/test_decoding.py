@@ -9,6 +9,8 @@ from helpers import dtype
 
 from perparam.policies.matmul import cpu
 
+pytestmark = pytest.mark.optimised
+
 decoded = jax.jit(cpu._decoded, static_argnums=1)
 
 NARROW = (

@@ -10,6 +10,8 @@ from shapes import SHAPES
 from perparam.policies.matmul import matmul_override, scaled_matmul
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS
 
+pytestmark = pytest.mark.optimised
+
 NAMES = [name for name, one in IMPLEMENTATIONS.items() if not one.opaque]
 BOUNDS = {None: W8A16_ERROR, FP8: W8A8_ERROR}
 

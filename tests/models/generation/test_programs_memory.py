@@ -20,6 +20,8 @@ from perparam.models.generation.keys import row_keys
 from perparam.models.generation.sampling import GREEDY, Sampling
 from perparam.policies import dequantize
 
+pytestmark = pytest.mark.optimised
+
 CONFIG = Qwen3Config(
     vocab_size=320, hidden_size=512, intermediate_size=768, num_hidden_layers=1, num_attention_heads=10,
     num_key_value_heads=5, head_dim=64, pad_token_id=0,
