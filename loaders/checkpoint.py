@@ -124,14 +124,20 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
         tensor = "1 tensor is" if len(problems) == 1 else f"{len(problems)} tensors are"
         heading = f"{folder}: {tensor} not what config.json describes."
-        raise InvalidCheckpoint(
-            "\n".join([heading, *lines, *more, "  Download the folder again, or correct config.json."])
-        )
+        raise InvalidCheckpoint("\n".join([heading, *lines, *more, _remedy(folder, config)]))
     _cross_check(folder, config, tensors)
     if config.dtype is None:
         stored = tensors["embed_tokens/embedding"].dtype
         config = dataclasses.replace(config, dtype=stored if is_activation(stored) else np.dtype(np.float32))
     return Checkpoint(folder, config, tensors, left_out)
+
+
+def _remedy(folder: pathlib.Path, config: DecoderConfig) -> str:
+    """The last line of the error about tensors that do not fit config.json."""
+    names, implemented = read_json(folder / CONFIG).get("architectures"), family_of(config).architecture
+    if isinstance(names, list) and names and implemented not in names:
+        return f"  config.json names the architecture {named(str(names[0]))}, and only {implemented} is implemented."
+    return "  Download the folder again, or correct config.json."
 
 
 def checkpoint_tree(folder: str | os.PathLike[str]) -> CheckpointTree:

@@ -21,6 +21,7 @@ from ..models.generation import generate
 from ..models.tokens import checked_tokens
 from ..policies.errors import InvalidTokens, MissingPackage, UnsupportedExport
 from ..policies.plan import human_bytes, plan
+from ..policies.policy import Policy
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import resolve
 from ..policies.tables import table
@@ -163,6 +164,8 @@ def compare(
       InvalidTokens: fewer than two tokens, or no policy.
       Errors of `load_model`.
     """
+    if isinstance(policies, (str, os.PathLike, Policy)):
+        policies = [policies]
     by_name = policies if isinstance(policies, Mapping) else {_name(i, each): each for i, each in enumerate(policies)}
     ids = np.asarray(tokens)
     if ids.ndim != 1 or ids.size < 2 or not by_name:

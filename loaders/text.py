@@ -40,6 +40,8 @@ class Completion:
 def sampling_defaults(folder: str | os.PathLike[str]) -> Sampling:
     """The sampling that a checkpoint's generation_config.json recommends; greedy without that file.
 
+    Its temperature, top_k, top_p, min_p and repetition_penalty are read; other settings are ignored.
+
     Raises:
       InvalidCheckpoint, InvalidSampling: for fields of the wrong type or out of range.
     """
@@ -47,8 +49,6 @@ def sampling_defaults(folder: str | os.PathLike[str]) -> Sampling:
     if not path.is_file():
         return GREEDY
     fields = read_json(path)
-    if fields.get("do_sample", False) is not True:
-        return GREEDY
     kinds = {
         "temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float, "top_k": int,
     }  # fmt: skip
@@ -59,6 +59,8 @@ def sampling_defaults(folder: str | os.PathLike[str]) -> Sampling:
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
                 raise InvalidCheckpoint(f"{path}: {name}: expected a number, found {value!r}.")
             values[name] = value
+    if fields.get("do_sample", False) is not True:
+        return Sampling(temperature=0.0, repetition_penalty=values.get("repetition_penalty", 1.0))
     return Sampling(**values)
 
 

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 
 from ..policies.blocks import Block
-from ..policies.dtypes import is_narrow
+from ..policies.dtypes import as_dtype, is_narrow
+from ..policies.errors import UnsupportedConfig
 from .rope import RopeScaling
 
 Method = Literal["fp8", "compressed-tensors"]
@@ -62,6 +63,31 @@ class DecoderConfig:
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     source: pathlib.Path | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Normalises `dtype` and `eos_token_id`, and checks sizes against each other.
+
+        Raises:
+          UnsupportedConfig: sizes that do not fit together.
+        """
+        object.__setattr__(self, "dtype", None if self.dtype is None else as_dtype(self.dtype))
+        object.__setattr__(self, "eos_token_id", tuple(map(int, np.atleast_1d(self.eos_token_id))))
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
+            if getattr(self, name) < 1:
+                raise UnsupportedConfig(f"{type(self).__name__}: {name} must be positive, found {getattr(self, name)}.")
+        if min(heads, kv_heads) < 1:
+            raise UnsupportedConfig(f"{type(self).__name__}: found {heads} heads and {kv_heads} key-value heads.")
+        if heads % kv_heads:
+            raise UnsupportedConfig(
+                f"{type(self).__name__}: {heads} attention heads do not divide among {kv_heads} key-value heads."
+            )
+        if self.head_dim % 2:
+            raise UnsupportedConfig(f"{type(self).__name__}: head_dim {self.head_dim} is odd, and RoPE rotates pairs.")
+        if self.windows and len(self.windows) != self.num_hidden_layers:
+            raise UnsupportedConfig(
+                f"{type(self).__name__}: windows has {len(self.windows)} entries for {self.num_hidden_layers} layers."
+            )
 
     def use_bias(self, projection: str) -> bool:
         """Whether a projection, such as "q_proj" or "down_proj", has a bias."""

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
+from ..policies.errors import UnsupportedConfig
 from ..policies.modules import fill
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, resolve
@@ -30,7 +31,10 @@ from .transformer import Attention, Layer, LinearFactory, Step
 
 
 class CausalLM(Protocol):
-    """The protocol of causal language models in generation, saving, `audit` and `compare`; `Decoder` implements it."""
+    """The protocol of causal language models in generation, saving, `audit` and `compare`; `Decoder` implements it.
+
+    A class that implements it is also an `nnx.Module`.
+    """
 
     @property
     def config(self) -> DecoderConfig:
@@ -88,12 +92,14 @@ class Decoder(nnx.Module):
             `linear(in_features, out_features, use_bias=…, policy=…, rngs=…)`
     rngs    random keys for the initial parameters; None: parameters are shapes, to be filled later
 
-    A model family is a subclass with its own `attention` class and config.
+    A model family is a subclass with its own `config_class` and `attention` class.
 
     Raises:
+      UnsupportedConfig: a config of another family.
       UnmatchedRule, ShadowedRule: a rule of the policy that decides none of the model's parameters.
     """
 
+    config_class: ClassVar[type[DecoderConfig]] = DecoderConfig
     attention: ClassVar[type[Attention]] = Attention
 
     def __init__(
@@ -104,6 +110,10 @@ class Decoder(nnx.Module):
         linear: LinearFactory = Linear,
         rngs: nnx.Rngs | None,
     ):
+        if not isinstance(config, self.config_class):
+            raise UnsupportedConfig(
+                f"{type(self).__name__}: expected a {self.config_class.__name__}, found {type(config).__name__}."
+            )
         scope = scope_of(policy)
         activations = scope.activations or config.dtype or np.dtype(np.float32)
         scope = dataclasses.replace(scope, activations=activations)

@@ -27,3 +27,5 @@ class LlamaConfig(DecoderConfig):
 
 class Llama(Decoder):
     """A Llama; see `Decoder`."""
+
+    config_class = LlamaConfig

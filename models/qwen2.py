@@ -19,3 +19,5 @@ class Qwen2Config(DecoderConfig):
 
 class Qwen2(Decoder):
     """A Qwen2; see `Decoder`."""
+
+    config_class = Qwen2Config

@@ -46,4 +46,5 @@ class Qwen3Attention(Attention):
 class Qwen3(Decoder):
     """A dense Qwen3; see `Decoder`."""
 
+    config_class = Qwen3Config
     attention = Qwen3Attention

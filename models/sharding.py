@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ..policies.blocks import Block, block_sides
 from ..policies.errors import InvalidSharding, UnmatchedRule
@@ -23,7 +23,7 @@ def tensor_parallel(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedShardin
     input axis, the embedding and the head along the vocabulary. Norms, and parameters that cannot be divided evenly
     among the devices, are replicated.
     """
-    axis = mesh.axis_names[-1]
+    mesh, axis = _auto(mesh), mesh.axis_names[-1]
     count = mesh.shape[axis]
     by_rows, by_columns = NamedSharding(mesh, PartitionSpec(axis)), NamedSharding(mesh, PartitionSpec(None, axis))
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -37,6 +37,20 @@ def tensor_parallel(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedShardin
     if config.vocab_size % count == 0:
         rules |= {"embed_tokens/embedding": by_rows, "lm_head/kernel?": by_rows}
     return {**rules, "default": NamedSharding(mesh, PartitionSpec())}
+
+
+def _auto(mesh: Mesh) -> Mesh:
+    """The mesh with axes that XLA partitions, which models need; `jax.make_mesh` makes Explicit ones by default."""
+    if not isinstance(mesh, Mesh):  # an AbstractMesh, for its shape alone
+        return mesh
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _auto_sharding(sharding: Sharding) -> Sharding:
+    """The same sharding over a mesh of Auto axes."""
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return sharding
+    return NamedSharding(_auto(sharding.mesh), sharding.spec, memory_kind=sharding.memory_kind)
 
 
 def shardings(layout: Any, config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, Sharding | None]:
@@ -62,6 +76,7 @@ def shardings(layout: Any, config: DecoderConfig, stored: Mapping[str, ArrayInfo
         raise InvalidSharding(
             f"sharding: expected a jax.sharding.Mesh, a Sharding or a mapping of patterns to them, found {layout!r}."
         )
+    layout = {pattern: _auto_sharding(each) for pattern, each in layout.items()}
     result: dict[str, Sharding | None] = {}
     decide = _rules(layout, [path for path in stored if not is_scale(path)])
     for path, info in stored.items():

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...models.config import DecoderConfig
-from ...policies.errors import UnsupportedConfig, shown
+from ...policies.errors import UnsupportedConfig, UnsupportedExport, shown
 from ..fields import Fields
 from ..json_file import read_json
 from .config_json import decoder_to_json, read_decoder
@@ -44,7 +44,7 @@ def config_to_json(config: DecoderConfig) -> dict[str, Any]:
     """The contents of a `config.json` that transformers and vLLM can read; `read_config` of them gives `config`.
 
     Raises:
-      UnsupportedExport: windows that differ between layers, since a config.json can have only one.
+      UnsupportedExport: a field that the family's config.json cannot hold, such as windows that differ between layers.
     """
     family = family_of(config)
     fields = {
@@ -53,17 +53,29 @@ def config_to_json(config: DecoderConfig) -> dict[str, Any]:
         **decoder_to_json(config),
         **family.write(config),
     }
-    return {name: value for name, value in fields.items() if value is not None and value != []}
+    # Without an eos_token_id, transformers takes the family's default.
+    written = {name: value for name, value in fields.items() if value is not None or name == "eos_token_id"}
+    again = _read(Fields("config.json", written))
+    lost = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.compare and getattr(again, field.name) != getattr(config, field.name)
+    ]
+    if lost:
+        raise UnsupportedExport(
+            f"{', '.join(lost)}: the config.json of {family.architecture} cannot hold {getattr(config, lost[0])!r}."
+        )
+    return written
 
 
 def family_of(config: DecoderConfig) -> Family:
     """The family of a config.
 
     Raises:
-      UnsupportedConfig: a config of any other class.
+      UnsupportedConfig: a config of no family's class.
     """
     for family in FAMILIES.values():
-        if family.config is type(config):
+        if isinstance(config, family.config):
             return family
     names = ", ".join(sorted(family.config.__name__ for family in FAMILIES.values()))
     raise UnsupportedConfig(f"{type(config).__name__} is not the config of an implemented model family: {names}.")
@@ -76,5 +88,4 @@ def _read(fields: Fields) -> DecoderConfig:
         raise fields.unsupported(
             f"model_type {shown(model_type)} is not implemented. Implemented: {', '.join(sorted(FAMILIES))}."
         )
-    shared = read_decoder(fields, family.fields, family.head_dim)
-    return family.config(**shared, **family.read(fields))
+    return family.config(**read_decoder(fields, family), **family.read(fields))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,31 @@ from ...policies.dtypes import as_dtype, is_activation, is_narrow
 from ...policies.errors import UnknownDtype, UnsupportedExport, named, shown
 from ..fields import Fields
 from ..json_file import read_json
+from .family import Family
 from .quantization import quantization_to_json, read_quantization
 from .rope import read_rope, rope_to_json
 
 # Accepted and unused: fields for training, for transformers itself or for a tokenizer.
 _CHANGES_NOTHING = frozenset(
     """
-    architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward id2label initializer_range
-    is_encoder_decoder label2id max_length name_or_path _name_or_path output_attentions output_hidden_states
-    problem_type return_dict transformers_version use_cache
+    architectures _attn_implementation_autoset attention_dropout auto_map bos_token_id chunk_size_feed_forward do_sample
+    id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id max_length max_sequence_length
+    name_or_path _name_or_path output_attentions output_hidden_states problem_type return_dict temperature
+    tokenizer_class top_k top_p torchscript transformers.js_config transformers_version unsloth_fixed unsloth_version
+    use_bfloat16 use_cache
     """.split()
 )
+_ONLY: Mapping[str, Any] = {
+    "add_cross_attention": False,
+    "hidden_act": "silu",
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+}
+"""Fields of which one value is implemented, for every family."""
+
 _IMPLEMENTED = frozenset(
     """
-    dtype eos_token_id head_dim hidden_act hidden_size intermediate_size max_position_embeddings model_type
+    dtype eos_token_id head_dim hidden_size intermediate_size max_position_embeddings model_type
     num_attention_heads num_hidden_layers num_key_value_heads pad_token_id quantization_config rms_norm_eps
     rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype vocab_size
     """.split()
@@ -38,30 +49,30 @@ WINDOWS = frozenset({"layer_types", "max_window_layers", "sliding_window", "use_
 _MOST_LAYERS = 1000  # far above any model; a damaged config must not take minutes
 
 
-def read_decoder(config: Fields, family_fields: Iterable[str], head_dim: int | None = None) -> dict[str, Any]:
+def read_decoder(config: Fields, family: Family) -> dict[str, Any]:
     """The arguments of a `DecoderConfig` that all families share.
-
-    family_fields  names of the fields that the family implements itself
-    head_dim       the family's default; None: hidden_size over the number of heads
 
     Raises:
       UnsupportedConfig: a field or value that is not implemented, by name.
       InvalidCheckpoint: a field of the wrong type or out of range.
     """
-    accepted = _IMPLEMENTED | _CHANGES_NOTHING | set(family_fields)
+    only = {**_ONLY, **family.only}
+    for field, implemented in only.items():
+        if (value := config.values.get(field)) not in (None, implemented):
+            raise config.unsupported(f"{field} = {shown(value)} is not implemented. Implemented: {implemented!r}.")
+    accepted = _IMPLEMENTED | _CHANGES_NOTHING | family.fields | only.keys()
     if unknown := sorted(key for key, value in config.values.items() if key not in accepted and value is not None):
         listed = ", ".join(f"{named(key)} = {shown(config.values[key])}" for key in unknown[:5])
         raise config.unsupported(f"fields that are not implemented: {listed}. Remove them if they change nothing.")
-    if (act := config.get("hidden_act", str, "silu")) != "silu":
-        raise config.unsupported(f"hidden_act {shown(act)} is not implemented. Implemented: 'silu'.")
     hidden, heads, layers = config.size("hidden_size"), config.size("num_attention_heads"), _layers(config)
     kv_heads = config.size("num_key_value_heads", heads)
-    width = config.size("head_dim", head_dim or max(hidden // heads, 1))
+    width = config.size("head_dim", family.head_dim or max(hidden // heads, 1))
     if heads % kv_heads:
         raise config.invalid(f"{heads} attention heads do not divide among {kv_heads} key-value heads.")
     if width % 2:
         raise config.invalid(f"head_dim {width} is odd, and RoPE rotates pairs.")
-    theta, scaling = read_rope(config)
+    longest = config.size("max_position_embeddings", family.longest)
+    theta, scaling = read_rope(config, longest)
     return {
         "vocab_size": config.size("vocab_size"),
         "hidden_size": hidden,
@@ -70,7 +81,7 @@ def read_decoder(config: Fields, family_fields: Iterable[str], head_dim: int | N
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": width,
-        "max_position_embeddings": config.size("max_position_embeddings", 32768),
+        "max_position_embeddings": longest,
         "rms_norm_eps": config.positive("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
@@ -99,7 +110,7 @@ def decoder_to_json(config: DecoderConfig) -> dict[str, Any]:
         "rope_scaling": rope_to_json(config.rope_scaling),
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": config.dtype and config.dtype.name,
-        "eos_token_id": list(config.eos_token_id) if len(config.eos_token_id) != 1 else config.eos_token_id[0],
+        "eos_token_id": config.eos_token_id[0] if len(config.eos_token_id) == 1 else list(config.eos_token_id) or None,
         "pad_token_id": config.pad_token_id,
         "quantization_config": quantization_to_json(config.quantization),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...models.config import DecoderConfig
@@ -18,24 +18,31 @@ class Family:
 
     model_type    as config.json spells it
     architecture  transformers' class of its causal language model
-    config        class of its configs
     model         class of its models
     names         its name table
     fields        fields of config.json that `read` implements
     read          reads those fields into arguments of `config`
     write         writes them from a config
+    only          {field: value}: fields of config.json of which one value is implemented
     head_dim      width of a head where config.json names none; None: hidden_size over the number of heads
+    longest       max_position_embeddings where config.json names none
     """
 
     model_type: str
     architecture: str
-    config: type[DecoderConfig]
     model: type[Decoder]
     names: tuple[Entry, ...]
     fields: frozenset[str]
     read: Callable[[Fields], dict[str, Any]]
     write: Callable[[Any], dict[str, Any]]
+    only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     head_dim: int | None = None
+    longest: int = 32768
+
+    @property
+    def config(self) -> type[DecoderConfig]:
+        """The class of its configs."""
+        return self.model.config_class
 
     def tensors(
         self, config: DecoderConfig, prefixes: tuple[str, str] = PREFIXES[0]

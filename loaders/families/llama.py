@@ -5,19 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ...models.llama import Llama, LlamaConfig
-from ...policies.errors import shown
 from ..fields import Fields
 from .family import Family
 from .names import decoder_names
 
-_ONLY = {"pretraining_tp": 1, "rope_interleaved": False}
-"""Fields of which one value is implemented."""
-
 
 def _read(config: Fields) -> dict[str, Any]:
-    for field, implemented in _ONLY.items():
-        if (value := config.values.get(field)) not in (None, implemented):
-            raise config.unsupported(f"{field} = {shown(value)} is not implemented. Implemented: {implemented}.")
     return {field: config.get(field, bool, False) for field in ("attention_bias", "mlp_bias")}
 
 
@@ -28,10 +21,11 @@ def _write(config: LlamaConfig) -> dict[str, Any]:
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    config=LlamaConfig,
     model=Llama,
     names=decoder_names(),
-    fields=frozenset({"attention_bias", "mlp_bias", "is_llama_config", "transformers.js_config", *_ONLY}),
+    fields=frozenset({"attention_bias", "mlp_bias"}),
     read=_read,
     write=_write,
+    only={"pretraining_tp": 1, "rope_interleaved": False},
+    longest=2048,
 )

@@ -20,16 +20,18 @@ _FP8_ONLY: Mapping[str, Any] = {
 }
 """Fields of "fp8" of which one value is implemented."""
 
-_COMPRESSED_READ = ("quant_method", "config_groups", "ignore", "version", "global_compression_ratio")
-_COMPRESSED_ONLY: Mapping[str, Any] = {
-    "format": "float-quantized",
-    "quantization_status": "compressed",
-    "sparsity_config": {},
-    "transform_config": {},
-}
-_GROUP_READ = ("weights", "input_activations")
-_GROUP_ONLY: Mapping[str, Any] = {"targets": ["Linear"], "format": "float-quantized"}
-_WEIGHTS_READ = ("strategy", "block_structure", "observer", "observer_kwargs")
+_COMPRESSED_READ = (
+    "quant_method", "config_groups", "ignore", "version", "global_compression_ratio", "format", "quantization_status",
+    "sparsity_config",
+)  # fmt: skip
+_COMPRESSED_ONLY: Mapping[str, Any] = {"transform_config": {}}
+_ANY_OF = {"format": ("float-quantized", "naive-quantized"), "quantization_status": ("compressed", "frozen")}
+"""Fields of which several values are implemented, which mean the same files."""
+
+_GROUP_READ = ("weights", "input_activations", "format")
+_GROUP_ONLY: Mapping[str, Any] = {"targets": ["Linear"]}
+_WEIGHTS_READ = ("strategy", "block_structure", "observer", "observer_kwargs", "zp_dtype")
+_ACTIVATIONS_READ = ("strategy", "group_size", "observer", "observer_kwargs", "zp_dtype", "dynamic")
 _NUMBERS: Mapping[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
 """The same for "compressed-tensors": fields of the config, of its one group, and of weights and activations."""
 
@@ -66,6 +68,12 @@ def _read_fp8(fields: Fields) -> Quantization:
 def _read_compressed(fields: Fields) -> Quantization:
     """Float8 weights with a scale for each output channel, for the tensor, or for each block."""
     _refuse_others(fields, "quantization_config", _COMPRESSED_READ, _COMPRESSED_ONLY)
+    for key, values in _ANY_OF.items():
+        if (value := fields.values.get(key)) not in (None, *values):
+            raise fields.unsupported(f"quantization_config: {key} = {shown(value)} is not implemented.")
+    if fields.within("sparsity_config").values.get("format", "dense") != "dense":
+        sparsity = shown(fields.values["sparsity_config"])
+        raise fields.unsupported(f"quantization_config: sparsity_config = {sparsity} is not implemented.")
     groups = fields.within("config_groups")
     if len(groups.values) != 1:
         raise fields.unsupported(
@@ -76,6 +84,7 @@ def _read_compressed(fields: Fields) -> Quantization:
     _refuse_others(group, "config_groups", _GROUP_READ, _GROUP_ONLY)
     weights, activations = group.within("weights"), group.within("input_activations")
     _refuse_others(weights, "weights", _WEIGHTS_READ, {**_NUMBERS, "dynamic": False})
+    _refuse_others(activations, "input_activations", _ACTIVATIONS_READ, _NUMBERS)
     if activations.values.get("dynamic", True) is not True:
         raise fields.unsupported(
             "input_activations: dynamic = false is not implemented, since activations are quantised dynamically. "
@@ -139,7 +148,7 @@ def _compressed_to_json(quantization: Quantization) -> dict[str, Any]:
     if strategy == "block":
         weights["block_structure"] = list(quantization.block)
         activations |= {"strategy": "group", "group_size": quantization.block[1]}
-    group = {**_GROUP_ONLY, "weights": weights, "input_activations": activations}
+    group = {**_GROUP_ONLY, "format": "float-quantized", "weights": weights, "input_activations": activations}
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",

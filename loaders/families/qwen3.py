@@ -12,8 +12,6 @@ from .names import decoder_names, norm
 
 
 def _read(config: Fields) -> dict[str, Any]:
-    if not config.get("use_qk_norm", bool, True):
-        raise config.unsupported("use_qk_norm false is not implemented. Qwen3 norms queries and keys.")
     return {"attention_bias": config.get("attention_bias", bool, False), "windows": read_windows(config)}
 
 
@@ -24,13 +22,13 @@ def _write(config: Qwen3Config) -> dict[str, Any]:
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    config=Qwen3Config,
     model=Qwen3,
     names=decoder_names(
         norm("model.layers.{i}.self_attn.q_norm", "head"), norm("model.layers.{i}.self_attn.k_norm", "head")
     ),
-    fields=frozenset({"attention_bias", "use_qk_norm"}) | WINDOWS,
+    fields=WINDOWS | {"attention_bias"},
     read=_read,
     write=_write,
+    only={"use_qk_norm": True},
     head_dim=128,
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...models.rope import LinearScaling, Llama3Scaling, RopeScaling, Yarn
-from ...policies.errors import named, shown
+from ...policies.errors import UnsupportedExport, named, shown
 from ..fields import Fields
 
 LARGEST = 1e12
@@ -16,8 +16,10 @@ LARGEST = 1e12
 _COMMON = frozenset({"rope_type", "type", "rope_theta"})
 
 
-def read_rope(config: Fields) -> tuple[float, RopeScaling | None]:
+def read_rope(config: Fields, longest: int) -> tuple[float, RopeScaling | None]:
     """The base of the rotary embeddings, and their scaling rule.
+
+    longest  the model's `max_position_embeddings`
 
     Raises:
       UnsupportedConfig: a rope type or setting that is not implemented.
@@ -34,15 +36,22 @@ def read_rope(config: Fields) -> tuple[float, RopeScaling | None]:
         listed = ", ".join(map(repr, _TYPES))
         raise config.unsupported(f"rope type {shown(kind)} is not implemented. Implemented: {listed}.")
     known, read = _TYPES[kind]
-    if unknown := sorted(key for key, value in values.items() if key not in _COMMON | known and value is not None):
+    accepted = _COMMON | known | ({"partial_rotary_factor"} if values.get("partial_rotary_factor") == 1 else set())
+    if unknown := sorted(key for key, value in values.items() if key not in accepted and value is not None):
         raise config.unsupported(f"rope settings that are not implemented: {', '.join(map(named, unknown))}.")
-    return theta, read(settings, config.size("max_position_embeddings", 32768), theta)
+    return theta, read(settings, longest, theta)
 
 
 def rope_to_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The `rope_scaling` field of a scaling rule; None for unscaled embeddings."""
+    """The `rope_scaling` field of a scaling rule; None for unscaled embeddings.
+
+    Raises:
+      UnsupportedExport: a scaling rule that is not implemented here.
+    """
     if scaling is None:
         return None
+    if type(scaling) not in _WRITERS:
+        raise UnsupportedExport(f"{type(scaling).__name__}: config.json has no settings for this scaling of RoPE.")
     return _WRITERS[type(scaling)](scaling)
 
 

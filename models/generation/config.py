@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ...policies.errors import InvalidTokens
+from ...policies.errors import InvalidSampling, InvalidTokens, shown
 from ..config import DecoderConfig
 from .sampling import GREEDY, Sampling
 
@@ -28,6 +28,7 @@ class GenerationConfig:
 
     Raises:
       InvalidTokens: a count that is not an integer or is out of range.
+      InvalidSampling: `sampling` is not a `Sampling`.
     """
 
     max_new_tokens: int = 20
@@ -41,6 +42,8 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         checked_count("max_new_tokens", self.max_new_tokens, 0)
         checked_count("num_return_sequences", self.num_return_sequences, 1)
+        if not isinstance(self.sampling, Sampling):
+            raise InvalidSampling(f"sampling: expected a Sampling, found {shown(self.sampling)}.")
         if self.logprobs is not None:
             checked_count("logprobs", self.logprobs, 0)
 
@@ -50,14 +53,17 @@ class GenerationConfig:
         Raises:
           InvalidTokens: ids that are not integers in range.
         """
-        ids = np.atleast_1d(np.asarray(config.eos_token_id if self.eos_token_id is None else self.eos_token_id))
+        try:
+            ids = np.atleast_1d(np.asarray(config.eos_token_id if self.eos_token_id is None else self.eos_token_id))
+        except ValueError:  # rows of different length
+            ids = np.full(1, np.nan)
         integers = ids.size == 0 or np.issubdtype(ids.dtype, np.integer)
         if ids.ndim != 1 or not integers or not ((ids >= 0) & (ids < 2**31)).all():
             raise InvalidTokens(f"eos_token_id: expected a token id or several, found {self.eos_token_id!r}.")
         return ids.astype(np.int32)
 
     def pad_id(self, config: DecoderConfig) -> int:
-        """The id that fills a row after its end: the config's, or else the first id that ends a row."""
+        """The id that fills a row after its end: the config's, or else the first id that ends a row, or else 0."""
         if config.pad_token_id is not None:
             return config.pad_token_id
         ends = self.end_ids(config)
@@ -71,5 +77,7 @@ def checked_count(name: str, value: Any, least: int, most: int = 2**30) -> int:
       InvalidTokens: any other value.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
-        raise InvalidTokens(f"{name}: expected an integer of {least} or more, found {value!r}.")
+        too_large = isinstance(value, (int, np.integer)) and value > most
+        limits = f"from {least} to {most}" if too_large else f"of {least} or more"
+        raise InvalidTokens(f"{name}: expected an integer {limits}, found {value!r}.")
     return int(value)

@@ -15,7 +15,8 @@ def row_keys(key: Any, rows: int, num_return_sequences: int = 1) -> jax.Array:
     """A random key for each answer, (rows * num_return_sequences,), the answers to a prompt one after the other.
 
     key  an integer or a JAX key: rows and answers differ; or one of them for each row: the answers to a row do not
-         depend on the batch it is in.  A uint32 `jax.Array` whose last axis is 2 is a raw key, as in `jax.random`
+         depend on the batch it is in.  Integers count modulo 2**32.  A uint32 `jax.Array` whose last axis is 2 is a raw
+         key, as in `jax.random`; other raw keys need `jax.random.wrap_key_data`
 
     Raises:
       InvalidSampling: any other value.
@@ -30,12 +31,17 @@ def row_keys(key: Any, rows: int, num_return_sequences: int = 1) -> jax.Array:
 
 def _base_keys(key: Any, rows: int) -> tuple[jax.Array, bool]:
     """`(keys, one_for_all)`: keys of shape () or (rows,), and whether it is one key for all rows."""
+    if isinstance(key, (list, tuple)) and key and all(isinstance(each, jax.Array) for each in key):
+        key = jnp.stack(key)
     if isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape[-1:] == (2,):
         key = jax.random.wrap_key_data(key)
     if isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         keys, shape = key, key.shape
     else:
-        seeds = np.asarray(key)
+        try:
+            seeds = np.asarray(key)
+        except (TypeError, ValueError):  # integers and keys, or rows of different length
+            raise _invalid_key(key, rows) from None
         if not np.issubdtype(seeds.dtype, np.integer):
             raise _invalid_key(key, rows)
         shape = seeds.shape

@@ -12,11 +12,12 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
+from ...policies.errors import InvalidTokens, shown
 from ..decoder import CausalLM
 from . import programs
 from .config import GenerationConfig, checked_count
 from .keys import row_keys
-from .prefix import checked_prompts, prefill, repeated
+from .prefix import check_prefix, checked_prompts, prefill, repeated
 from .programs import Prefix
 from .sampling import GREEDY, Sampling
 
@@ -58,10 +59,10 @@ def generate(
 ) -> jax.Array:
     """The new tokens after every prompt, `(batch * num_return_sequences, max_new_tokens)` int32.
 
-    input_ids             (batch, length) integers, or a `Prefix`
+    input_ids             (batch, length) integers, or a `Prefix`, whose rows are cut off when its cache is full
     attention_mask        (batch, length), nonzero for real tokens; prompts may be padded left or right; None: all real
     max_new_tokens        tokens to generate for each row; a row that ends earlier is filled with the config's
-                          pad_token_id, or else with the first of `eos_token_id`
+                          pad_token_id, or else with the first of `eos_token_id`, or else with 0
     eos_token_id          an id or several that end a row; None: those of the model's config; (): nothing ends a row
     sampling              how tokens are drawn; by default the most likely one is taken
     key                   an integer or a JAX key, or one for each row: a row with its own key gets the same answer in
@@ -79,7 +80,7 @@ def generate(
         key=key,
         num_return_sequences=num_return_sequences,
     )
-    return jnp.asarray(generate_with_logprobs(model, input_ids, attention_mask, config).tokens)
+    return jnp.asarray(_generate(model, input_ids, attention_mask, config).tokens)
 
 
 def generate_with_logprobs(
@@ -90,8 +91,17 @@ def generate_with_logprobs(
 ) -> Generated:
     """The new tokens after every prompt, where each row ends, and log-probabilities if `config` requests them.
 
-    Arguments and errors are those of `generate`; `config` has the settings.
+    Arguments and errors are those of `generate`, with the settings in one value. `logprobs=None` means 0 here.
     """
+    if isinstance(config, GenerationConfig) and config.logprobs is None:
+        config = dataclasses.replace(config, logprobs=0)
+    return _generate(model, input_ids, attention_mask, config)
+
+
+def _generate(
+    model: CausalLM, input_ids: ArrayLike | Prefix, attention_mask: ArrayLike | None, config: GenerationConfig
+) -> Generated:
+    """All parts of `decode` as one, padded to `max_new_tokens`."""
     count = config.max_new_tokens
     parts = list(decode(model, input_ids, attention_mask, config, chunk=max(count, 1)))
     whole = parts[-1] if parts else _no_tokens(input_ids, config)
@@ -128,9 +138,14 @@ def decode(
     Arguments and errors are those of `generate_with_logprobs`.
     """
     chunk = checked_count("chunk", chunk, 1)
+    if not isinstance(config, GenerationConfig):
+        raise InvalidTokens(f"config: expected a GenerationConfig, found {shown(config)}.")
     if config.logprobs is not None:
         checked_count("logprobs", config.logprobs, 0, model.config.vocab_size)
     if isinstance(input_ids, Prefix):
+        if attention_mask is not None:
+            raise InvalidTokens("attention_mask: expected None with a Prefix, whose cache knows its padding.")
+        check_prefix(model, input_ids)
         rows = input_ids.tokens.shape[0]
     else:
         rows = checked_prompts(model, input_ids, attention_mask)[0].shape[0]

@@ -10,11 +10,14 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from ...policies.errors import InvalidTokens
+from ...policies.dtypes import dtype_name
+from ...policies.errors import InvalidTokens, shown
+from ...policies.plan import count
 from ..decoder import CausalLM
 from ..kv_cache import EMPTY
 from ..tokens import checked_tokens
 from . import programs
+from .config import checked_count
 from .programs import Prefix
 
 
@@ -49,8 +52,10 @@ def prefill(
       InvalidTokens: ids outside the vocabulary, a row without a real token, shapes that do not fit, a full cache.
     """
     ids, mask = checked_prompts(model, input_ids, attention_mask)
+    max_new_tokens = checked_count("max_new_tokens", max_new_tokens, 0)
     length = bucket(ids.shape[1])
     if prefix is not None:
+        check_prefix(model, prefix)
         length = min(length, max(prefix.room, ids.shape[1]))
         prefix.cache.check_room(length)
         if ids.shape[0] != prefix.tokens.shape[0]:
@@ -75,6 +80,7 @@ def extend_prefix(model: CausalLM, prefix: Prefix, input_ids: ArrayLike, *, max_
       InvalidTokens: more than one row, and as `prefill`.
     """
     ids, mask = checked_prompts(model, input_ids, None)
+    check_prefix(model, prefix)
     if ids.shape[0] != 1 or prefix.tokens.shape[0] != 1:
         raise InvalidTokens(
             f"input_ids: expected one row and a prefix of one row, found {ids.shape[0]} and {prefix.tokens.shape[0]}."
@@ -107,6 +113,22 @@ def repeated(prefix: Prefix, count: int) -> Prefix:
     if count == 1:
         return prefix
     return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0) if x.ndim else jnp.copy(x), prefix)
+
+
+def check_prefix(model: CausalLM, prefix: Prefix) -> None:
+    """Raises InvalidTokens unless the cache of `prefix` is one of `model` under its policy."""
+    if not isinstance(prefix, Prefix):
+        raise InvalidTokens(f"prefix: expected a Prefix, found {shown(prefix)}.")
+    own = jax.eval_shape(lambda: model.empty_cache(1, 1))
+    layouts = [(cache.dtype, [(key.shape[1:3], key.dtype) for key in cache.keys]) for cache in (own, prefix.cache)]
+    if layouts[0] != layouts[1]:
+        theirs, ours = (
+            f"{count(len(cache.keys), 'layer')} in {dtype_name(cache.dtype)}" for cache in (prefix.cache, own)
+        )
+        raise InvalidTokens(
+            f"prefix: its cache has {theirs}, the model's has {ours}, or heads of another shape. Make a prefix with "
+            "this model under this policy."
+        )
 
 
 def checked_prompts(

@@ -42,6 +42,17 @@ class TestLlama:
         assert config.head_dim == 1024 // 16
         assert [config.use_bias(name) for name in ("q_proj", "o_proj", "up_proj")] == [False, False, True]
 
+    def test_fields_of_published_files_that_change_nothing(self):
+        plain = read_config(LLAMA)
+        assert plain.max_position_embeddings == 2048
+        unused = {
+            "unsloth_fixed": True,
+            "max_sequence_length": 2048,
+            "transformers.js_config": {"dtype": {}},
+            "top_p": 0.9,
+        }
+        assert read_config(LLAMA | unused | {"rope_parameters": {"partial_rotary_factor": 1.0}}) == plain
+
     def test_llama3_rope(self):
         config = read_config(LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}})
         assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
@@ -54,6 +65,7 @@ class TestLlama:
                 {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
                 r"llama3 rope: expected low_freq_factor below high_freq_factor, found 4\.0 and 4\.0",
             ),
+            ({"add_cross_attention": True}, "add_cross_attention = True is not implemented. Implemented: False"),
             ({"pretraining_tp": 2}, "pretraining_tp = 2 is not implemented. Implemented: 1"),
             ({"rope_interleaved": True}, "rope_interleaved = True is not implemented"),
             ({"sliding_window": 4096}, "fields that are not implemented: sliding_window = 4096"),
@@ -83,6 +95,10 @@ class TestCompressedTensors:
         assert compressed({"strategy": "tensor"}).block == (-1, -1)
         assert compressed({"strategy": "block", "block_structure": [128, 64]}).block == (128, 64)
 
+    def test_older_files_mean_the_same(self):
+        older = {"quantization_status": "frozen", "format": "naive-quantized", "sparsity_config": {"format": "dense"}}
+        assert compressed({"zp_dtype": "torch.float8_e4m3fn"}, **older) == compressed()
+
     @pytest.mark.parametrize("block", [(1, -1), (-1, -1), (128, 64)])
     def test_it_is_written_as_it_was_read(self, block):
         config = dataclasses.replace(read(), quantization=Quantization(block, ("lm_head",), "compressed-tensors"))
@@ -102,6 +118,8 @@ class TestCompressedTensors:
             ({"weights": {"strategy": "block"}}, "block_structure: expected two positive integers, found None"),
             ({"activations": {"dynamic": False}}, "input_activations: dynamic = false is not implemented, since"),
             ({"format": "pack-quantized"}, "quantization_config: format = 'pack-quantized' is not implemented"),
+            ({"quantization_status": "initialized"}, "quantization_status = 'initialized' is not implemented"),
+            ({"activations": {"dynamic": True, "num_bits": 4}}, "input_activations: num_bits = 4 is not implemented"),
             ({"kv_cache_scheme": {"num_bits": 8}}, "quantization_config: kv_cache_scheme = .* is not implemented"),
             ({"sparsity_config": {"format": "sparse"}}, "quantization_config: sparsity_config = .* is not implemented"),
             ({"config_groups": {}}, "quantization_config: 0 config_groups are not implemented"),
@@ -292,8 +310,8 @@ UNSUPPORTED = {
     "no model_type": ({"model_type": None}, "model_type None is not implemented"),
     "an unknown field": ({"logit_scale": 2.0}, "fields that are not implemented: logit_scale = 2.0"),
     "two unknown fields": ({"b": 1, "a": 0}, r"not implemented: a = 0, b = 1\. Remove them if they change nothing"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented. Implemented: 'silu'"),
-    "no q and k norm": ({"use_qk_norm": False}, "use_qk_norm false is not implemented"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not implemented. Implemented: 'silu'"),
+    "no q and k norm": ({"use_qk_norm": False}, "use_qk_norm = False is not implemented"),
     "rope type": (
         {"rope_scaling": {"rope_type": "longrope"}},
         "rope type 'longrope' is not implemented. Implemented: 'default'",

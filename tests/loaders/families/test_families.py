@@ -1,6 +1,7 @@
 """Every model family does what the first one does: load, plan, audit, compare, generate, chat, save, convert, shard."""
 
 import builtins
+import dataclasses
 
 import checkpoints
 import numpy as np
@@ -11,8 +12,8 @@ import perparam
 from perparam.__main__ import main
 from perparam.examples.make_tokenizer import write_tokenizer
 from perparam.loaders import convert_checkpoint, families
-from perparam.models import DecoderConfig
-from perparam.policies.errors import UnsupportedConfig
+from perparam.models import DecoderConfig, Llama
+from perparam.policies.errors import InvalidCheckpoint, UnsupportedConfig, UnsupportedExport
 from perparam.policies.trees import parameters
 
 VARIANTS = {
@@ -50,6 +51,37 @@ def test_a_config_of_no_family_is_refused():
     heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2)
     with pytest.raises(UnsupportedConfig, match=r"Other is not the config of .*: LlamaConfig, Qwen2Config"):
         families.family_of(Other(**sizes, **heads))
+
+
+def test_a_config_that_its_file_cannot_hold_is_refused():
+    config = dataclasses.replace(families.read_config(fields("llama")), windows=(None, 5))
+    with pytest.raises(UnsupportedExport, match=r"windows: the config.json of LlamaForCausalLM cannot hold"):
+        families.config_to_json(config)
+    without_eos = dataclasses.replace(config, windows=(), eos_token_id=())
+    assert families.config_to_json(without_eos)["eos_token_id"] is None  # transformers has a default of its own
+
+
+def test_another_architecture_is_named(tmp_path):
+    config = fields("qwen3") | {"architectures": ["Qwen3ForSequenceClassification"]}
+    tensors = checkpoints.tensors(config)
+    tensors["score.weight"] = tensors.pop("lm_head.weight")
+    with pytest.raises(InvalidCheckpoint, match=r"Qwen3ForSequenceClassification.*, and only Qwen3ForCausalLM is"):
+        perparam.load_model(checkpoints.write(tmp_path, config, tensors))
+
+
+def test_a_model_takes_the_config_of_its_family_with_sizes_that_fit():
+    config = families.read_config(fields("qwen3"))
+    with pytest.raises(UnsupportedConfig, match="Llama: expected a LlamaConfig, found Qwen3Config"):
+        Llama(config, rngs=None)
+    for changes, text in (
+        ({"num_key_value_heads": 3}, "4 attention heads do not divide among 3"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"windows": (4,)}, "windows has 1 entries for 2 layers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be positive, found 0"),
+    ):
+        with pytest.raises(UnsupportedConfig, match=text):
+            dataclasses.replace(config, **changes)
+    assert dataclasses.replace(config, eos_token_id=3, dtype="bf16").eos_token_id == (3,)
 
 
 def test_the_name_table_names_each_parameter_of_the_model(case):

@@ -1,6 +1,7 @@
 """Keys of rows: each seed gives its own, whatever the batch, and seeds that do not fit are refused."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,6 +37,14 @@ def test_seeds_may_be_of_any_integer_dtype(dtype):
     seeds = np.array([1, 2, 3], dtype)
     np.testing.assert_array_equal(bits(row_keys(seeds, 3)), bits(row_keys([1, 2, 3], 3)))
     np.testing.assert_array_equal(bits(row_keys(seeds[1], 3)), bits(row_keys(2, 3)))
+
+
+def test_a_list_of_keys_is_one_for_each_row():
+    keys = list(jax.random.split(jax.random.key(0), 3))
+    np.testing.assert_array_equal(bits(row_keys(keys, 3)), bits(row_keys(jnp.stack(keys), 3)))
+    for mixed in ([keys[0], 1, 2], [[1], [2, 3]]):
+        with pytest.raises(InvalidSampling, match="key: expected an integer or a JAX key"):
+            row_keys(mixed, 3)
 
 
 def test_a_jax_key_is_the_integer_it_was_made_from():

@@ -6,7 +6,7 @@ import pytest
 from checkpoints import relative_error
 from generating import FLOAT32_ERROR, IDS, MASK, NEW, PAD, WARM
 
-from perparam import generate
+from perparam import Policy, generate
 from perparam.generation import GenerationConfig, prefill
 from perparam.models import decode, generate_with_logprobs, generation
 from perparam.policies.errors import InvalidSampling, InvalidTokens
@@ -116,3 +116,27 @@ def test_buckets_are_few_and_at_most_half_larger_than_asked():
     assert all(size <= max(16, 1.5 * count) for count, size in enumerate(found, start=1))
     assert len(set(found)) == 15
     assert all(generation.bucket(size) == size for size in found)
+
+
+def test_settings_and_prefixes_of_the_wrong_kind_are_refused(model):
+    prefix = prefill(model, IDS, MASK, max_new_tokens=NEW)
+    with pytest.raises(InvalidSampling, match="sampling: expected a Sampling, found 'greedy'"):
+        generate(model, prefix, sampling="greedy")
+    with pytest.raises(InvalidTokens, match="config: expected a GenerationConfig, found 20"):
+        decode(model, IDS, MASK, 20)
+    with pytest.raises(InvalidTokens, match="attention_mask: expected None with a Prefix"):
+        generate(model, prefix, MASK)
+    with pytest.raises(InvalidTokens, match="max_new_tokens: expected an integer of 0 or more, found 1"):
+        prefill(model, IDS, MASK, max_new_tokens=1.5)
+    with pytest.raises(InvalidTokens, match="logprobs: expected an integer from 0 to 61, found 100"):
+        decode(model, IDS, MASK, GenerationConfig(logprobs=100))
+    with pytest.raises(InvalidTokens, match=r"eos_token_id: expected a token id or several, found \[\[1\], \[2, 3\]\]"):
+        generate(model, IDS, MASK, eos_token_id=[[1], [2, 3]])
+
+
+def test_a_prefix_of_another_policy_is_refused(model):
+    prefix = prefill(model, IDS, MASK, max_new_tokens=NEW)
+    other = model.with_policy(Policy(compute="f32", kv_cache="f8_e4m3fn"))
+    for use in (lambda: generate(other, prefix), lambda: prefill(other, IDS, MASK, prefix=prefix)):
+        with pytest.raises(InvalidTokens, match=r"prefix: its cache has 1 layer in .*, the model's has 1 layer in f8"):
+            use()
