@@ -104,19 +104,20 @@ class Comparison:
         from matplotlib.figure import Figure
 
         panels = (
-            ("perplexity", [row.perplexity for row in self.rows]),
-            ("KL to the first, nats", [row.kl for row in self.rows]),
+            ("perplexity, with standard error", [row.perplexity for row in self.rows]),
+            (f"KL from {self.rows[0].name}, nats", [row.kl for row in self.rows]),
             ("parameters, MiB", [row.bytes / 2**20 for row in self.rows]),
             ("decoding, tokens/s", [row.tokens_per_second for row in self.rows]),
         )
         names = [row.name if len(row.name) <= 24 else f"…{row.name[-23:]}" for row in self.rows]
         figure = Figure(figsize=(10, 1.2 + 0.45 * len(names) * 2), layout="constrained")
         for axes, (title, values) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-            bars = axes.barh(names[::-1], values[::-1], color="#4878a8")
+            errors = [row.perplexity_error for row in self.rows[::-1]] if title.startswith("perplexity") else None
+            bars = axes.barh(names[::-1], values[::-1], xerr=errors, color="#4878a8", ecolor="#303030")
             axes.bar_label(bars, [f"{value:.3g}" for value in values[::-1]], padding=3)
             axes.set_title(title, fontsize=10, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.margins(x=0.15)
+            axes.margins(x=0.2)
         figure.savefig(path, dpi=120)
 
 

@@ -101,7 +101,6 @@ def test_scales_are_cut_with_whole_blocks_and_copied_where_a_cut_falls_within_on
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_biases_are_cut_with_the_rows_of_their_kernel(more, family):
     shards = more[f"{family} over four"]["shards"]
@@ -112,6 +111,7 @@ def test_biases_are_cut_with_the_rows_of_their_kernel(more, family):
         assert shards["layers/0/mlp/down_proj/bias"] == [256]  # of a kernel that is cut by columns
 
 
+@pytest.mark.slow
 def test_heads_that_do_not_divide_are_copied(more):
     shards = more["one mesh axis of eight"]["shards"]
     assert shards["layers/0/self_attn/q_proj/kernel"] == [768, 256]
