@@ -37,7 +37,7 @@ def folders(load, tmp_path_factory):
 @pytest.mark.parametrize("name", ["kept", "dequantised", "requantised", "sharded", "quantised", "converted", "saved"])
 def test_no_more_than_one_parameter_and_a_few_slabs_beyond_the_model(load, folders, name):
     folder = folders[load.CONTENDERS[name][0]]
-    measured = load.measured(name, folder)
+    measured = load.measure(name, folder)
     assert measured["beyond"] <= load.largest(folder) + BEYOND
     if name not in ("converted", "saved"):
         times = 2 if name == "dequantised" else 1
@@ -46,6 +46,6 @@ def test_no_more_than_one_parameter_and_a_few_slabs_beyond_the_model(load, folde
 
 
 def test_what_is_read_into_memory_is_seen(load, folders):
-    measured = load.measured("read fp8", folders["fp8"])
+    measured = load.measure("read fp8", folders["fp8"])
     size = sum(file.stat().st_size for file in folders["fp8"].glob("*.safetensors"))
     assert abs(measured["beyond"] + measured["model"] - size) < 2**24
