@@ -65,13 +65,15 @@ class DecoderConfig:
     source: pathlib.Path | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Normalises `dtype` and `eos_token_id`, and checks sizes against each other.
+        """Normalises `dtype`, `eos_token_id` and `windows`, and checks sizes against each other.
 
         Raises:
           UnsupportedConfig: sizes that do not fit together.
         """
         object.__setattr__(self, "dtype", None if self.dtype is None else as_dtype(self.dtype))
         object.__setattr__(self, "eos_token_id", tuple(map(int, np.atleast_1d(self.eos_token_id))))
+        if all(window is None for window in self.windows):
+            object.__setattr__(self, "windows", ())
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
             if getattr(self, name) < 1:

@@ -82,6 +82,7 @@ def test_a_model_takes_the_config_of_its_family_with_sizes_that_fit():
         with pytest.raises(UnsupportedConfig, match=text):
             dataclasses.replace(config, **changes)
     assert dataclasses.replace(config, eos_token_id=3, dtype="bf16").eos_token_id == (3,)
+    assert dataclasses.replace(config, windows=(None, None)).windows == ()
 
 
 def test_the_name_table_names_each_parameter_of_the_model(case):
