@@ -1,4 +1,4 @@
-"""`quantization_config` of compressed-tensors: strategies are blocks, and fields that are not implemented are refused."""
+"""compressed-tensors in `quantization_config`: strategies are blocks, and what is not implemented is refused by name."""
 
 import dataclasses
 
