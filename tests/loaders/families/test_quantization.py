@@ -1,4 +1,4 @@
-"""compressed-tensors in `quantization_config`: strategies are blocks, and what is not implemented is refused by name."""
+"""compressed-tensors in `quantization_config`: strategies are blocks, other values are refused by name."""
 
 import dataclasses
 
