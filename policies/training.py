@@ -33,7 +33,7 @@ def partition(variables: Any, trainable: str | Iterable[str] | Callable[[str], b
       UnmatchedRule: a pattern that matches none of the parameters that can be trained, and does not end with '?'.
 
     >>> trainable, frozen = partition({"kernel": jax.numpy.ones((2, 2), "float8_e4m3fn"),
-    ...                                      "scale_inv": jax.numpy.ones((1, 1)), "bias": jax.numpy.ones(2)})
+    ...                                 "scale_inv": jax.numpy.ones((1, 1)), "bias": jax.numpy.ones(2)})
     >>> jax.tree.map(lambda x: x.dtype.name, trainable)
     {'bias': 'float32', 'kernel': None, 'scale_inv': None}
     """

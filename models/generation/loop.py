@@ -93,7 +93,8 @@ def generate_with_logprobs(
 
     Arguments and errors are those of `generate`, with the settings in one value. `logprobs=None` means 0 here.
     """
-    if isinstance(config, GenerationConfig) and config.logprobs is None:
+    _check_config(config)
+    if config.logprobs is None:
         config = dataclasses.replace(config, logprobs=0)
     return _generate(model, input_ids, attention_mask, config)
 
@@ -138,8 +139,7 @@ def decode(
     Arguments and errors are those of `generate_with_logprobs`.
     """
     chunk = checked_count("chunk", chunk, 1)
-    if not isinstance(config, GenerationConfig):
-        raise InvalidTokens(f"config: expected a GenerationConfig, found {shown(config)}.")
+    _check_config(config)
     if config.logprobs is not None:
         checked_count("logprobs", config.logprobs, 0, model.config.vocab_size)
     if isinstance(input_ids, Prefix):
@@ -152,6 +152,12 @@ def decode(
     keys = row_keys(config.key, rows, config.num_return_sequences)
     eos, pad = config.end_ids(model.config), config.pad_id(model.config)
     return _parts(model, input_ids, attention_mask, config, keys, eos, pad, chunk)
+
+
+def _check_config(config: GenerationConfig) -> None:
+    """Raises InvalidTokens for settings that are not a `GenerationConfig`."""
+    if not isinstance(config, GenerationConfig):
+        raise InvalidTokens(f"config: expected a GenerationConfig, found {shown(config)}.")
 
 
 def _parts(

@@ -46,6 +46,9 @@ def layouts():
         yield name, mesh(4), None
     yield "one mesh axis of four", mesh(4), None
     yield "one mesh axis of eight", mesh(8), None
+    yield "an Explicit axis, as jax.make_mesh makes it", jax.make_mesh((4,), ("tensor",)), None
+    rows = NamedSharding(jax.make_mesh((4,), ("tensor",)), P("tensor"))
+    yield "an Explicit axis in a pattern", {"**/mlp/{gate,up}_proj/kernel": rows}, None
     yield "two axes", mesh(2, 4), None
     yield "in float32", mesh(4), {"compute": "f32"}
     yield "dequantised", mesh(4), "bf16"

@@ -28,7 +28,10 @@ LAYOUTS = (
     "one mesh axis of four", "requantised to blocks of 64", "by pattern, both axes cut", "on the last device",
     "in float32",
 )  # fmt: skip
-MORE = ("one mesh axis of eight", "two axes", "dequantised", "copied to all", "llama over four", "qwen2 over four")
+MORE = (
+    "one mesh axis of eight", "two axes", "dequantised", "copied to all", "llama over four", "qwen2 over four",
+    "an Explicit axis, as jax.make_mesh makes it", "an Explicit axis in a pattern",
+)  # fmt: skip
 
 
 def printed(folder, names):

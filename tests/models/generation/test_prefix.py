@@ -122,8 +122,9 @@ def test_settings_and_prefixes_of_the_wrong_kind_are_refused(model):
     prefix = prefill(model, IDS, MASK, max_new_tokens=NEW)
     with pytest.raises(InvalidSampling, match="sampling: expected a Sampling, found 'greedy'"):
         generate(model, prefix, sampling="greedy")
-    with pytest.raises(InvalidTokens, match="config: expected a GenerationConfig, found 20"):
-        decode(model, IDS, MASK, 20)
+    for function in (decode, generate_with_logprobs):
+        with pytest.raises(InvalidTokens, match="config: expected a GenerationConfig, found 20"):
+            function(model, IDS, MASK, 20)
     with pytest.raises(InvalidTokens, match="attention_mask: expected None with a Prefix"):
         generate(model, prefix, MASK)
     with pytest.raises(InvalidTokens, match="max_new_tokens: expected an integer of 0 or more, found 1"):
