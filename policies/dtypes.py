@@ -7,6 +7,7 @@ Public functions convert a dtype to `np.dtype` once: dtypes are dict keys, and
 from __future__ import annotations
 
 import difflib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _NARROW_FLOATS = (
     "float8_e4m3fn",
     "float8_e5m2",
-    "float8_e4m3",
     "float8_e3m4",
     "float8_e4m3b11fnuz",
     "float8_e4m3fnuz",
@@ -29,7 +29,7 @@ _NARROW_FLOATS = (
 # No parameter is stored in these dtypes.  Their names are known so that errors distinguish them from misspellings.
 _OTHERS = (
     *("bool", "int2", "int4", "int16", "int32", "int64", "uint2", "uint4", "uint8", "uint16", "uint32", "uint64"),
-    *("complex64", "complex128", "float8_e8m0fnu", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn"),
+    *("complex64", "complex128", "float8_e8m0fnu", "float8_e4m3", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn"),
 )
 # Names in safetensors headers that are not the short name in upper case.
 _SAFETENSORS = {
@@ -38,12 +38,17 @@ _SAFETENSORS = {
     "F8_E8M0": "float8_e8m0fnu",
     "BOOL": "bool",
 }
+# Names that frameworks read differently, with what to write.
 _AMBIGUOUS = {
     "f8": "f8_e4m3fn (numpy reads 'f8' as 64-bit)",
     "i8": "int8 (numpy reads 'i8' as 64-bit)",
-    "f8_e4m3": "f8_e4m3fn (what checkpoints call F8_E4M3) or float8_e4m3 (the type with infinities)",
+    "float": "f32 (numpy reads 'float' as 64-bit)",
     "float8": "f8_e4m3fn",
     "fp8": "f8_e4m3fn",
+    **dict.fromkeys(
+        ("f8_e4m3", "float8_e4m3"),
+        "f8_e4m3fn, the type of checkpoints (JAX's float8_e4m3 is another one, with infinities)",
+    ),
 }
 
 
@@ -65,17 +70,21 @@ _BY_NAME: dict[str, np.dtype] = {}
 for _name in (*_FLOATS, *_NARROW_FLOATS, "int8", *_OTHERS):
     _dtype = _numpy(_name)
     _BY_NAME |= {_name: _dtype, _short(_name): _dtype, _short(_name).upper(): _dtype}
-_BY_NAME |= {"half": _numpy("float16"), "single": _numpy("float32"), "double": _numpy("float64")}
+_BY_NAME |= {f"fp{bits}": _numpy(f"float{bits}") for bits in (16, 32, 64)}
+_BY_NAME |= {"half": _numpy("float16"), "full": _numpy("float32")}  # as in jmp
+_BY_NAME |= {"single": _numpy("float32"), "double": _numpy("float64"), "torch.float": _numpy("float32")}
 _BY_NAME |= {alias: _numpy(name) for alias, name in _SAFETENSORS.items()}
 for _name in _AMBIGUOUS:
     _BY_NAME.pop(_name, None)
+_TORCH = "torch."  # prefix of the names of PyTorch, as in the config.json of many models
 
 
 def as_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns the `np.dtype` for a name, a scalar type or a dtype.
 
-    Names are short (`f8_e4m3fn`), long (`float8_e4m3fn`) or as in safetensors headers (`F8_E4M3`), for every dtype of
-    numpy and ml_dtypes.  Scalar types are those of jax and numpy, such as `jnp.bfloat16`.
+    Names are short (`f8_e4m3fn`), long (`float8_e4m3fn`), as in safetensors headers (`F8_E4M3`) or as in PyTorch
+    (`torch.float8_e4m3fn`), for every dtype of numpy and ml_dtypes; `fp16`, `fp32`, and jmp's `half` and `full` are f16
+    and f32.  Scalar types are those of jax and numpy, such as `jnp.bfloat16`.
 
     >>> as_dtype("f8_e4m3fn") == as_dtype("F8_E4M3") == as_dtype(jnp.float8_e4m3fn)
     True
@@ -84,9 +93,11 @@ def as_dtype(dtype: DTypeLike) -> np.dtype:
       UnknownDtype: for any other name, with the nearest valid name; for float64 while `jax_enable_x64` is off.
     """
     if isinstance(dtype, str):
-        if dtype in _AMBIGUOUS:
-            raise UnknownDtype(f"dtype {dtype!r} is ambiguous. Write {_AMBIGUOUS[dtype]}.")
+        name = dtype.removeprefix(_TORCH)
         result = _BY_NAME.get(dtype)
+        if result is None and name in _AMBIGUOUS:
+            raise UnknownDtype(f"dtype {dtype!r} is ambiguous. Write {_AMBIGUOUS[name]}.")
+        result = result or _BY_NAME.get(name)
         if result is None:
             raise UnknownDtype(f"unknown dtype {dtype!r}{_nearest(dtype)}")
     else:
@@ -104,12 +115,20 @@ def as_dtype(dtype: DTypeLike) -> np.dtype:
 
 def is_dtype_name(name: str) -> bool:
     """Returns whether `name` is the name of a dtype, or one of the names that `as_dtype` rejects as ambiguous."""
-    return name in _BY_NAME or name in _AMBIGUOUS
+    return any(each in _BY_NAME or each in _AMBIGUOUS for each in (name, name.removeprefix(_TORCH)))
+
+
+def _bits(name: str) -> list[str]:
+    """Returns the digits of the first number in a name, sorted so that `bf61` has those of `bf16`."""
+    number = re.search(r"[0-9]+", name)
+    return sorted(number.group()) if number else []
 
 
 def _nearest(name: str) -> str:
-    """Returns the hint at the end of the error for an unknown name."""
-    near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.5)
+    """Returns the hint at the end of the error for an unknown name: the nearest name with as many bits."""
+    bits = _bits(name)
+    names = [each for each, dtype in _BY_NAME.items() if can_store(dtype) and bits in ([], _bits(each))]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f". The nearest name is {near[0]!r}." if near else ". Write a name such as 'bf16', 'f32' or 'f8_e4m3fn'."
 
 

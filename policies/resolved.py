@@ -358,6 +358,5 @@ def _nearest(rule: Rule, paths: list[str]) -> str:
         near = [names[name] for name in difflib.get_close_matches(rule.pattern, names, n=1, cutoff=0.0)]
     else:
         near = difflib.get_close_matches(rule.pattern.replace("*", "0"), dict.fromkeys(paths), n=1, cutoff=0.0)
-    unanchored = pattern.bare or pattern.alternatives[0][0] == "**"
-    anchor = "" if unanchored else "  Patterns are anchored at the root; '**/…' matches at any depth.\n"
+    anchor = "" if not pattern.anchored else "  Patterns are anchored at the root; '**/…' matches at any depth.\n"
     return (f"  nearest: {near[0]}\n" if near else "") + anchor

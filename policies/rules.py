@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ from .slots import SLOTS, Slot
 SlotLike = DTypeLike | Format | Mapping[str, Any] | None
 
 _MAX_CACHED = 1 << 16  # paths
-_MAX_PATTERNS = 256  # bounds the time that a hostile policy can take
+_MAX_PATTERNS = 256  # with `*`: bounds the time that a hostile policy can take
+_MAX_ALTERNATIVES = 1 << 14  # in braces: bounds the memory
 
 
 @functools.lru_cache(4096)
@@ -172,12 +173,22 @@ def read_slot(
                 continue
             kind = "scales" if names_scales(Pattern.of(pattern)) else "rule"
             rules.append(Rule(pattern, slot.read(key, format, kind), optional, source))
-    if sum(len(rule.compiled.alternatives) for rule in rules if rule.compiled.exact is None) > _MAX_PATTERNS:
+            if len(rules) % 64 == 0:
+                check_size(slot.name, rules)
+    check_size(slot.name, rules)
+    return SlotRules(tuple(rules), default)
+
+
+def check_size(slot: str, rules: Sequence[Rule]) -> None:
+    """Raises InvalidPolicy if matching the patterns of a slot could take long, or much memory."""
+    patterns = [rule.compiled for rule in rules]
+    if sum(pattern.alternatives - 1 for pattern in patterns) > _MAX_ALTERNATIVES:
+        raise InvalidPolicy(f"{slot}: more than {_MAX_ALTERNATIVES} alternatives in braces. Write '*' instead.")
+    if sum(pattern.globs for pattern in patterns if pattern.exact is None) > _MAX_PATTERNS:
         raise InvalidPolicy(
-            f"{slot.name}: more than {_MAX_PATTERNS} patterns with '*', counting the alternatives in braces. "
+            f"{slot}: more than {_MAX_PATTERNS} patterns with '*', counting the alternatives in braces. "
             "Write the paths without '*'."
         )
-    return SlotRules(tuple(rules), default)
 
 
 def _default(format: Format | None, source: str | None) -> Rule | None:

@@ -23,7 +23,12 @@ def reference_matches(pattern: str, path: str) -> bool:
 
 def written_out(pattern: str) -> list[str]:
     """The alternatives of a pattern without braces."""
-    choices = [piece.strip("{}").split(",") for piece in re.split(r"(\{[^}]*\})", pattern)]
+
+    def words(piece: str) -> list[str]:
+        ends = [word.split("..") for word in piece.strip("{}").split(",")]
+        return [str(i) for end in ends for i in (range(int(end[0]), int(end[1]) + 1) if end[1:] else end)]
+
+    choices = [words(piece) for piece in re.split(r"(\{[^}]*\})", pattern)]
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.optimised
 NARROW_FLOATS = (
     "float8_e4m3fn",
     "float8_e5m2",
-    "float8_e4m3",
     "float8_e3m4",
     "float8_e4m3b11fnuz",
     "float8_e4m3fnuz",
@@ -44,21 +43,32 @@ def finite_values(name: str) -> np.ndarray:
 class TestNames:
     @pytest.mark.parametrize(
         "alias",
-        ["f8_e4m3fn", "float8_e4m3fn", "F8_E4M3FN", "F8_E4M3", jnp.float8_e4m3fn, ml_dtypes.float8_e4m3fn, E4M3FN],
+        [
+            *("f8_e4m3fn", "float8_e4m3fn", "F8_E4M3FN", "F8_E4M3", "torch.float8_e4m3fn"),
+            *(jnp.float8_e4m3fn, ml_dtypes.float8_e4m3fn, E4M3FN),
+        ],
     )
     def test_every_name_of_e4m3fn_is_one_dtype(self, alias):
         assert as_dtype(alias) == E4M3FN
         assert type(as_dtype(alias)) is type(E4M3FN)
         assert hash(as_dtype(alias)) == hash(E4M3FN)
 
-    @pytest.mark.parametrize("alias", ["bf16", "bfloat16", "BF16", jnp.bfloat16, ml_dtypes.bfloat16, BF16])
+    @pytest.mark.parametrize(
+        "alias", ["bf16", "bfloat16", "BF16", "torch.bfloat16", jnp.bfloat16, ml_dtypes.bfloat16, BF16]
+    )
     def test_every_name_of_bf16_is_one_dtype(self, alias):
         assert as_dtype(alias) == BF16
         assert hash(as_dtype(alias)) == hash(BF16)
 
-    @pytest.mark.parametrize("alias", ["f32", "float32", "F32", "single", jnp.float32, np.float32, np.dtype("f4")])
+    @pytest.mark.parametrize(
+        "alias", ["f32", "float32", "F32", "fp32", "single", "full", "torch.float", jnp.float32, np.dtype("f4")]
+    )
     def test_every_name_of_f32_is_one_dtype(self, alias):
         assert as_dtype(alias) == np.dtype("float32")
+
+    @pytest.mark.parametrize("alias", ["f16", "fp16", "half", "torch.half", "torch.float16"])
+    def test_every_name_of_f16_is_one_dtype(self, alias):
+        assert as_dtype(alias) == np.dtype("float16")
 
     @pytest.mark.parametrize(("alias", "name"), [("I8", "int8"), ("F8_E5M2", "float8_e5m2"), ("BOOL", "bool")])
     def test_safetensors_names_are_known(self, alias, name):
@@ -73,17 +83,18 @@ class TestNames:
 
     @pytest.mark.parametrize(
         ("misspelt", "nearest"),
-        [("fp32", "f32"), ("bfloat", "bfloat16"), ("f8_e4m3n", "f8_e4m3fn"), ("float8_e5m", "float8_e5m2")],
+        [("float23", "float32"), ("bfloat", "bfloat16"), ("f8_e4m3n", "f8_e4m3fn"), ("float8_e5m", "float8_e5m2")],
     )
     def test_an_unknown_name_is_answered_with_the_nearest(self, misspelt, nearest):
         with pytest.raises(UnknownDtype, match=f"unknown dtype '{misspelt}'.*nearest name is '{nearest}'"):
             as_dtype(misspelt)
 
-    def test_a_name_like_no_other_is_answered_with_examples(self):
-        with pytest.raises(UnknownDtype, match=r"unknown dtype 'kernel'. Write a name such as 'bf16', 'f32'"):
-            as_dtype("kernel")
+    @pytest.mark.parametrize("name", ["kernel", "nf4", "nvfp4"])
+    def test_a_name_like_no_other_is_answered_with_examples(self, name):
+        with pytest.raises(UnknownDtype, match=rf"unknown dtype '{name}'. Write a name such as 'bf16', 'f32'"):
+            as_dtype(name)
 
-    @pytest.mark.parametrize("ambiguous", ["f8", "f8_e4m3", "fp8", "float8"])
+    @pytest.mark.parametrize("ambiguous", ["f8", "f8_e4m3", "float8_e4m3", "torch.float8_e4m3", "fp8", "float8"])
     def test_an_ambiguous_name_is_refused_and_the_choice_shown(self, ambiguous):
         with pytest.raises(UnknownDtype, match=f"'{ambiguous}' is ambiguous. Write f8_e4m3fn"):
             as_dtype(ambiguous)

@@ -106,7 +106,7 @@ class TestProducts:
         assert y.dtype == dtype(activations)
         assert_product(y, *operands(x, kernel, None, RAGGED, compute))
 
-    @pytest.mark.parametrize("narrow", ["int8", "float8_e5m2", "float8_e4m3"])
+    @pytest.mark.parametrize("narrow", ["int8", "float8_e5m2", "float8_e4m3fnuz"])
     @pytest.mark.parametrize("compute", [None, FP8, pytest.param("bfloat16", marks=pytest.mark.slow)])
     def test_every_narrow_kernel(self, narrow, compute):
         (kernel, scale_inv), x = pair(narrow=narrow), inputs(2, 72)

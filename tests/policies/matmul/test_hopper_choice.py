@@ -90,7 +90,7 @@ TAKEN = Case(8, (256, 384))
 REFUSALS = {
     "no operand is narrow in the product": Case(8, compute="bfloat16"),
     "there is no kernel for int8": Case(8, kernel="int8"),
-    "there is no kernel for float8_e4m3": Case(8, kernel="float8_e4m3"),
+    "there is no kernel for f8_e4m3fnuz": Case(8, kernel="float8_e4m3fnuz"),
     "both operands have to be f8_e4m3fn": Case(8, kernel="float8_e5m2", compute=FP8),
     "float32 activations would lose bits": Case(8, x="float32"),
     "200×384 is no multiple of 128×128": Case(8, (200, 384)),
