@@ -19,10 +19,11 @@ from .errors import (
     UnsupportedConfig,
 )
 from .formats import FORMATS, Format, ScaledArray, as_format, dequantize, quantize, register_format
+from .include import preset_names
 from .matmul import Choice, Target, matmul_override, matmul_plan, scaled_matmul, scaled_matmuls
 from .plan import Plan, Row
 from .policy import Policy
-from .presets import PolicyLike, get_policy, preset_names
+from .presets import PolicyLike, get_policy
 from .resolved import Resolved, ResolvedParam, resolve
 from .rules import Rule, SlotRules
 from .scope import ParamSpec, Scope

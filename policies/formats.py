@@ -202,7 +202,10 @@ def as_format(value: Any) -> Format:
                 raise UnknownDtype(f"unknown format {value!r}. The nearest name is {near[0]!r}.")
         return Format(dtypes.as_dtype(value))
     if unknown := sorted(map(str, set(value) - {"dtype", "block", "scale"})):
-        raise InvalidPolicy(f"a format has dtype, block and scale, found {unknown[0]!r}. Remove it.")
+        raise InvalidPolicy(
+            f"a format has dtype, block and scale, found {unknown[0]!r}. Remove it, or if it is part of the path of a "
+            "parameter, write the path as one key, such as dense/kernel."
+        )
     if value.get("dtype") is None:
         raise InvalidPolicy("a format needs a dtype. Write {dtype: f8_e4m3fn, block: [128, 128], scale: bf16}.")
     if isinstance(value["dtype"], str) and value["dtype"] in FORMATS:

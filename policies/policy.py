@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from . import cast, yaml
+from .errors import InvalidPolicy
 from .matmul import Target
 from .plan import Plan, plan
 from .resolved import resolve
-from .rules import PolicyRules, SlotLike, SlotRules
+from .rules import PolicyRules, SlotLike, SlotRules, read_slot
 from .scope import Scope
+from .slots import SLOTS
 from .store import store
 
 
@@ -59,7 +62,7 @@ class Policy(PolicyRules):
         """Returns the policy in a YAML file.
 
         Raises:
-          MissingFile: if the file does not exist.
+          MissingFile: if the file does not exist, or one that it includes.
           InvalidPolicy, UnknownDtype: if the file is not a valid policy; the message has file and line.
         """
         return Policy(**yaml.load(path))
@@ -77,6 +80,36 @@ class Policy(PolicyRules):
         True
         """
         return Policy(**yaml.parse(line))
+
+    def replace(self, **slots: Any) -> Policy:
+        """Returns the policy with other values for some slots or for `block`, each replaced as a whole.
+
+        >>> Policy(params={"kernel": "bf16"}, compute="f32").replace(compute="bf16", output="f32")
+        Policy(params={'kernel': 'bf16'}, compute='bf16', output='f32')
+        """
+        return Policy(**{**dict(self.slots), "block": self.block, **slots})
+
+    def merge(self, other: Policy | Mapping[str, Any]) -> Policy:
+        """Returns the policy with the rules of `other` before its own, so that these win.
+
+        other  a Policy, or a mapping of slots as for `Policy(**other)`
+
+        In each slot a map of rules goes before the rules of this policy, whose rules for the same keys are left out and
+        whose default applies if `other` has none.  A slot that is one dtype replaces the slot, and so does `block`.
+
+        >>> policy = Policy(params={"kernel": "f8_e4m3fn", "default": "f32"}, compute="bf16")
+        >>> policy.merge({"params": {"head/kernel": "bf16"}, "compute": "f32"})
+        Policy(params={'head/kernel': 'bf16', 'kernel': 'f8_e4m3fn', 'default': 'f32'}, compute='f32')
+        """
+        if isinstance(other, Policy):
+            other = {**dict(other.slots), **({} if other.block is None else {"block": other.block})}
+        if not isinstance(other, Mapping):
+            raise InvalidPolicy(f"merge: expected a Policy or a mapping of slots, found {other!r}. Use get_policy.")
+        merged = {
+            name: read_slot(SLOTS[name], value, base=self.slot(name)) if name in SLOTS else value
+            for name, value in other.items()
+        }
+        return self.replace(**merged)
 
     def dumps(self) -> str:
         """Returns YAML from which `loads` makes an equal policy."""

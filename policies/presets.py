@@ -1,40 +1,24 @@
-"""The presets, and `get_policy`, which converts every `policy=` argument to a Policy."""
+"""`get_policy`, which converts every `policy=` argument to a Policy."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from .dtypes import as_dtype, is_dtype_name
 from .errors import InvalidPolicy
+from .include import is_file, nearest_preset, preset_file, preset_names
 from .policy import Policy
 from .rules import unknown_slot
 from .slots import SLOTS
 
-_FOLDER = pathlib.Path(__file__).parent / "presets"
-
 
 @functools.cache
 def _preset(name: str) -> Policy:
-    file = _FOLDER / f"{name}.yaml"
+    file = preset_file(name)
     return Policy.loads(file.read_text(encoding="utf-8"), name=file.name)
-
-
-@functools.cache
-def preset_names() -> tuple[str, ...]:
-    """Returns the names of the presets in alphabetical order."""
-    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return pathlib.Path(name).is_file()
-    except (OSError, ValueError):  # not a file name: too long, as YAML text can be, or with a NUL character
-        return False
 
 
 PolicyLike: TypeAlias = Policy | str | os.PathLike[str] | Mapping[str, Any] | None
@@ -75,8 +59,7 @@ def get_policy(policy: PolicyLike) -> Policy:
         return Policy(dtype, dtype, dtype)
     if "=" in policy:
         return Policy.parse(policy)
-    if _is_file(policy):
+    if is_file(policy):
         return Policy.load(policy)
-    near = difflib.get_close_matches(policy, preset_names(), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise InvalidPolicy(f"{policy!r} is neither a preset ({', '.join(preset_names())}), a dtype nor a file.{hint}")
+    names = ", ".join(preset_names())
+    raise InvalidPolicy(f"{policy!r} is neither a preset ({names}), a dtype nor a file.{nearest_preset(policy)}")

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from .blocks import Block, as_block
 from .dtypes import dtype_name
-from .errors import InvalidPolicy, UnknownDtype
+from .errors import InvalidPolicy, MissingFile, UnknownDtype
 from .formats import Format
 from .paths import is_scale, scale_path
 from .patterns import Pattern
@@ -140,23 +140,31 @@ class SlotRules:
 
 
 def read_slot(
-    slot: Slot, value: Any, sources: Mapping[str, str] | None = None, default_source: str | None = None
+    slot: Slot,
+    value: Any,
+    sources: Mapping[str, str] | None = None,
+    default_source: str | None = None,
+    base: SlotRules = SlotRules(),
 ) -> SlotRules:
     """Returns the rules for the value of a slot.
 
     value           None, a format, a map from patterns to formats, or rules that are read already
     sources         file and line by key of a map
     default_source  file and line of a slot that is not a map
+    base            rules that follow those of a map: its rules for the same patterns are left out, and its default
+                    applies if the map has none
 
     Raises:
       UnknownDtype, InvalidPolicy: for a key or a format that the slot does not accept, with file and line if known.
     """
     if isinstance(value, SlotRules):
-        return value
+        return _followed(slot, value.rules, value.default or base.default, base) if value.rules else value
     if not slot.by_parameter:
-        return SlotRules(default=_default(slot.read_one(value), default_source))
+        with located(default_source):
+            return SlotRules(default=_default(slot.read_one(value), default_source))
     if not isinstance(value, Mapping):
-        return SlotRules(default=_default(slot.read("default", value, "default"), default_source))
+        with located(default_source):
+            return SlotRules(default=_default(slot.read(None, value, "default"), default_source))
     sources, rules, default = sources or {}, [], None
     for key, format in value.items():
         source = sources.get(key) if isinstance(key, str) else None
@@ -175,8 +183,15 @@ def read_slot(
             rules.append(Rule(pattern, slot.read(key, format, kind), optional, source))
             if len(rules) % 64 == 0:
                 check_size(slot.name, rules)
+    return _followed(slot, tuple(rules), default if "default" in value else base.default, base)
+
+
+def _followed(slot: Slot, rules: tuple[Rule, ...], default: Rule | None, base: SlotRules) -> SlotRules:
+    """Returns `rules`, then those of `base` for other patterns, and `default`."""
+    patterns = {rule.pattern for rule in rules}
+    rules = (*rules, *(rule for rule in base.rules if rule.pattern not in patterns))
     check_size(slot.name, rules)
-    return SlotRules(tuple(rules), default)
+    return SlotRules(rules, default)
 
 
 def check_size(slot: str, rules: Sequence[Rule]) -> None:
@@ -197,10 +212,10 @@ def _default(format: Format | None, source: str | None) -> Rule | None:
 
 @contextlib.contextmanager
 def located(source: str | None) -> Iterator[None]:
-    """A context that prefixes `source`, "file:line", to the message of InvalidPolicy and UnknownDtype."""
+    """A context that prefixes `source`, "file:line", to the message of the errors of a policy."""
     try:
         yield
-    except (InvalidPolicy, UnknownDtype) as error:
+    except (InvalidPolicy, UnknownDtype, MissingFile) as error:
         if source is None or str(error).startswith(f"{source.rpartition(':')[0]}:"):  # has the prefix already
             raise
         raise type(error)(f"{source}: {error}") from error
@@ -296,9 +311,9 @@ class PolicyRules:
         return by_format or by_rule
 
 
-def unknown_slot(key: str) -> InvalidPolicy:
-    """Returns the error for a name that is not the name of a slot, with the nearest name."""
-    names = [*SLOTS, "block"]
+def unknown_slot(key: str, *others: str) -> InvalidPolicy:
+    """Returns the error for a name that is neither the name of a slot nor one of `others`, with the nearest name."""
+    names = [*SLOTS, "block", *others]
     near = difflib.get_close_matches(key, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return InvalidPolicy(f"unknown slot {key!r}. A policy has {', '.join(names)}.{hint}")

@@ -33,15 +33,17 @@ class Slot:
     by_parameter: bool
     check: Callable[[str, Format, str], None]
 
-    def read(self, key: str, value: Any, kind: str) -> Format | None:
+    def read(self, key: str | None, value: Any, kind: str) -> Format | None:
         """Returns the format that `value` stands for as the value of `key`; None for null, which changes nothing.
+
+        key  the key in the map of the slot; None for a slot that is one dtype
 
         Raises:
           UnknownDtype, InvalidPolicy: for a value that the slot does not accept; the message names slot and key.
         """
         if value is None:
             return None
-        where = f"{self.name}: {key}"
+        where = self.name if key is None else f"{self.name}: {key}"
         if isinstance(value, str) and value in ("None", "none", "Null", "NULL", "~"):
             raise InvalidPolicy(f"{where}: {value!r} is text here. To leave a parameter unchanged write null.")
         try:
@@ -69,7 +71,7 @@ class Slot:
                     f"{self.name}: the slot holds one dtype, found the map {dict(value)}. Write a dtype such as f32."
                 )
             value = value.get("default")
-        return self.read("default", value, "default")
+        return self.read(None, value, "default")
 
 
 def _refuse_narrow_default(where: str, format: Format) -> None:
@@ -77,8 +79,8 @@ def _refuse_narrow_default(where: str, format: Format) -> None:
         slot, _, key = where.partition(": ")
         dtype = dtypes.dtype_name(format.values)
         raise UnknownDtype(
-            f"{slot}: {dtype} needs scales, which only parameters of two or more dimensions have, "
-            f"so it cannot be the {key} of a slot. Name the parameters: {{kernel: {format.name or dtype}}}."
+            f"{slot}: {dtype} needs scales, which only parameters of two or more dimensions have, so it cannot be "
+            f"the {key or 'only dtype'} of a slot. Name the parameters: {{kernel: {format.name or dtype}}}."
         )
 
 
@@ -116,7 +118,11 @@ def _check_compute(where: str, format: Format, kind: str) -> None:
 
 
 def _check_output(where: str, format: Format, kind: str) -> None:
-    _refuse_narrow_default(where, format)
+    if format.narrow:
+        raise UnknownDtype(
+            f"{where}: {dtypes.dtype_name(format.values)} needs scales, which a result does not have. "
+            "Write f32, bf16 or f16."
+        )
 
 
 def _check_kv_cache(where: str, format: Format, kind: str) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from .errors import InvalidPolicy, MissingFile, shown
-from .rules import PolicyRules, located, read_slot, unknown_slot
-from .slots import SLOTS
+from .include import included_file
+from .rules import PolicyRules, SlotRules, located, read_slot, unknown_slot
+from .slots import SLOTS, Slot
 
 _SHORT = {"p": "params", "c": "compute", "o": "output"}
 _MAX_CHARACTERS = 1 << 16  # a policy is about a page; parsing a larger hostile file could take a minute
@@ -51,28 +52,80 @@ class _Loader(yaml.SafeLoader):
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the slots of the policy in the YAML file at `path`; see `loads`."""
+    return _load(pathlib.Path(path), os.fspath(path), ())
+
+
+def _load(path: pathlib.Path, name: str, files: tuple[pathlib.Path, ...]) -> dict[str, Any]:
+    """Returns the slots of the policy in a file that errors call `name` and that the last of `files` includes."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would block
+            raise InvalidPolicy(f"{name}: not a regular file. A policy is a YAML file.")
         with open(path, encoding="utf-8") as file:
-            return loads(file.read(_MAX_CHARACTERS + 1), os.fspath(path))
+            text = file.read(_MAX_CHARACTERS + 1)
     except FileNotFoundError as error:
         raise MissingFile(
-            f"{os.fspath(path)}: there is no such policy file. Check the path; relative paths start in "
-            f"{pathlib.Path.cwd()}."
+            f"{name}: there is no such policy file. Check the path; relative paths start in {pathlib.Path.cwd()}."
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidPolicy(f"{os.fspath(path)}: cannot be read as UTF-8 text: {error}.") from error
+    except InvalidPolicy:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a NUL character
+        raise InvalidPolicy(f"{name}: cannot be read as UTF-8 text: {error}.") from error
+    return loads(text, name, (*files, path))
 
 
-def loads(text: str, name: str) -> dict[str, Any]:
+def loads(text: str, name: str, files: tuple[pathlib.Path, ...] = ()) -> dict[str, Any]:
     """Returns the slots and the block of the policy in YAML `text`; errors and rules refer to the text as `name`.
+
+    files  the file of the text, and before it the files that include it; empty for text without a file
 
     Raises:
       InvalidPolicy, UnknownDtype: for text that is not a policy, with `name` and the line.
+      MissingFile: if the text includes a file that does not exist.
     """
+    slots: dict[str, Any] = {}
+    entries = _entries(_root(text, name), name)
+    for key, node, source in sorted(entries, key=lambda entry: entry[0] != "include"):  # which the other keys change
+        with located(source):
+            if key == "include":
+                slots = _included(node, files)
+            elif key == "block":
+                slots[key] = PolicyRules({}, _block(node)).block
+            elif key in SLOTS:
+                slots[key] = _slot(SLOTS[key], node, name, source, slots.get(key, SlotRules()))
+            else:
+                raise unknown_slot(key, "include")
+    return slots
+
+
+def _included(node: yaml.Node, files: tuple[pathlib.Path, ...]) -> dict[str, Any]:
+    """Returns the slots of the policy that `include:` names."""
+    if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
+        raise InvalidPolicy(f"include: expected one preset or file, found {_text(node)}. Write include: bf16.")
+    file, name = included_file(node.value, files)
+    return _load(file, name, files)
+
+
+def _slot(slot: Slot, node: yaml.Node, name: str, source: str, base: SlotRules) -> SlotRules:
+    """Returns the rules of a slot, followed by those of `base` if the slot is a map."""
+    if isinstance(node, yaml.SequenceNode):
+        lines = "'kernel: f8_e4m3fn' lines, without '-', or one dtype" if slot.by_parameter else "one dtype"
+        raise InvalidPolicy(f"{name}:{node.start_mark.line + 1}: {slot.name}: found a list. Write {lines}.")
+    if not isinstance(node, yaml.MappingNode) or not slot.by_parameter:
+        return read_slot(slot, _format(slot.name, node, name), default_source=source)
+    value, sources = {}, {}
+    for pattern, format_node, rule_source in _entries(node, name):
+        with located(rule_source):
+            value[pattern] = _format(pattern, format_node, name)
+        sources[pattern] = rule_source
+    return read_slot(slot, value, sources, base=base)
+
+
+def _root(text: str, name: str) -> yaml.Node:
+    """Returns the root node of YAML text."""
     if len(text) > _MAX_CHARACTERS:
         raise InvalidPolicy(f"{name}: longer than {_MAX_CHARACTERS} characters. A policy is a short map.")
     try:
-        root = yaml.compose(text, Loader=_Loader)
+        root: yaml.Node | None = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line if mark else 0
@@ -81,30 +134,7 @@ def loads(text: str, name: str) -> dict[str, Any]:
         raise InvalidPolicy(f"{name}: not readable as YAML: {str(error).partition(chr(10))[0]}.") from error
     if root is None:
         raise InvalidPolicy(f"{name}: empty. A policy that changes nothing is written {{}}.")
-    slots: dict[str, Any] = {}
-    for key, node, source in _entries(root, name):
-        with located(source):
-            if key == "block":
-                slots[key] = PolicyRules({}, _block(node)).block
-                continue
-            if key not in SLOTS:
-                raise unknown_slot(key)
-        sources: dict[str, str] = {}
-        if isinstance(node, yaml.MappingNode) and SLOTS[key].by_parameter:
-            value: Any = {}
-            for pattern, format_node, rule_source in _entries(node, name):
-                with located(rule_source):
-                    value[pattern] = _format(pattern, format_node, name)
-                sources[pattern] = rule_source
-        else:
-            with located(source):
-                value = _format(key, node, name)
-        if sources:  # read_slot puts the line of each rule into its errors
-            slots[key] = read_slot(SLOTS[key], value, sources)
-        else:
-            with located(source):
-                slots[key] = read_slot(SLOTS[key], value, default_source=source)
-    return slots
+    return root
 
 
 def _entries(node: yaml.Node, name: str) -> list[tuple[str, yaml.Node, str]]:

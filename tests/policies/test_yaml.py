@@ -1,5 +1,6 @@
 """Policies as YAML: what is read, and what every error says."""
 
+import os
 import time
 
 import numpy as np
@@ -131,7 +132,7 @@ ERRORS = {
     "an unknown slot": (
         "params: f32\n\ncomptue: bf16\n",
         InvalidPolicy,
-        ["p.yaml:3: unknown slot 'comptue'. A policy has params, compute, output, kv_cache, block. Did you mean 'comp"],
+        ["p.yaml:3: unknown slot 'comptue'. A policy has params, compute, output, kv_cache, block, include. Did y"],
     ),
     "a slot twice": (
         "params: f32\ncompute: f32\nparams: bf16\n",
@@ -194,7 +195,7 @@ ERRORS = {
     "the slot None": (
         "compute: None\n",
         InvalidPolicy,
-        ["p.yaml:1: compute: default: 'None' is text here.", "write null"],
+        ["p.yaml:1: compute: 'None' is text here.", "write null"],
     ),
     "the output None": ("output: None\n", InvalidPolicy, ["p.yaml:1: output: ", "write null"]),
     "a number for a dtype": (
@@ -210,19 +211,43 @@ ERRORS = {
     "a map of maps": (
         "params:\n  mlp:\n    kernel: f32\n",
         InvalidPolicy,
-        ["p.yaml:2: params: mlp: a format has dtype, block and scale, found 'kernel'"],
+        [
+            "p.yaml:2: params: mlp: a format has dtype, block and scale, found 'kernel'",
+            "as one key, such as dense/kernel",
+        ],
     ),
     "an unknown dtype": (
-        "params:\n  bias: f32\n  kernel: fp32\n",
+        "params:\n  bias: f32\n  kernel: fl32\n",
         UnknownDtype,
-        ["p.yaml:3: params: kernel: unknown dtype 'fp32'. The nearest name is 'f32'."],
+        ["p.yaml:3: params: kernel: unknown dtype 'fl32'. The nearest name is 'f32'."],
+    ),
+    "an unknown dtype of a slot": (
+        "params: f32\ncompute: bfloat\n",
+        UnknownDtype,
+        ["p.yaml:2: compute: unknown dtype 'bfloat'. The nearest name is 'bfloat16'."],
+    ),
+    "an ambiguous dtype of the cache": (
+        "kv_cache: fp8\n",
+        UnknownDtype,
+        ["p.yaml:1: kv_cache: dtype 'fp8' is ambiguous. Write f8_e4m3fn."],
+    ),
+    "a list of rules": (
+        "params:\n  - kernel: f8_e4m3fn\n",
+        InvalidPolicy,
+        ["p.yaml:2: params: found a list. Write 'kernel: f8_e4m3fn' lines, without '-', or one dtype."],
+    ),
+    "a list of outputs": ("output: [f32]\n", InvalidPolicy, ["p.yaml:1: output: found a list. Write one dtype."]),
+    "a regular expression": (
+        'params:\n  "layers/\\\\d+/kernel": f32\n',
+        InvalidPolicy,
+        ["p.yaml:2: ", "has no meaning in a pattern", "Patterns are globs, not regular expressions"],
     ),
     "an ambiguous dtype": (
         "params:\n  kernel: f8\n",
         UnknownDtype,
         ["p.yaml:2: params: kernel: dtype 'f8' is ambiguous."],
     ),
-    "f64 without x64": ("output: f64\n", UnknownDtype, ["p.yaml:1: output: default: float64 needs jax_enable_x64"]),
+    "f64 without x64": ("output: f64\n", UnknownDtype, ["p.yaml:1: output: float64 needs jax_enable_x64"]),
     "a narrow default": (
         "params:\n  default: f8_e4m3fn\n",
         UnknownDtype,
@@ -237,7 +262,11 @@ ERRORS = {
         ["p.yaml:1: params: f8_e4m3fn needs scales", "Name the parameters"],
     ),
     "a narrow compute slot": ("compute: int8\n", UnknownDtype, ["p.yaml:1: compute: ", "needs scales"]),
-    "a narrow output": ("params: f32\noutput: f8_e5m2\n", UnknownDtype, ["p.yaml:2: output: f8_e5m2 needs scales"]),
+    "a narrow output": (
+        "params: f32\noutput: f8_e5m2\n",
+        UnknownDtype,
+        ["p.yaml:2: output: f8_e5m2 needs scales", "Write f32"],
+    ),
     "an output by name": (
         "output:\n  kernel: f32\n",
         InvalidPolicy,
@@ -321,6 +350,33 @@ class TestErrorsOfResolutionHaveTheLine:
         assert "\n  nearest: layers/0/mlp/down_proj/kernel\n" in message
         assert message.endswith("Correct the pattern, remove the rule, or end it with '?' if it may match nothing.")
 
+    @pytest.mark.parametrize(
+        ("key", "dtype", "line"),
+        [
+            (
+                "down_proj",
+                "bf16",
+                "Did you mean '**/down_proj/**'? Rules name parameters, and 'down_proj' is a module.",
+            ),
+            ("layers", "bf16", "Did you mean 'layers/**'? Rules name parameters, and 'layers' is a module."),
+            (
+                "layers/0",
+                "int8",
+                "Did you mean 'layers/0/**/kernel'? Rules name parameters, and 'layers/0' is a module.",
+            ),
+            ("down_proj/bias", "bf16", "Did you mean '**/down_proj/bias'? Patterns are anchored at the root."),
+            (
+                "layers/.*/bias",
+                "bf16",
+                "Patterns are globs, not regular expressions: write '*' for part of a component,",
+            ),
+        ],
+    )
+    def test_a_module_or_a_regular_expression_is_answered_with_a_pattern(self, key, dtype, line):
+        with pytest.raises(UnmatchedRule) as caught:
+            Policy({key: dtype}).explain(TREE)
+        assert f"\n  {line}" in str(caught.value)
+
     def test_a_shadowed_rule(self):
         policy = Policy.loads('compute:\n  kernel: f32\n  "layers/**/kernel?": bf16\n', "policy.yaml")
         with pytest.raises(
@@ -360,8 +416,13 @@ class TestFiles:
         assert isinstance(caught.value, FileNotFoundError)
 
     def test_a_folder_is_no_file(self, tmp_path):
-        with pytest.raises(InvalidPolicy, match="cannot be read as UTF-8 text"):
+        with pytest.raises(InvalidPolicy, match=r"not a regular file. A policy is a YAML file"):
             Policy.load(tmp_path)
+
+    def test_a_pipe_that_nobody_writes_to_is_refused(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(InvalidPolicy, match=r"not a regular file. A policy is a YAML file"):
+            Policy.load(tmp_path / "pipe")
 
     def test_bytes_that_are_no_text_are_refused(self, tmp_path):
         (tmp_path / "p.yaml").write_bytes(b"params: \xff\xfe")
