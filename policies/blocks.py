@@ -24,13 +24,13 @@ def as_block(block: Any) -> Block:
     """Returns `block` as two Python integers.
 
     Raises:
-      InvalidPolicy: unless `block` is two integers, each positive or -1.
+      InvalidPolicy: unless `block` is two integers, each positive and below 2**31, or -1.
     """
     try:
         rows, columns = (operator.index(side) for side in block)
     except (TypeError, ValueError):
         rows = columns = 0
-    if not all(side > 0 or side == -1 for side in (rows, columns)) or any(isinstance(side, bool) for side in block):
+    if not all(0 < side < 2**31 or side == -1 for side in (rows, columns)) or any(isinstance(side, bool) for side in block):
         raise InvalidPolicy(
             f"block: expected two positive integers such as [128, 128], found {block!r}. Write -1 for a whole axis."
         )

@@ -15,7 +15,7 @@ from .formats import ScaledArray
 from .paths import is_scale, scale_path
 from .resolved import decide
 from .rules import PolicyRules, Rule
-from .trees import map_parameters, parameters, rebox, unbox
+from .trees import check_array, map_parameters, parameters, rebox, unbox
 
 
 def cast(policy: PolicyRules, tree: Any, slot: str, path: str | None = None) -> Any:
@@ -46,6 +46,7 @@ def _cast_leaf(path: str, value: Any, rule: Rule | None, slot: str, paired: bool
     if rule is None or rule.format is None or paired or isinstance(value, ScaledArray):
         return value
     dtype = rule.format.values
+    check_array(path, value)
     if not dtypes.is_floating(value.dtype) or value.dtype == dtype:
         return value
     if rule.format.narrow:

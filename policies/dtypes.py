@@ -181,7 +181,7 @@ def saturating_cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
     >>> saturating_cast(jnp.float32(1000), "float8_e4m3fn")
     Array(448, dtype=float8_e4m3fn)
     """
-    x, dtype = _as_array(x), np.dtype(dtype)
+    x, dtype = as_array(x), np.dtype(dtype)
     if x.dtype == dtype:
         return x
     limit = largest(dtype)
@@ -193,7 +193,7 @@ def saturating_cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
     return (jnp.round(x) if dtype.kind == "i" else x).astype(dtype)
 
 
-def _as_array(x: ArrayLike) -> jax.Array:
+def as_array(x: ArrayLike) -> jax.Array:
     """Returns `x` as a JAX array; where JAX converts float64 to float32, that conversion saturates too."""
     if isinstance(x, (np.ndarray, np.generic)) and x.dtype == np.float64 != jax.dtypes.canonicalize_dtype(np.float64):
         bound = largest(np.float32)

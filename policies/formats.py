@@ -260,8 +260,21 @@ class ScaledArray:
     @property
     def block(self) -> Block:
         """(rows, columns) that share one scale, with -1 replaced by the length of the axis."""
-        assert self.format.block is not None
-        return block_sides(self.format.block, self.shape)
+        return block_sides(self._block, self.shape)
+
+    @property
+    def _block(self) -> Block:
+        """The block of the format.
+
+        Raises:
+          UnsupportedCast: for a format without one.
+        """
+        if self.format.block is None:
+            raise UnsupportedCast(
+                f"the format {self.format} of a ScaledArray has no block. Make it with perparam.quantize, or write "
+                "Format(values, block, scale)."
+            )
+        return self.format.block
 
     @property
     def ndim(self) -> int:
@@ -272,7 +285,12 @@ class ScaledArray:
         return iter((self.values, self.scale_inv))
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        """Returns the weight: `values * scale_inv` in float32, then cast to `dtype`, saturating."""
+        """Returns the weight: `values * scale_inv` in float32, then cast to `dtype`, saturating.
+
+        Raises:
+          InvalidScale: if the shape of the scales does not fit the shape of the values in the format's block.
+        """
+        check_grid(self.shape, self.scale_inv.shape, self._block)
         result: jax.Array = _dequantize(self, dtypes.as_dtype(dtype))
         return result
 
@@ -298,7 +316,8 @@ def quantize(
     block        (rows, columns) that share one scale, -1 for a whole axis; by default the format's, or (128, 128)
     scale_dtype  f32, bf16, f16, f8_e8m0fnu or f8_e4m3fn; by default the format's, or f32
 
-    The elementwise error of e4m3fn under the amax rule is at most `max(|w| * 2**-4, scale_inv * 2**-10)`.
+    The elementwise error of e4m3fn under the amax rule is at most `max(|w| * 2**-4, scale_inv * 2**-10)`.  The arithmetic
+    is in float32: a float64 weight beyond its largest number, 3.4e38, is clipped to it first.
 
     >>> kernel, scale_inv = quantize(jnp.array([[448.0, 1.0], [0.0, -896.0]]), "f8_e4m3fn", (1, 2))
     >>> kernel.astype("float32").tolist(), scale_inv.tolist()
@@ -323,7 +342,7 @@ def quantize(
             format, block=format.block if block is None else as_block(block), scale=scale or format.scale
         )
     format = format.completed()
-    weight = jnp.asarray(weight)
+    weight = dtypes.as_array(weight)
     if not dtypes.is_floating(weight.dtype) or dtypes.is_narrow(weight.dtype):
         raise UnsupportedCast(f"an array of {weight.dtype} cannot be quantised. Pass f32, bf16 or f16 weights.")
     assert format.block is not None
@@ -350,9 +369,7 @@ def quantize_rows(x: Float[Array, "*b columns"], dtype: Any) -> ScaledArray:
 
     On CPUs the result has the same bits as that of `quantize`; on other platforms this is `quantize_in_one_pass`.
     """
-    format = as_format(dtype)
-    if format.block is None:
-        format = Format(format.values, ROW_BLOCK, F32)
+    format = as_format(dtype).completed(ROW_BLOCK)
 
     def exactly(x: jax.Array) -> ScaledArray:
         flat = quantize(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), format)

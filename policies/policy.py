@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from . import cast, yaml
+from . import cast, compute, dtypes, yaml
 from .errors import InvalidPolicy
 from .matmul import Target
 from .plan import Plan, plan
@@ -152,11 +152,33 @@ class Policy(PolicyRules):
         """
         return store(resolve(self, tree, slots=("params",)), tree, scaled=scaled)
 
+    def to_compute(self, tree: Any, activations: Any = "f32") -> Any:
+        """Returns `tree` with each parameter in its compute dtype, and each scaled pair dequantised to one array.
+
+        This is what `perparam.apply` gives to Flax modules, for functions, Haiku, Equinox and other code that multiplies
+        plain arrays.  Call it inside the function that `jax.jit` compiles: then the arguments of the program are the
+        stored arrays, and wide ones exist only while it runs.
+
+        activations  the dtype of a narrow kernel for which `compute` has neither a rule nor a default
+
+        >>> import jax.numpy as jnp
+        >>> policy = Policy({"kernel": "f8_e4m3fn"}, "bf16")
+        >>> stored = policy.store({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
+        >>> {name: x.dtype.name for name, x in policy.to_compute(stored).items()}
+        {'kernel': 'bfloat16', 'bias': 'bfloat16'}
+
+        Raises:
+          UnsupportedCast: for a narrow compute format, which needs `perparam.models.Linear` or `scaled_matmul`; if scales
+            are a field of their container.
+          UnmatchedRule, ShadowedRule, UnpairedScale, InvalidScale: see `explain`.
+        """
+        return compute.to_compute(self, tree, dtypes.as_dtype(activations))
+
     def cast(self, tree: Any, slot: str, *, path: str | None = None) -> Any:
         """Returns `tree` with each floating-point leaf cast to its dtype in `slot`, "params" or "compute"; saturating.
 
-        The structure does not change.  Scaled pairs, integers, booleans and PRNG keys are not cast.  With `path`,
-        `tree` is the single array at that path.
+        The structure does not change.  Scaled pairs, integers, booleans and PRNG keys are not cast; `to_compute`
+        dequantises pairs.  With `path`, `tree` is the single array at that path.
 
         >>> import numpy as np
         >>> policy = Policy(compute={"bias": None, "default": "bf16"})

@@ -13,12 +13,12 @@ from .errors import InvalidScale
 from .formats import Format, ScaledArray, quantize
 from .resolved import Resolved, ResolvedParam, change
 from .scales import decode_scales, encode_scales
-from .trees import parameters, replace_parameters
+from .trees import arrays, replace_parameters
 
 
 def store(resolved: Resolved, tree: Any, *, scaled: bool = False) -> Any:
     """Returns `tree`, of which `resolved` is the resolution, in its storage formats; see `Policy.store`."""
-    return replace_parameters(tree, stored_arrays(resolved, parameters(tree)), resolved.formats, scaled=scaled)
+    return replace_parameters(tree, stored_arrays(resolved, arrays(tree)), resolved.formats, scaled=scaled)
 
 
 def stored_arrays(resolved: Resolved, flat: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,23 @@ def parameters(tree: Any) -> dict[str, Any]:
     return flat
 
 
+def arrays(tree: Any) -> dict[str, Any]:
+    """Returns `parameters(tree)`, of which each is an array; see `check_array`."""
+    flat = parameters(tree)
+    for path, value in flat.items():
+        check_array(path, value)
+    return flat
+
+
+def check_array(path: str, value: Any) -> None:
+    """Raises UnsupportedCast for a shape in place of an array."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        raise UnsupportedCast(
+            f"{path}: found {type(value).__name__}, expected an array. `explain` shows the effect of a policy on "
+            "shapes, and jax.eval_shape(policy.store, tree) gives the shapes after storage."
+        )
+
+
 def describe(tree: Any) -> dict[str, ArrayInfo]:
     """Returns shape and format, as far as the tree specifies it, of every parameter of `tree`, including scales."""
     result: dict[str, ArrayInfo] = {}

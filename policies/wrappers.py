@@ -18,15 +18,14 @@ from flax.core import FrozenDict
 
 from . import dtypes
 from .cast import cast_floats
-from .errors import UnsupportedCast
-from .formats import ScaledArray
+from .compute import to_compute
 from .modules import fill, reseeded, streams, takes_policy
 from .policy import Policy
 from .presets import PolicyLike, get_policy
 from .resolved import resolve
 from .scope import Scope
 from .store import store
-from .trees import Narrow, parameters, replace_parameters, variables_by_path
+from .trees import Narrow, variables_by_path
 
 AnyModule = nn.Module | Callable[..., nnx.Module]
 
@@ -108,7 +107,7 @@ def _apply_linen(
     kwargs: dict[str, Any],
 ) -> Any:
     # Only the collection `params`: `batch_stats` are not parameters.
-    params = computed_variables(policy, variables.get("params", {}), (inputs, kwargs))
+    params = _computed(policy, variables.get("params", {}), (inputs, kwargs))
     computed = _with_params(variables, params)
     result = module.apply(computed, *inputs, rngs=rngs, mutable=mutable, method=method, **kwargs)
     if mutable is False:
@@ -142,7 +141,7 @@ def _apply_nnx(
         scope = Scope(policy, policy.activations, stored=resolved.specs)
         build = functools.partial(module, policy=scope)
     else:
-        variables = computed_variables(policy, variables, (inputs, kwargs))
+        variables = _computed(policy, variables, (inputs, kwargs))
         build = module
     # A module with arrays as plain attributes is built in full: `fill` replaces only variables, and `nnx.eval_shape`
     # would leave shapes in place of the other arrays.
@@ -161,33 +160,9 @@ def _apply_nnx(
     return policy.cast_output(result), nnx.state(model, nnx.All(mutable, nnx.Not(nnx.Any(nnx.Param, Narrow))))
 
 
-def computed_variables(policy: Policy, variables: Any, inputs: Any) -> Any:
-    """Returns `variables` with every parameter in its compute dtype, and every scaled pair dequantised to one kernel.
-
-    The dtype of a narrow kernel without a rule in the compute slot is the slot's default, or else the dtype of the
-    first floating-point array in `inputs`, or else float32.
-    """
-    flat, resolved = parameters(variables), resolve(policy, variables, slots=("compute",))
+def _computed(policy: Policy, variables: Any, inputs: Any) -> Any:
+    """Returns `to_compute` of the variables; the dtype of activations is that of the first floating-point input."""
     floats = [
         leaf.dtype for leaf in jax.tree.leaves(inputs) if hasattr(leaf, "dtype") and dtypes.is_floating(leaf.dtype)
     ]
-    inputs_dtype = jax.dtypes.canonicalize_dtype(floats[0]) if floats else np.float32
-    activations = policy.activations or np.dtype(inputs_dtype)
-    computed = {}
-    for path, param in resolved.params.items():
-        value, compute = flat[path], param.compute
-        if compute is not None and compute.narrow:
-            rule = param.rules["compute"]
-            assert rule is not None
-            raise UnsupportedCast(
-                f"{path}: computing in {compute} (rule {rule.key!r}) needs a layer that quantises its activations, and "
-                "this module has no argument `policy`. Write bf16 or null in compute, or build the module from "
-                "perparam.models.Linear."
-            )
-        dtype = None if compute is None else compute.values
-        if param.has_scales:
-            pair = ScaledArray(value, flat[param.scale_path], param.current.format)
-            computed[path] = pair.dequantize(dtype or activations)
-        else:
-            computed[path] = value if dtype is None else dtypes.saturating_cast(value, dtype)
-    return replace_parameters(variables, computed, {})
+    return to_compute(policy, variables, np.dtype(jax.dtypes.canonicalize_dtype(floats[0]) if floats else np.float32))

@@ -92,8 +92,7 @@ def scaled_matmuls(
 def _kernel(x: jax.Array, pair: Pair | Any, block: Block) -> Kernel:
     """Returns one kernel as an array or ScaledArray, after checking that it fits x."""
     if isinstance(pair, ScaledArray):
-        assert pair.format.block is not None
-        _check(x, pair.values, pair.scale_inv, pair.format.block)
+        _check(x, pair.values, pair.scale_inv, pair.block)
         return pair
     kernel, scale_inv = jnp.asarray(pair[0]), pair[1]
     _check(x, kernel, scale_inv, block)
