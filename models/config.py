@@ -79,7 +79,9 @@ class DecoderConfig:
             if getattr(self, name) < 1:
                 raise UnsupportedConfig(f"{type(self).__name__}: {name} must be positive, found {getattr(self, name)}.")
         if min(heads, kv_heads) < 1:
-            raise UnsupportedConfig(f"{type(self).__name__}: found {heads} heads and {kv_heads} key-value heads.")
+            raise UnsupportedConfig(
+                f"{type(self).__name__}: found num_attention_heads {heads} and num_key_value_heads {kv_heads}."
+            )
         if heads % kv_heads:
             raise UnsupportedConfig(
                 f"{type(self).__name__}: {heads} attention heads do not divide among {kv_heads} key-value heads."
@@ -88,7 +90,8 @@ class DecoderConfig:
             raise UnsupportedConfig(f"{type(self).__name__}: head_dim {self.head_dim} is odd, and RoPE rotates pairs.")
         if self.windows and len(self.windows) != self.num_hidden_layers:
             raise UnsupportedConfig(
-                f"{type(self).__name__}: windows has {len(self.windows)} entries for {self.num_hidden_layers} layers."
+                f"{type(self).__name__}: windows has length {len(self.windows)}, expected num_hidden_layers, "
+                f"{self.num_hidden_layers}."
             )
 
     def use_bias(self, projection: str) -> bool:

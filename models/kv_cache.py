@@ -74,7 +74,7 @@ class KVCache:
         filled = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
         slots = self.positions.shape[1]
         if filled + count > slots:
-            raise InvalidTokens(f"the cache has {slots} slots, {filled} are filled, {count} more tokens do not fit.")
+            raise InvalidTokens(f"the cache has room for {slots} tokens and holds {filled}, found {count} more.")
 
 
 @jax.tree_util.register_dataclass

@@ -30,7 +30,9 @@ def as_block(block: Any) -> Block:
         rows, columns = (operator.index(side) for side in block)
     except (TypeError, ValueError):
         rows = columns = 0
-    if not all(0 < side < 2**31 or side == -1 for side in (rows, columns)) or any(isinstance(side, bool) for side in block):
+    if not all(0 < side < 2**31 or side == -1 for side in (rows, columns)) or any(
+        isinstance(side, bool) for side in block
+    ):
         raise InvalidPolicy(
             f"block: expected two positive integers such as [128, 128], found {block!r}. Write -1 for a whole axis."
         )

@@ -37,6 +37,11 @@ def named(name: str) -> str:
     return name if name.isprintable() and 0 < len(name) <= 200 else shown(name)
 
 
+def count(number: int, noun: str) -> str:
+    """Returns `number` and `noun`, with a plural s where it is needed: 1 parameter, 2 parameters."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class UnknownDtype(PerparamError, ValueError):
     """A name is not the name of a dtype, or a dtype is not allowed in this place."""
 

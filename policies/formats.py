@@ -316,8 +316,8 @@ def quantize(
     block        (rows, columns) that share one scale, -1 for a whole axis; by default the format's, or (128, 128)
     scale_dtype  f32, bf16, f16, f8_e8m0fnu or f8_e4m3fn; by default the format's, or f32
 
-    The elementwise error of e4m3fn under the amax rule is at most `max(|w| * 2**-4, scale_inv * 2**-10)`.  The arithmetic
-    is in float32: a float64 weight beyond its largest number, 3.4e38, is clipped to it first.
+    The elementwise error of e4m3fn under the amax rule is at most `max(|w| * 2**-4, scale_inv * 2**-10)`.  Quotients
+    are computed in float32: a float64 weight beyond the largest float32, 3.4e38, is clipped to it first.
 
     >>> kernel, scale_inv = quantize(jnp.array([[448.0, 1.0], [0.0, -896.0]]), "f8_e4m3fn", (1, 2))
     >>> kernel.astype("float32").tolist(), scale_inv.tolist()

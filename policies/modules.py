@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+from flax import linen as nn
 from flax import nnx
 
 from .errors import UnsupportedCast
@@ -48,12 +50,61 @@ def reseeded(rngs: Mapping[str, Any], variables: nnx.State[Any, Any]) -> dict[st
 
 def takes_policy(module: Callable[..., Any]) -> bool:
     """Returns whether `module` has a parameter `policy` that is not bound by a partial."""
+    function, _, bound = _unwrapped(module)
+    return "policy" not in bound and "policy" in inspect.signature(function).parameters
+
+
+def _unwrapped(module: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Returns the function that a callable calls, and the arguments that it binds."""
+    args, kwargs = tuple[Any, ...](), dict[str, Any]()
     while isinstance(module, functools.partial):
-        if "policy" in module.keywords:
-            return False
+        args, kwargs = (*module.args, *args), {**module.keywords, **kwargs}
         module = module.func
     # For an NNX class, inspect shows only the `*args, **kwargs` of its metaclass.
-    return "policy" in inspect.signature(module.__init__ if inspect.isclass(module) else module).parameters
+    return (module.__init__, (None, *args), kwargs) if inspect.isclass(module) else (module, args, kwargs)
+
+
+def check_callable(module: Any) -> None:
+    """Raises UnsupportedCast unless `module` is a callable `module(rngs=rngs)`, with or without `policy=`."""
+    function = module
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__name__", type(function).__name__)
+    is_class = inspect.isclass(function)
+    if is_class and issubclass(function, nn.Module):
+        raise UnsupportedCast(f"{name} is a class of Linen, expected a module. Pass {name}(…) with its arguments.")
+    is_tree = not jax.tree_util.all_leaves([function])  # as modules of other libraries are
+    if not callable(module) or is_tree or (is_class and not issubclass(function, nnx.Module)):
+        raise _unsupported(name)
+    function, args, kwargs = _unwrapped(module)
+    policy = {"policy": None} if takes_policy(module) else {}
+    try:
+        inspect.signature(function).bind(*args, **{**kwargs, "rngs": None, **policy})
+    except TypeError as error:
+        call = f"module(rngs=rngs{', policy=policy' if policy else ''})"
+        raise UnsupportedCast(
+            f"{name} cannot be called as {call}: {error}. Write lambda rngs: …, or bind the other arguments with "
+            "functools.partial."
+        ) from error
+
+
+def build(module: Callable[..., Any], **arguments: Any) -> nnx.Module:
+    """Returns the NNX module that `module` makes.
+
+    Raises:
+      UnsupportedCast: if the result is not an NNX module.
+    """
+    built = module(**arguments)
+    if not isinstance(built, nnx.Module):
+        raise _unsupported(f"{getattr(module, '__name__', 'module')}, which returns {type(built).__name__},")
+    return built
+
+
+def _unsupported(name: str) -> UnsupportedCast:
+    return UnsupportedCast(
+        f"{name} is neither a Linen module nor a callable that returns an NNX module. Modules of other libraries and "
+        "trees of arrays are stored with policy.store(tree); call policy.to_compute(tree) in the compiled function."
+    )
 
 
 def fill(model: nnx.Module, variables: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import dtypes
+from .errors import count
 from .matmul import Target, matmul_plan
 from .paths import is_scale
 from .resolved import Change, Decisions, Resolved, ResolvedParam
@@ -73,6 +74,7 @@ class Plan:
     output       the dtype of the model's result; None likewise
     kv_cache     the dtype of cached keys and values; None for a tree without a cache
     kv_bytes     bytes of cached keys and values for each token, including scales
+    unused       what the policy sets without effect on this tree, as sentences
     """
 
     rows: tuple[Row, ...]
@@ -80,6 +82,7 @@ class Plan:
     output: np.dtype | None = None
     kv_cache: np.dtype | None = None
     kv_bytes: int = 0
+    unused: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -113,6 +116,7 @@ class Plan:
             "output": self.output and dtypes.dtype_name(self.output),
             "kv_cache": self.kv_cache and dtypes.dtype_name(self.kv_cache),
             "kv_bytes": self.kv_bytes,
+            "unused": self.unused,
             "bytes_before": self.total_bytes_before,
             "bytes": self.total_bytes,
             "bytes_by_dtype": {dtypes.dtype_name(dtype): count for dtype, count in self.bytes_by_dtype.items()},
@@ -153,7 +157,7 @@ class Plan:
         current = "–" if row.current is None else dtypes.dtype_name(row.current)
         storage = row.format or ""
         change = "" if row.change == "kept" else row.change
-        if is_scale(row.path):
+        if is_scale(row.path) or (row.storage is not None and not dtypes.can_store(row.storage)):  # scales, integers
             compute = ""
         elif row.compute_format is not None:
             compute = row.compute_format
@@ -166,7 +170,7 @@ class Plan:
         return *cells, *([row.matmul or ""] if self._has_target else []), " | ".join(rules)
 
     def summary(self) -> str:
-        """Returns the totals as two to four lines of text."""
+        """Returns the totals as a few lines of text."""
         totals = ", ".join(
             f"{dtypes.dtype_name(dtype)} {human_bytes(count)}" for dtype, count in self.bytes_by_dtype.items()
         )
@@ -183,6 +187,7 @@ class Plan:
                 f"stored in {human_bytes(self.total_bytes)} ({totals}), now in {human_bytes(self.total_bytes_before)}",
                 *([f"largest: {self.largest.path}, {human_bytes(self.largest.bytes)}"] if self.largest else []),
                 *filter(None, [", ".join(names)]),
+                *self.unused,
             ]
         )
 
@@ -191,11 +196,6 @@ def human_bytes(size: int) -> str:
     """Returns a number of bytes with a binary unit, such as 1.5 MiB."""
     power = min(max(size.bit_length() - 1, 0) // 10, 4)
     return f"{size} B" if power == 0 else f"{size / 1024**power:.1f} {'KMGT'[power - 1]}iB"
-
-
-def count(number: int, noun: str) -> str:
-    """Returns `number` and `noun`, with a plural s where it is needed: 1 parameter, 2 parameters."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def plan(resolved: Resolved, target: str | Target | None = None) -> Plan:
@@ -208,7 +208,11 @@ def plan(resolved: Resolved, target: str | Target | None = None) -> Plan:
         rows.append(row)
         if param.has_scales or param.format.scale is not None:
             rows.append(_scale_row(param))
-    return Plan(tuple(rows), resolved.activations, resolved.output, resolved.kv_cache, resolved.kv_bytes)
+    unused: tuple[str, ...] = ()
+    if resolved.policy.kv_cache is not None and resolved.kv_cache is None:
+        kv_cache = dtypes.dtype_name(resolved.policy.kv_cache)
+        unused = (f"kv_cache: {kv_cache} has no effect on this tree, which is not a model of perparam with a cache.",)
+    return Plan(tuple(rows), resolved.activations, resolved.output, resolved.kv_cache, resolved.kv_bytes, unused)
 
 
 def _matmul(param: ResolvedParam, activations: np.dtype | None, target: str | Target) -> str:

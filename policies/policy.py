@@ -27,8 +27,8 @@ class Policy(PolicyRules):
               wins
     compute   the format for arithmetic, in the same form
     output    the dtype of the model's result, or None
-    kv_cache  the dtype of cached keys and values: f32, bf16, f16, or f8_e4m3fn or int8 with one scale for each head and
-              token; None: the activations' dtype
+    kv_cache  the dtype of keys and values that perparam's models cache: f32, bf16, f16, or f8_e4m3fn or int8 with one
+              scale for each head and token; None: the activations' dtype
     block     (rows, columns) for rules without a block, -1 for a whole axis; None means (128, 128) for quantisation,
               and no change of the block of a stored pair
 
@@ -126,7 +126,8 @@ class Policy(PolicyRules):
     def explain(self, tree: Any, target: str | Target | None = None) -> Plan:
         """Returns the plan: current format, requested format and rules of every parameter of `tree`.
 
-        tree    arrays, `jax.ShapeDtypeStruct`s, Linen variables, an NNX model or state, or `checkpoint_tree(folder)`
+        tree    arrays, `jax.ShapeDtypeStruct`s, Linen variables, an NNX model or state, or `checkpoint_tree(folder)`;
+                of a train state its field `params`, and nothing of optax's states
         target  "here", "cpu", "cuda", "cuda:9.0", …: adds the implementations of the matmul on that target for kernels
                 of perparam's models; None omits them, so that the plan does not depend on the machine or start its GPU
 
@@ -139,12 +140,17 @@ class Policy(PolicyRules):
     def store(self, tree: Any, *, scaled: bool = False) -> Any:
         """Returns `tree` with its parameters in their storage format; parameters already in it do not change a bit.
 
-        tree    any pytree of arrays: nested mappings, Linen variables, an NNX state, Equinox modules, dataclasses
+        tree    any pytree of arrays: nested mappings, Linen variables, an NNX state, Equinox modules, dataclasses; of a
+                train state its field `params` is stored
         scaled  whether narrow kernels in mappings also become `ScaledArray`s, which include their block
 
         In mappings and NNX states a kernel that is quantised gets a `scale_inv` beside it, which is removed again when
-        the kernel is dequantised.  A mapping does not store the block of its scales: read it under a policy with the
-        same block.  Containers with fixed fields hold a `ScaledArray` in place of the kernel.
+        the kernel is dequantised.  Containers with fixed fields hold a `ScaledArray` in place of the kernel.
+
+        A mapping does not store the block of its scales: read it under a policy with the same block.  Under another one
+        `explain`, `store`, `to_compute` and `apply` raise InvalidScale if the shape of the scales shows it.  Where both
+        blocks give the same shape, as 128 and 150 do for 200 columns, nothing shows it, and the weights are wrong by
+        several percent.  `scaled=True` excludes that.
 
         Raises:
           UnmatchedRule, ShadowedRule, UnpairedScale, InvalidScale: see `explain`.
@@ -155,9 +161,9 @@ class Policy(PolicyRules):
     def to_compute(self, tree: Any, activations: Any = "f32") -> Any:
         """Returns `tree` with each parameter in its compute dtype, and each scaled pair dequantised to one array.
 
-        This is what `perparam.apply` gives to Flax modules, for functions, Haiku, Equinox and other code that multiplies
-        plain arrays.  Call it inside the function that `jax.jit` compiles: then the arguments of the program are the
-        stored arrays, and wide ones exist only while it runs.
+        This is what `perparam.apply` gives to Flax modules, for functions, Haiku, Equinox and other code with plain
+        arrays.  Call it inside the function that `jax.jit` compiles: then the arguments of the program are the stored
+        arrays, and wide ones exist only while it runs.
 
         activations  the dtype of a narrow kernel for which `compute` has neither a rule nor a default
 
@@ -168,8 +174,8 @@ class Policy(PolicyRules):
         {'kernel': 'bfloat16', 'bias': 'bfloat16'}
 
         Raises:
-          UnsupportedCast: for a narrow compute format, which needs `perparam.models.Linear` or `scaled_matmul`; if scales
-            are a field of their container.
+          UnsupportedCast: for a narrow compute format, which needs `perparam.models.Linear` or `scaled_matmul`; if the
+            scales are a field of their container.
           UnmatchedRule, ShadowedRule, UnpairedScale, InvalidScale: see `explain`.
         """
         return compute.to_compute(self, tree, dtypes.as_dtype(activations))

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import dtypes
 from .blocks import DEFAULT_BLOCK, Block, check_grid
-from .errors import InvalidPolicy, InvalidScale, PerparamError, ShadowedRule, UnmatchedRule, UnpairedScale
+from .errors import InvalidPolicy, InvalidScale, PerparamError, ShadowedRule, UnmatchedRule, UnpairedScale, count
 from .formats import Format, stored_format
 from .paths import is_scale, scale_path
 from .patterns import GLOBS, Pattern
@@ -338,9 +338,8 @@ def decide(name: str, slot: SlotRules, paths: Iterable[str]) -> dict[str, Rule |
         if winners[rule]:
             raise _shadowed(name, rule, winners[rule])
         if not (rule.optional or (rule.pattern == "scale_inv" and rule.format is None)):
-            count = f"{len(paths)} parameter{'' if len(paths) == 1 else 's'}"
             raise UnmatchedRule(
-                f"{rule.where}{rule.key!r} ({name}) matches none of {count}.\n"
+                f"{rule.where}{rule.key!r} ({name}) matches none of {count(len(paths), 'parameter')}.\n"
                 f"{_nearest(rule, paths)}"
                 "  Correct the pattern, remove the rule, or end it with '?' if it may match nothing."
             )

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from . import dtypes
-from .errors import UnmatchedRule, UnsupportedCast
+from .errors import UnmatchedRule, UnsupportedCast, count
 from .paths import is_scale, scale_path
 from .patterns import Pattern
 from .trees import is_leaf, map_parameters, parameters, rebox, unbox
@@ -61,8 +61,8 @@ def _choice(trainable: str | Iterable[str] | Callable[[str], bool], paths: list[
     for text, pattern in patterns.items():
         if paths and not text.endswith("?") and not any(map(pattern.matches, paths)):
             raise UnmatchedRule(
-                f"{text!r} (trainable) matches none of {len(paths)} trainable parameters, such as {paths[0]}. Correct "
-                "the pattern, or end it with '?' if it may match nothing."
+                f"{text!r} (trainable) matches none of {count(len(paths), 'trainable parameter')}, such as {paths[0]}. "
+                "Correct the pattern, or end it with '?' if it may match nothing."
             )
     return lambda path: any(pattern.matches(path) for pattern in patterns.values())
 

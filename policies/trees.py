@@ -1,8 +1,8 @@
 """Trees of parameters: converts any Flax tree or pytree to `{path: array}`, and replaces arrays in it by path.
 
-Paths are those in policies and plans: without Linen's `params/`, NNX's `.value` and boxes such as `nn.Partitioned`.  A
-scaled pair has two paths, one for the values and one for the scales, whether the tree contains two arrays or one
-`ScaledArray`.
+Paths are those in policies and plans: without Linen's `params/`, NNX's `.value` and boxes such as `nn.Partitioned`.
+The parameters of a train state are those in its field `params`; optimizer state has none.  A scaled pair has two paths,
+one for the values and one for the scales, whether the tree contains two arrays or one `ScaledArray`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class ArrayInfo:
 
 
 def is_leaf(node: Any) -> bool:
-    """Returns whether `node` is an NNX variable, a Linen box or a ScaledArray, which are each one leaf here."""
-    return isinstance(node, (nnx.Variable, meta.AxisMetadata, ScaledArray))
+    """Returns whether `node` is one leaf here: an NNX variable, a Linen box, a ScaledArray, a state of optax."""
+    is_optax = type(node).__module__.partition(".")[0] == "optax"  # moments have the names of their parameters
+    return is_optax or isinstance(node, (nnx.Variable, meta.AxisMetadata, ScaledArray))
 
 
 def unbox(leaf: Any) -> Any:
@@ -82,6 +83,22 @@ def is_linen(tree: Any) -> bool:
     return isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping)
 
 
+def is_train_state(tree: Any) -> bool:
+    """Returns whether `tree` is a record of parameters and optimizer state, such as Flax's `TrainState`.
+
+    As in Linen's variables, the parameters are those in its field `params`.
+    """
+    record = dataclasses.is_dataclass(tree) or hasattr(tree, "_replace")  # a named tuple
+    return (
+        record and not isinstance(tree, (type, nnx.Module)) and hasattr(tree, "params") and hasattr(tree, "opt_state")
+    )
+
+
+def _with_params(state: Any, params: Any) -> Any:
+    """Returns a train state with other parameters."""
+    return state._replace(params=params) if hasattr(state, "_replace") else dataclasses.replace(state, params=params)
+
+
 def is_parameter(leaf: Any, nnx_tree: bool = False) -> bool:
     """Returns whether a leaf is a parameter: an array or shape; in an NNX tree only an `nnx.Param` or `Narrow`."""
     if isinstance(leaf, nnx.Variable):
@@ -100,6 +117,8 @@ def _component(key: Any) -> str:
 
 def map_parameters(function: Callable[[str, Any], Any], tree: Any, prefix: str = "") -> Any:
     """Returns `tree` with every parameter replaced by `function(path, leaf)`; a leaf can be a variable or box."""
+    if is_train_state(tree) and not prefix:
+        return _with_params(tree, map_parameters(function, tree.params))
     linen, nnx_tree = is_linen(tree) and not prefix, isinstance(tree, (nnx.State, nnx.Module))
 
     def visit(keys: tuple[Any, ...], leaf: Any) -> Any:
@@ -197,6 +216,8 @@ def replace_parameters(
     """
     if isinstance(tree, nnx.State):
         return _replace_state(tree, flat, formats)
+    if is_train_state(tree):
+        return _with_params(tree, replace_parameters(tree.params, flat, formats, scaled=scaled))
     replace = _Replacement(flat, formats, scaled)
     if is_linen(tree):
         rest = {**tree, "params": replace.node(tree["params"], "")}

@@ -19,7 +19,8 @@ from flax.core import FrozenDict
 from . import dtypes
 from .cast import cast_floats
 from .compute import to_compute
-from .modules import fill, reseeded, streams, takes_policy
+from .errors import UnmatchedRule, UnsupportedCast
+from .modules import build, check_callable, fill, reseeded, streams, takes_policy
 from .policy import Policy
 from .presets import PolicyLike, get_policy
 from .resolved import resolve
@@ -27,7 +28,7 @@ from .scope import Scope
 from .store import store
 from .trees import Narrow, variables_by_path
 
-AnyModule = nn.Module | Callable[..., nnx.Module]
+AnyModule = nn.Module | nnx.Module | Callable[..., nnx.Module]
 
 
 def init(module: AnyModule, policy: PolicyLike, key: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -46,19 +47,29 @@ def init(module: AnyModule, policy: PolicyLike, key: Any, *inputs: Any, **kwargs
     {'kernel': 'float8_e4m3fn', 'scale_inv': 'float32', 'bias': 'float32'}
 
     Raises:
-      UnmatchedRule, ShadowedRule: for a rule without effect.
+      UnsupportedCast: if `module` is neither a Linen module nor such a callable.
+      UnmatchedRule, ShadowedRule: for a rule without effect, or `kv_cache` and a module without an argument `policy`.
     """
     policy = get_policy(policy)
     if isinstance(module, nn.Module):
+        _refuse_kv_cache(policy, module)
         variables = module.init(key, *inputs, **kwargs)
         params = variables.get("params", {})
         return _with_params(variables, store(resolve(policy, params), params))
+    if isinstance(module, nnx.Module):
+        raise UnsupportedCast(
+            f"init makes new variables, and this {type(module).__name__} has its own. Use "
+            "policy.store(nnx.state(module)) for these, or pass a callable that makes the module, such as its class."
+        )
+    check_callable(module)
     rngs = nnx.Rngs(**key) if isinstance(key, Mapping) else nnx.Rngs(key)
     if takes_policy(module):
-        state = nnx.state(module(policy=policy, rngs=rngs))
+        state = nnx.state(build(module, policy=policy, rngs=rngs))
         resolve(policy, state)  # raises for rules without effect, which the lookups of single names cannot detect
         return state
-    state = nnx.state(module(rngs=rngs))
+    built = build(module, rngs=rngs)
+    _refuse_kv_cache(policy, built)
+    state = nnx.state(built)
     return store(resolve(policy, state), state)
 
 
@@ -75,10 +86,11 @@ def apply(
     """Returns the result of `module` for `inputs` and the `variables` from `init`, cast to the policy's output dtype.
 
     Floating-point inputs are cast to the default of the compute slot if it has one.  Parameters are cast or dequantised
-    as the compute slot specifies; `variables` do not change.  Inside a module without an argument `policy`, Flax's own
+    as the compute slot specifies; `variables` do not change.  Scaled pairs in Linen variables need a policy with the
+    block of `init`: see `Policy.store`.  Inside a module without an argument `policy`, Flax's own
     promotion rules apply.
 
-    module   as for `init`
+    module   as for `init`; or an NNX module, of which the structure is used, and not the variables
     policy   any value that `get_policy` accepts
     rngs     keys by stream, for dropout and other random operations
     mutable  as in Linen (`["batch_stats"]`, True): the result is `(result, updated variables)`.  For NNX a filter
@@ -86,14 +98,29 @@ def apply(
     method   a method of the module other than `__call__`, by name or as a function
 
     Raises:
-      UnsupportedCast: for a narrow compute dtype and a module without an argument `policy`.
+      UnsupportedCast: for a narrow compute dtype and a module without an argument `policy`; for a module that is not
+        Flax's, or `variables` of another module.
       UnmatchedRule, ShadowedRule, UnpairedScale, InvalidScale: see `Policy.explain`.
     """
     policy = get_policy(policy)
-    run = _apply_linen if isinstance(module, nn.Module) else _apply_nnx
+    run, kind = (_apply_linen, Mapping) if isinstance(module, nn.Module) else (_apply_nnx, nnx.State)
+    if not isinstance(variables, kind):
+        raise UnsupportedCast(
+            f"variables: expected a {kind.__name__} as init returns it, found {type(variables).__name__}. "
+            f"Pass the {'variables of a Linen module' if kind is Mapping else 'nnx.state(module) of an NNX module'}."
+        )
     if policy.activations is not None:
         inputs, kwargs = cast_floats((inputs, kwargs), policy.activations)
     return run(module, policy, variables, inputs, rngs, mutable, method, kwargs)
+
+
+def _refuse_kv_cache(policy: Policy, module: Any) -> None:
+    """Raises UnmatchedRule for `kv_cache` and a module without an argument `policy`, which cannot read it."""
+    if policy.kv_cache is not None:
+        raise UnmatchedRule(
+            f"kv_cache: {dtypes.dtype_name(policy.kv_cache)} has no effect on {type(module).__name__}, which has no "
+            "argument `policy`: only perparam's models have such a cache. Use policy.replace(kv_cache=None)."
+        )
 
 
 def _apply_linen(
@@ -136,18 +163,21 @@ def _apply_nnx(
     method: Any,
     kwargs: dict[str, Any],
 ) -> Any:
-    if takes_policy(module):
+    if not isinstance(module, nnx.Module):
+        check_callable(module)
+    if takes_policy(type(module) if isinstance(module, nnx.Module) else module):
+        if isinstance(module, nnx.Module):
+            raise UnsupportedCast(
+                f"this {type(module).__name__} was built with a policy, which cannot be replaced. Pass the class, or a "
+                "callable with an argument `policy`; or call the module itself."
+            )
         resolved = resolve(policy, variables, slots=("compute",))
         scope = Scope(policy, policy.activations, stored=resolved.specs)
-        build = functools.partial(module, policy=scope)
+        make = functools.partial(build, module, policy=scope)
     else:
         variables = _computed(policy, variables, (inputs, kwargs))
-        build = module
-    # A module with arrays as plain attributes is built in full: `fill` replaces only variables, and `nnx.eval_shape`
-    # would leave shapes in place of the other arrays.
-    plain = any(not isinstance(leaf, nnx.Variable) for _, leaf in nnx.to_flat_state(variables))
-    rebuilt = build(rngs=streams(variables)) if plain else nnx.eval_shape(lambda: build(rngs=streams(variables)))
-    model = fill(rebuilt, variables_by_path(variables))
+        make = functools.partial(build, module)
+    model = fill(module if isinstance(module, nnx.Module) else _rebuilt(make, variables), variables_by_path(variables))
     if rngs is not None:
         nnx.reseed(model, **reseeded(rngs, variables))
     if method is None:
@@ -158,6 +188,14 @@ def _apply_nnx(
     if mutable is False:
         return policy.cast_output(result)
     return policy.cast_output(result), nnx.state(model, nnx.All(mutable, nnx.Not(nnx.Any(nnx.Param, Narrow))))
+
+
+def _rebuilt(make: Callable[..., nnx.Module], variables: Any) -> nnx.Module:
+    """Returns the module of `variables`, with shapes in place of arrays that `fill` replaces."""
+    # A module with arrays as plain attributes is built in full: `fill` replaces only variables, and `nnx.eval_shape`
+    # would leave shapes in place of the other arrays.
+    plain = any(not isinstance(leaf, nnx.Variable) for _, leaf in nnx.to_flat_state(variables))
+    return make(rngs=streams(variables)) if plain else nnx.eval_shape(lambda: make(rngs=streams(variables)))
 
 
 def _computed(policy: Policy, variables: Any, inputs: Any) -> Any:

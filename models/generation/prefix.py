@@ -11,8 +11,7 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from ...policies.dtypes import dtype_name
-from ...policies.errors import InvalidTokens, shown
-from ...policies.plan import count
+from ...policies.errors import InvalidTokens, count, shown
 from ..decoder import CausalLM
 from ..kv_cache import EMPTY
 from ..tokens import checked_tokens
@@ -59,7 +58,7 @@ def prefill(
         length = min(length, max(prefix.room, ids.shape[1]))
         prefix.cache.check_room(length)
         if ids.shape[0] != prefix.tokens.shape[0]:
-            raise InvalidTokens(f"input_ids: the prefix has {prefix.tokens.shape[0]} rows, found {ids.shape[0]}.")
+            raise InvalidTokens(f"input_ids: the prefix has {count(len(prefix.tokens), 'row')}, found {len(ids)}.")
     ids, mask = (np.pad(x, ((0, 0), (length - x.shape[1], 0))) for x in (ids, mask))
     graphdef, state = nnx.split(model)
     if prefix is None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from .. import dtypes
 from ..blocks import Block
+from ..errors import count
 from ..formats import ROW_BLOCK, Format, ScaledArray, stored_format
 from ..scales import E4M3, F32, decode_scales
 from .calls import Call, Implementation, Operands
@@ -72,7 +73,7 @@ def _refuses_rows(call: Call) -> str | None:
         return why
     if call.mode == "W8A16":
         return "a narrow kernel is widened in registers, as the left operand"
-    return None if _many_rows(call) else f"{call.rows} rows leave its tiles mostly empty"
+    return None if _many_rows(call) else f"its tiles would be mostly empty with {count(call.rows or 0, 'row')}"
 
 
 def _pad(x: jax.Array, multiple: int) -> jax.Array:

@@ -93,16 +93,16 @@ def test_without_a_cache_the_one_returned_holds_the_calls_tokens(model):
     for i in range(2):
         keys = np.asarray(fed.keys[i])[..., :8]
         assert relative_error(found.keys[i], keys) <= FLOAT32_ERROR
-    with pytest.raises(InvalidTokens, match="the cache has 8 slots, 8 are filled, 1 more tokens do not fit"):
+    with pytest.raises(InvalidTokens, match="the cache has room for 8 tokens and holds 8, found 1 more"):
         model.hidden(IDS[:, :1], MASK[:, :1], found)
 
 
 def test_tokens_that_do_not_fit_are_refused(model):
     cache = model.empty_cache(3, 7)
-    with pytest.raises(InvalidTokens, match="the cache has 7 slots, 0 are filled, 8 more tokens do not fit"):
+    with pytest.raises(InvalidTokens, match="the cache has room for 7 tokens and holds 0, found 8 more"):
         model.hidden(IDS, MASK, cache)
     _, cache = step(*nnx.split(model), IDS[:, :5], MASK[:, :5], model.empty_cache(3, SLOTS))
-    with pytest.raises(InvalidTokens, match="the cache has 11 slots, 5 are filled, 8 more tokens do not fit"):
+    with pytest.raises(InvalidTokens, match="the cache has room for 11 tokens and holds 5, found 8 more"):
         model.hidden(IDS, MASK, cache)
 
 

@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 
 import perparam
-from perparam.policies import ScaledArray, parameters
+from perparam.policies import parameters
 
 eqx = pytest.importorskip("equinox")
 
 POLICY = perparam.Policy({"layers/*/weight": {"dtype": "f8_e4m3fn", "block": [8, 16]}, "default": "bf16"}, "f32", "f32")
-
-
-def dequantized(model):
-    """The model with plain weights, for code that knows nothing of ScaledArrays."""
-    is_scaled = lambda leaf: isinstance(leaf, ScaledArray)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.dequantize() if is_scaled(leaf) else leaf, model, is_leaf=is_scaled)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +34,7 @@ def test_it_runs_after_its_weights_are_dequantised_inside_the_program(model):
 
     @eqx.filter_jit
     def run(stored, x):
-        return dequantized(POLICY.cast(stored, "compute"))(x)
+        return POLICY.to_compute(stored)(x)
 
     wide = perparam.Policy("f32").store(stored)
     np.testing.assert_allclose(run(stored, x), wide(x), rtol=1e-6)  # the same float32 sums, fused otherwise

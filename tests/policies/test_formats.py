@@ -45,7 +45,7 @@ def combined(values, scales):
     return pytest.mark.parametrize(("values", "scale"), both)
 
 
-NARROW = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3", "float8_e3m4", "int8"]
+NARROW = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e3m4", "int8"]
 MAX = np.finfo(np.float32).max
 WEIGHT = np.random.default_rng(0).normal(size=(70, 90)).astype(np.float32)
 BLOCKED = {"dtype": "f8_e4m3fn", "block": [32, 16], "scale": "bf16"}
@@ -311,6 +311,22 @@ class TestScales:
 
 
 class TestExtremes:
+    @pytest.mark.parametrize("x64", [False, True])
+    def test_a_float64_beyond_float32_is_clipped_to_it(self, x64):
+        weight = np.array([[1e300, -1e300], [1.0, 2.0]])
+        with jax.enable_x64(x64):
+            array = quantize(weight, "f8_e4m3fn", (1, 2))
+        assert (array.values == quantize(np.sign(weight) * MAX, "f8_e4m3fn", (1, 2)).values)[0].all()
+        np.testing.assert_allclose(array.dequantize(), np.clip(weight, -MAX, MAX), rtol=2.0**-23)
+
+    @pytest.mark.parametrize("call", [ScaledArray.dequantize, lambda array: scaled_matmul(jnp.ones((1, 4)), array)])
+    def test_scales_that_do_not_fit_and_formats_without_a_block_are_refused(self, call):
+        array = quantize(jnp.ones((4, 4)), "f8_e4m3fn", (2, 2))
+        with pytest.raises(InvalidScale, match=r"scales of shape \(1, 2\) do not fit a kernel of shape \(4, 4\)"):
+            call(dataclasses.replace(array, scale_inv=array.scale_inv[:1]))
+        with pytest.raises(UnsupportedCast, match=r"the format f8_e4m3fn of a ScaledArray has no block. Make it with"):
+            call(dataclasses.replace(array, format=Format(array.dtype)))
+
     @combined(NARROW, ["float32", "bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn"])
     def test_weights_near_the_largest_float32_never_become_infinite(self, values, scale):
         random = np.random.default_rng(0)

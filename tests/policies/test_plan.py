@@ -340,6 +340,21 @@ class TestTable:
         assert line.startswith("dense/kernel")
         assert "as stored" in line
 
+    def test_integers_have_no_compute_dtype(self):
+        lines = {line.split()[0]: line for line in str(Policy(compute="bf16").explain(TREE)).splitlines() if line}
+        assert "bf16" in lines["dense/bias"]
+        assert lines["steps"].split()[:4] == ["steps", "3", "i32", "i32"]
+        assert "bf16" not in lines["steps"]
+
+    def test_a_cache_dtype_without_a_cache_is_said_to_have_no_effect(self):
+        plan = Policy(kv_cache="int8").explain(TREE)
+        assert plan.kv_cache is None
+        assert str(plan).endswith(
+            "\nkv_cache: int8 has no effect on this tree, which is not a model of perparam with a cache."
+        )
+        assert json.loads(plan.to_json())["unused"] == list(plan.unused)
+        assert not Policy().explain(TREE).unused
+
 
 class Linen(nn.Module):
     @nn.compact

@@ -103,7 +103,9 @@ class TestConstructor:
         with pytest.raises(InvalidPolicy, match="output: the slot holds one dtype"):
             Policy(output={"kernel": "f32"})
 
-    @pytest.mark.parametrize("block", [128, [128], [128, 0], [1.0, 2], (True, 2), "128x128", [1, 2, 3], {"a": 1}])
+    @pytest.mark.parametrize(
+        "block", [128, [128], [128, 0], [2**31, 1], [1.0, 2], (True, 2), "128x128", [1, 2, 3], {"a": 1}]
+    )
     def test_a_malformed_block_is_refused(self, block):
         with pytest.raises(InvalidPolicy, match=r"block: expected two positive integers such as \[128, 128\], found"):
             Policy(block=block)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from perparam import Policy
 from perparam.policies import InvalidPolicy, InvalidScale, Narrow, UnmatchedRule, UnpairedScale, UnsupportedCast
+from perparam.policies.blocks import grid_shape
 
 pytestmark = pytest.mark.optimised
 
@@ -173,6 +174,24 @@ class TestTheTable:
             InvalidScale, match=r"scales of shape \(3, 3\) do not fit.*in blocks of \(128, 128\), expected \(1, 1\)"
         ):
             Policy().store(pair())
+
+    @given(block=st.tuples(*[st.integers(1, 8)] * 2), other=st.tuples(*[st.integers(1, 8)] * 2))
+    def test_another_block_is_an_error_where_the_shape_of_the_scales_shows_it(self, block, other):
+        stored, policy = pair(block=block), Policy({"kernel": F8}, block=other)
+        if grid_shape(SHAPE, block) != grid_shape(SHAPE, other):
+            for call in (policy.store, policy.explain, policy.to_compute, Policy(block=other).explain):
+                with pytest.raises(InvalidScale, match=r"do not fit a kernel of shape .* expected"):
+                    call(stored)
+        else:
+            assert same(policy.store(stored), stored)
+
+
+@pytest.mark.parametrize("call", ["store", "to_compute", "cast"])
+def test_shapes_in_place_of_arrays_are_answered_with_explain_and_eval_shape(call):
+    policy, tree = Policy({"kernel": F8}, "bf16"), {"kernel": jax.ShapeDtypeStruct((4, 4), "float32")}
+    with pytest.raises(UnsupportedCast, match=r"kernel: found ShapeDtypeStruct, expected an array. `explain` shows"):
+        getattr(policy, call)(tree, *(["compute"] if call == "cast" else []))
+    assert jax.eval_shape(policy.store, tree)["kernel"].dtype == F8
 
 
 class TestScaleRules:

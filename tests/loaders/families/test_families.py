@@ -76,7 +76,7 @@ def test_a_model_takes_the_config_of_its_family_with_sizes_that_fit():
     for changes, text in (
         ({"num_key_value_heads": 3}, "4 attention heads do not divide among 3"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
-        ({"windows": (4,)}, "windows has 1 entries for 2 layers"),
+        ({"windows": (4,)}, "windows has length 1, expected num_hidden_layers, 2"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be positive, found 0"),
     ):
         with pytest.raises(UnsupportedConfig, match=text):

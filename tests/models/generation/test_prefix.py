@@ -98,7 +98,7 @@ def test_an_extension_may_fill_the_cache_to_its_last_slot(model):
         model, np.concatenate([IDS, ids], axis=1), np.concatenate([MASK, np.ones_like(ids)], axis=1), max_new_tokens=8
     )
     assert relative_error(full.logits, whole.logits) <= FLOAT32_ERROR
-    with pytest.raises(InvalidTokens, match=r"the cache has 24 slots, 24 are filled, 1 more tokens do not fit"):
+    with pytest.raises(InvalidTokens, match=r"the cache has room for 24 tokens and holds 24, found 1 more"):
         prefill(model, [[1], [1], [1]], prefix=full)
 
 
