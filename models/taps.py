@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from ..policies.errors import UnmatchedRule
+from ..policies.errors import UnmatchedRule, UnsupportedCast
 from ..policies.patterns import Pattern
 
 
@@ -38,7 +38,7 @@ class Taps:
             for text, pattern, change in self._intervene:
                 if pattern.matches(path):
                     self._matched.add(text)
-                    value = change(value)
+                    value = _changed(path, text, change, value)
         for text, pattern in self._capture.items():
             if pattern.matches(path):
                 self._matched.add(text)
@@ -53,6 +53,22 @@ class Taps:
                 raise UnmatchedRule(
                     f"{text!r} (capture) matches no value of this model. Its values include {examples}."
                 )
+
+
+def _changed(path: str, text: str, change: Callable[[jax.Array], jax.Array], value: jax.Array) -> jax.Array:
+    """`change(value)`.
+
+    Raises:
+      UnsupportedCast: not an array of the same shape, such as the None of a function that only prints.
+    """
+    changed = change(value)
+    if getattr(changed, "shape", None) != value.shape:
+        found = getattr(changed, "shape", type(changed).__name__)
+        raise UnsupportedCast(
+            f"{path}: the function of {text!r} (intervene) returned {found}, expected an array of shape {value.shape}. "
+            "Return the value itself to leave it unchanged."
+        )
+    return changed
 
 
 _active: contextvars.ContextVar[tuple[Taps, tuple[str, ...]] | None] = contextvars.ContextVar("taps", default=None)

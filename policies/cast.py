@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 
 from . import dtypes
+from .decisions import decide
 from .errors import InvalidPolicy, UnsupportedCast
 from .formats import ScaledArray
 from .paths import is_scale, scale_path
-from .resolved import decide
 from .rules import PolicyRules, Rule
 from .trees import check_array, map_parameters, parameters, rebox, unbox
 

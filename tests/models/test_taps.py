@@ -10,7 +10,7 @@ from flax import nnx
 import perparam
 from perparam import Policy
 from perparam.models import taps
-from perparam.policies import UnmatchedRule
+from perparam.policies import UnmatchedRule, UnsupportedCast
 from perparam.policies.errors import InvalidPolicy, InvalidTokens
 
 FLOAT32_ERROR = 1e-5
@@ -216,6 +216,16 @@ def test_a_pattern_that_matches_nothing_is_refused(model, pattern):
         model.observe(IDS, MASK, capture=["norm", pattern])
     with pytest.raises(UnmatchedRule, match=rf"'{pattern}'.* matches no value of this model\. Its values"):
         model.observe(IDS, MASK, intervene={pattern: lambda value: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "found"), [(lambda value: None, "NoneType"), (lambda value: value[0], r"\(8, \d+\)")]
+)
+def test_a_function_that_returns_no_such_array_is_refused(model, change, found):
+    with pytest.raises(
+        UnsupportedCast, match=rf"layers/0/mlp: the function of '\*\*/mlp' .* returned {found}, expected an"
+    ):
+        model.observe(IDS, MASK, intervene={"**/mlp": change})
 
 
 def test_weights_cannot_be_changed(model):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from perparam import Policy, apply, init
 from perparam.policies import InvalidPolicy, ShadowedRule, UnmatchedRule
-from perparam.policies.resolved import decide
+from perparam.policies.decisions import decide
 
 PATHS = (
     "embed/embedding",
