@@ -88,16 +88,11 @@ def test_a_narrow_compute_format_is_refused_with_what_can_do_it():
         policy.to_compute(stored)
 
 
-@pytest.fixture(scope="module")
-def mlp():
-    model = eqx.nn.MLP(24, 40, 40, 0, key=jax.random.key(0))
-    return BOTH.store(model)
-
-
-@pytest.mark.parametrize("kind", ["Equinox", "a plain function"])
-def test_wide_weights_exist_only_within_the_program(mlp, kind):
+@pytest.mark.parametrize("kind", [pytest.param("Equinox", marks=pytest.mark.slow), "a plain function"])
+def test_wide_weights_exist_only_within_the_program(kind):
     x = jnp.ones(24, jnp.bfloat16)
     if kind == "Equinox":
+        mlp = BOTH.store(eqx.nn.MLP(24, 40, 40, 0, key=jax.random.key(0)))
         arrays, static = eqx.partition(mlp, eqx.is_array)
 
         def run(arrays, x):

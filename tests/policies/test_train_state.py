@@ -25,16 +25,16 @@ def flax_state(params):
 
 
 STATES = {
-    "TrainState": flax_state(PARAMS),
-    "TrainState of variables": flax_state({"params": PARAMS}),
-    "a named tuple": Record(PARAMS, {"kernel": 0}, optax.adam(1e-3).init(PARAMS)),
-    "a dict": {"params": PARAMS, "opt_state": optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(PARAMS)},
+    "TrainState": lambda: flax_state(PARAMS),
+    "TrainState of variables": lambda: flax_state({"params": PARAMS}),
+    "a named tuple": lambda: Record(PARAMS, {"kernel": 0}, optax.adam(1e-3).init(PARAMS)),
+    "a dict": lambda: {"params": PARAMS, "opt_state": optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(PARAMS)},
 }
 
 
 @pytest.mark.parametrize("name", STATES)
 def test_only_the_parameters_are_planned_stored_and_cast(name):
-    state = STATES[name]
+    state = STATES[name]()
     assert {row.path for row in POLICY.explain(state)} == {"kernel", "scale_inv", "bias"}
     get = dict.__getitem__ if isinstance(state, dict) else getattr
     for result, kernel in (
