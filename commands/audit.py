@@ -7,7 +7,7 @@ import argparse
 import numpy as np
 
 from ..loaders import audit, load_model
-from .options import add_checkpoint, add_policy, token_ids
+from .options import add_checkpoint, add_policy, add_table, print_report, token_ids
 
 SUMMARY = "Print the numerical error of a policy, relative to float32."
 
@@ -16,6 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_checkpoint(parser)
     add_policy(parser)
+    add_table(parser)
     parser.add_argument(
         "--tokens", metavar="1,2,3", type=token_ids, help="token ids of the comparison; default: 64 random ids"
     )
@@ -25,4 +26,4 @@ def run(options: argparse.Namespace) -> None:
     """Prints the audit."""
     model = load_model(options.checkpoint)
     tokens = options.tokens or np.random.default_rng(0).integers(0, model.config.vocab_size, 64).tolist()
-    print(audit(model, options.policy, [tokens]))
+    print_report(audit(model, options.policy, [tokens]), options)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ..loaders import compare, load_tokenizer
 from ..loaders.compare import TEXT, check_plot
-from .options import add_checkpoint, add_policies, read_text, token_ids
+from .options import add_checkpoint, add_policies, add_table, print_report, read_text, token_ids
 
 SUMMARY = "Compare policies: perplexity, KL to the first policy, memory, speed."
 
@@ -15,6 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_checkpoint(parser)
     add_policies(parser)
+    add_table(parser)
     parser.add_argument("--text", metavar="FILE", help="the text to evaluate; default: a paragraph of Darwin")
     parser.add_argument("--tokens", metavar="1,2,3", type=token_ids, help="token ids instead of a text")
     parser.add_argument("--plot", metavar="FILE.png", help="also write a plot of the table; needs matplotlib")
@@ -29,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
         text = TEXT if options.text is None else read_text(options.text)
         tokens = load_tokenizer(options.checkpoint).encode(text)
     comparison = compare(options.checkpoint, options.policy, tokens)
-    print(comparison)
+    print_report(comparison, options)
     if options.plot is not None:
         comparison.plot(options.plot)
-        print(f"plot written to {options.plot}")
+        print(f"plot written to {options.plot}", file=sys.stderr if options.json else sys.stdout)

@@ -39,7 +39,7 @@ def _demo(folder: pathlib.Path) -> None:
     print(f"A small Qwen3 with FP8 kernels and random weights, in Hugging Face layout: {make_checkpoint(folder)}\n")
     print(f"The policy, examples/policy.yaml:\n\n{text}\nIts plan, made from the headers of the checkpoint:\n")
     policy = get_policy(file)
-    print(policy.explain(checkpoint_tree(folder)))
+    policy.explain(checkpoint_tree(folder)).print()
     prompt = np.arange(1, 17)[None]
     logits = {}
     for name, each in (("the policy", policy), ("f32", "f32")):

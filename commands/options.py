@@ -8,6 +8,7 @@ import sys
 
 from ..models import CausalLM
 from ..policies.errors import InvalidText
+from ..policies.tables import Report
 
 _FOLDER = "a folder with config.json and safetensors files"
 _POLICY = "a YAML file, a preset (f32, bf16, fp8_weight_only, fp8_dynamic), a dtype, or params=…,compute=…,output=…"
@@ -28,6 +29,21 @@ def add_policies(parser: argparse.ArgumentParser) -> None:
     """Adds the option `--policy` of a command that takes several."""
     text = f"{_POLICY}; repeat it for each policy"
     parser.add_argument("--policy", metavar="POLICY", help=text, action="append", required=True)
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `print_report`."""
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON with one line per row, for programs and diffs")
+    form.add_argument("--wide", action="store_true", help="print whole lines, not folded at the width of the terminal")
+
+
+def print_report(report: Report, options: argparse.Namespace) -> None:
+    """Prints a plan, an audit or a comparison as the options of `add_table` say."""
+    if options.json:
+        print(report.to_json(), end="")
+    else:
+        report.print(wide=options.wide)
 
 
 def token_ids(text: str) -> list[int]:

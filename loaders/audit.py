@@ -19,11 +19,11 @@ from ..policies.blocks import Block, block_amax, expand, split_blocks
 from ..policies.dtypes import largest
 from ..policies.errors import InvalidTokens
 from ..policies.formats import Format, ScaledArray
-from ..policies.plan import Plan, Row, plan
+from ..policies.plan import Plan, Row, count, human_bytes, plan
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
 from ..policies.store import store_param
-from ..policies.tables import table
+from ..policies.tables import Column, Report, Table, json_lines
 from ..policies.trees import parameters
 from .load import load_model
 from .metrics import divergence
@@ -46,10 +46,22 @@ class AuditRow:
     worst_block: tuple[int, ...]
     saturated: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the numbers, with path, change and formats of the plan's row."""
+        row = self.plan.to_dict()
+        plan = {name: row[name] for name in ("path", "change", "current", "format", "bytes")}
+        return plan | {name: getattr(self, name) for name in ("error", "worst_error", "worst_block", "saturated")}
+
+
+_SHOWN = 20
+"""Rows in the printed table."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Audit:
+class Audit(Report):
     """The error that a policy causes, an iterable of rows; `str(audit)` is the table of the parameters it changes.
+
+    In a notebook an audit is shown as HTML.
 
     plan         the policy's plan
     rows         one for each parameter, without the scales
@@ -66,11 +78,33 @@ class Audit:
     top1: float
     tokens: int
 
-    def __str__(self) -> str:
-        changed = [row for row in self.rows if row.error > 0]
-        shown = sorted(changed, key=lambda row: -row.error)[:20]
-        lines = [("path", "change", "error", "worst block", "at", "saturated")]
-        lines += [
+    def to_json(self) -> str:
+        """Returns rows and totals as JSON that suits a diff: one line for each row, the same in every run."""
+        totals = {
+            "logit_error": self.logit_error,
+            "kl": self.kl,
+            "top1": self.top1,
+            "tokens": self.tokens,
+            "bytes_before": self.plan.total_bytes_before,
+            "bytes": self.plan.total_bytes,
+        }
+        return json_lines((row.to_dict() for row in self.rows), totals)
+
+    @property
+    def _changed(self) -> list[AuditRow]:
+        """The rows that storage changes, the largest error first."""
+        return sorted((row for row in self.rows if row.error > 0), key=lambda row: -row.error)
+
+    def _table(self) -> Table:
+        columns = (
+            Column("path"),
+            Column("change", colour=True),
+            Column("error", right=True),
+            Column("worst block", right=True),
+            Column("at", leave=2),
+            Column("saturated", right=True, leave=1),
+        )
+        lines = [
             (
                 row.plan.path,
                 row.plan.change,
@@ -79,20 +113,23 @@ class Audit:
                 ",".join(map(str, row.worst_block)) or "–",
                 f"{row.saturated:.2%}",
             )
-            for row in shown
+            for row in self._changed[:_SHOWN]
         ]
-        text = table(lines) if shown else "storage changes no parameter"
-        if len(changed) > len(shown):
-            text += f"\nand {len(changed) - len(shown)} more that change less"
-        return "\n".join(
-            [
-                text,
-                "",
-                f"{self.tokens} tokens against float32: logits off by {self.logit_error:.2e} (relative), "
-                f"KL {self.kl:.2e} nats, top-1 agreement {self.top1:.2%}",
-                f"stored in {self.plan.total_bytes:,} bytes, before in {self.plan.total_bytes_before:,}",
-            ]
-        )
+        return Table(columns, lines)
+
+    def _legend(self) -> list[str]:
+        more = len(self._changed) - _SHOWN
+        if not self._changed:
+            return ["storage changes no parameter"]
+        return [f"and {count(more, 'parameter')} more that change less"] if more > 0 else []
+
+    def _notes(self) -> list[str]:
+        before, after = (human_bytes(size) for size in (self.plan.total_bytes_before, self.plan.total_bytes))
+        return [
+            f"{count(self.tokens, 'token')} against float32: logits off by {self.logit_error:.2e} (relative), "
+            f"KL {self.kl:.2e} nats, top-1 agreement {self.top1:.2%}",
+            f"stored in {after}, now in {before}",
+        ]
 
     def __iter__(self) -> Iterator[AuditRow]:
         return iter(self.rows)

@@ -20,11 +20,11 @@ from ..models.decoder import CausalLM
 from ..models.generation import generate
 from ..models.tokens import checked_tokens
 from ..policies.errors import InvalidTokens, MissingPackage, UnsupportedExport
-from ..policies.plan import human_bytes, plan
+from ..policies.plan import count, human_bytes, plan
 from ..policies.policy import Policy
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import resolve
-from ..policies.tables import table
+from ..policies.tables import Column, Report, Table, json_lines
 from .load import load_model
 from .metrics import divergence, mean_and_error, next_token_loss
 
@@ -70,8 +70,11 @@ class Compared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Several policies side by side, the first one as the reference; `str` of it is the table."""
+class Comparison(Report):
+    """Several policies side by side, the first one as the reference; `str` of it is the table.
+
+    In a notebook a comparison is shown as HTML.
+    """
 
     rows: tuple[Compared, ...]
     tokens: int
@@ -82,17 +85,31 @@ class Comparison:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __str__(self) -> str:
-        lines = [("policy", "perplexity", "KL, nats", "top-1", "parameters", "cache/token", "tokens/s")]
-        lines += [
+    def to_json(self) -> str:
+        """Returns rows and totals as JSON that suits a diff: one line for each policy."""
+        return json_lines(map(dataclasses.asdict, self.rows), {"tokens": self.tokens})
+
+    def _table(self) -> Table:
+        columns = (
+            Column("policy"),
+            Column("perplexity", right=True),
+            Column("KL, nats", right=True),
+            Column("top-1", right=True),
+            Column("parameters", right=True),
+            Column("cache/token", right=True, leave=1),
+            Column("tokens/s", right=True, leave=2),
+        )
+        lines = [
             (
                 row.name, _with_error(row.perplexity, row.perplexity_error), f"{row.kl:.2e}", f"{row.top1:.2%}",
                 human_bytes(row.bytes), human_bytes(row.kv_bytes), f"{row.tokens_per_second:.1f}",
             )
             for row in self.rows
         ]  # fmt: skip
-        notes = f"KL and top-1 are relative to {self.rows[0].name}\n{self.tokens} tokens of text"
-        return f"{table(lines, right=len(lines[0]) - 1)}\n\n{notes}"
+        return Table(columns, lines)
+
+    def _notes(self) -> list[str]:
+        return [f"KL and top-1 are relative to {self.rows[0].name}", f"{count(self.tokens, 'token')} of text"]
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Writes a plot of the table to `path`.

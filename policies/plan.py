@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from . import dtypes
 from .matmul import Target, matmul_plan
 from .paths import is_scale
 from .resolved import Change, Decisions, Resolved, ResolvedParam
-from .tables import table
+from .tables import Column, Report, Table, json_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Row:
     bytes_before    bytes before storage
     bytes           bytes after storage
     matmul          for a kernel in a plan with a target: the implementations of the matmul for 1 | 512 rows
+    matmul_refused  for a narrow kernel: which implementations for the target do not accept it, and why
     """
 
     path: str
@@ -55,6 +55,7 @@ class Row:
     bytes_before: int
     bytes: int
     matmul: str | None = None
+    matmul_refused: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields of the row, with the names of dtypes."""
@@ -62,11 +63,21 @@ class Row:
         return {name: dtypes.dtype_name(x) if isinstance(x, np.dtype) else x for name, x in fields.items()}
 
 
+_LEGEND = {
+    "made": "made: scales that storage adds",
+    "dissolved": "dissolved: scales that storage multiplies into the values and removes",
+    "as stored": "as stored: the matmul takes the narrow values and their scales",
+    "(": "({}): no rule for compute, so the dtype of activations",
+    "–": "–: no rule; under current, not there yet; under compute, the dtype of activations",
+}
+"""Explanations of cells of the table, by their last words or first character."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Report):
     """The effect of a policy on a tree of parameters, an iterable of rows.
 
-    `str(plan)` is a table with one line for equal layers.
+    `str(plan)` is a table with one line for equal layers; in a notebook a plan is shown as HTML.
 
     rows         one for each parameter and for its scales, in the tree's order, scales after their kernel
     activations  the dtype of activations; None if neither the policy nor the model specifies it
@@ -107,7 +118,6 @@ class Plan:
 
     def to_json(self) -> str:
         """Returns rows and totals as JSON that suits a diff: one line for each row, the same in every run."""
-        rows = ",\n".join(f"  {json.dumps(row.to_dict())}" for row in self.rows)
         totals = {
             "activations": self.activations and dtypes.dtype_name(self.activations),
             "output": self.output and dtypes.dtype_name(self.output),
@@ -117,16 +127,40 @@ class Plan:
             "bytes": self.total_bytes,
             "bytes_by_dtype": {dtypes.dtype_name(dtype): count for dtype, count in self.bytes_by_dtype.items()},
         }
-        return f'{{"rows": [\n{rows}\n],\n{json.dumps(totals)[1:]}\n'
+        return json_lines((row.to_dict() for row in self.rows), totals)
 
-    def __str__(self) -> str:
-        matmul = ("matmul (1 | 512 rows)",) if self._has_target else ()
-        lines: list[tuple[str, ...]] = [
-            ("path", "shape", "current", "storage", "compute", *matmul, "rule (params | compute)", "bytes")
+    def _table(self) -> Table:
+        lines = [
+            (label, *self._cells(rows[0]), human_bytes(sum(row.bytes for row in rows)))
+            for label, rows in self._folded()
         ]
-        for label, rows in self._folded():
-            lines.append((label, *self._cells(rows[0]), human_bytes(sum(row.bytes for row in rows))))
-        return f"{table(lines, right=1)}\n\n{self.summary()}"
+        columns = [
+            Column("path"),
+            Column("shape", leave=2),
+            Column("current", leave=3, colour=True),
+            Column("storage", colour=True),
+            Column("compute", colour=True),
+            *([Column("matmul (1 | 512 rows)")] if self._has_target else []),
+            Column("rule (params | compute)", leave=1),
+            Column("bytes", right=True),
+        ]
+        return Table(tuple(columns), lines)
+
+    def _legend(self) -> list[str]:
+        cells = [cell for row in self.rows for cell in self._cells(row)]
+        activations = self.activations and dtypes.dtype_name(self.activations)
+        found = [
+            text.format(activations)
+            for key, text in _LEGEND.items()
+            if any(cell.endswith(key) or cell[:1] == key for cell in cells)
+        ]
+        refused = (
+            f"{label}: {rows[0].matmul_refused}" for label, rows in self._folded() if rows[0].matmul_refused is not None
+        )
+        return [*filter(None, ["; ".join(found)]), *refused]
+
+    def _notes(self) -> list[str]:
+        return self.summary().splitlines()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -204,17 +238,17 @@ def plan(resolved: Resolved, target: str | Target | None = None) -> Plan:
     for param in resolved.params.values():
         row = _row(param)
         if target is not None and param.path.rpartition("/")[2] == "kernel" and len(param.shape) == 2:
-            row = dataclasses.replace(row, matmul=_matmul(param, resolved.activations, target))
+            row = _with_matmul(row, param, resolved.activations, target)
         rows.append(row)
         if param.has_scales or param.format.scale is not None:
             rows.append(_scale_row(param))
     return Plan(tuple(rows), resolved.activations, resolved.output, resolved.kv_cache, resolved.kv_bytes)
 
 
-def _matmul(param: ResolvedParam, activations: np.dtype | None, target: str | Target) -> str:
-    """Returns the names of the implementations of the matmul with a kernel, for 1 and for 512 rows of activations."""
+def _with_matmul(row: Row, param: ResolvedParam, activations: np.dtype | None, target: str | Target) -> Row:
+    """Returns the row of a kernel with its fields about the matmul, for 1 and for 512 rows of activations."""
     out_features, in_features = param.shape
-    names = [
+    choices = [
         matmul_plan(
             rows,
             (out_features, in_features),
@@ -222,10 +256,20 @@ def _matmul(param: ResolvedParam, activations: np.dtype | None, target: str | Ta
             kernel=param.format,
             compute=param.compute,
             target=target,
-        ).implementation
+        )
         for rows in (1, 512)
     ]
-    return " | ".join(dict.fromkeys(names))
+    refused: dict[str, list[str]] = {}
+    if param.format.narrow or (param.compute is not None and param.compute.narrow):
+        for name, why in choices[0].refused:
+            # "dot" is for wide kernels; what is refused only for one of the numbers of rows has its use for the other.
+            if name != "dot" and (name, why) in choices[1].refused:
+                refused.setdefault(why, []).append(name)
+    return dataclasses.replace(
+        row,
+        matmul=" | ".join(dict.fromkeys(choice.implementation for choice in choices)),
+        matmul_refused="; ".join(f"not {' or '.join(names)}: {why}" for why, names in refused.items()) or None,
+    )
 
 
 def _row(param: ResolvedParam) -> Row:
