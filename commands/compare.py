@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
         check_plot(options.plot)
     tokens = options.tokens
     if tokens is None:
-        text = TEXT if options.text is None else read_text(options.text)
+        text = TEXT if options.text is None else read_text("--text", options.text)
         tokens = load_tokenizer(options.checkpoint).encode(text)
     comparison = compare(options.checkpoint, options.policy, tokens)
     print_report(comparison, options)

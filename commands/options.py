@@ -7,11 +7,15 @@ import pathlib
 import sys
 
 from ..models import CausalLM
-from ..policies.errors import InvalidText
+from ..policies.errors import PerparamError
 from ..policies.tables import Report
 
 _FOLDER = "a folder with config.json and safetensors files"
 _POLICY = "a YAML file, a preset (f32, bf16, fp8_weight_only, fp8_dynamic), a dtype, or params=…,compute=…,output=…"
+
+
+class OptionError(PerparamError, ValueError):
+    """The value of an option of the command line cannot be used."""
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, hub: bool = True) -> None:
@@ -54,12 +58,19 @@ def token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected token ids such as 1,2,3, found {text!r}") from None
 
 
-def read_text(file: str) -> str:
-    """The text in a file, or of standard input for `-`."""
+def read_text(option: str, file: str) -> str:
+    """The text in the file that `option` names, or of standard input for `-`."""
     try:
         return sys.stdin.read() if file == "-" else pathlib.Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidText(f"{file}: cannot be read as UTF-8 text: {error}.") from error
+        raise OptionError(f"{option}: {file}: cannot be read as UTF-8 text: {error}.") from error
+    except OSError as error:
+        raise OptionError(f"{option}: {message(error)}") from error
+
+
+def message(error: OSError) -> str:
+    """The message of an error of the file system: what failed, and why."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error.strerror or error)
 
 
 def folder_of(model: CausalLM) -> pathlib.Path:
