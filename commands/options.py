@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from typing import Any
 
 from ..models import CausalLM
 from ..policies.errors import PerparamError
@@ -48,6 +49,19 @@ def print_report(report: Report, options: argparse.Namespace) -> None:
         print(report.to_json(), end="")
     else:
         report.print(wide=options.wide)
+
+
+def add_tokens(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds the options of `tokens_or_text`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--text", metavar="FILE", help=f"a file with the text to compare on; default: {default}")
+    group.add_argument("--tokens", metavar="1,2,3", type=token_ids, help="token ids instead of a text")
+
+
+def tokens_or_text(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments `tokens` and `text` of `audit` and `compare`; both None without the options."""
+    text = None if options.text is None else read_text("--text", options.text)
+    return {"tokens": options.tokens, "text": text}
 
 
 def token_ids(text: str) -> list[int]:

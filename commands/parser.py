@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that takes no abbreviations, and names the nearest option or command after a typo."""
 
     def __init__(self, *given: Any, **options: Any):
-        super().__init__(*given, allow_abbrev=False, **options)
+        super().__init__(*given, **{"allow_abbrev": False, **options})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Returns what argparse does, after a look at the names: argparse itself reports missing arguments first."""

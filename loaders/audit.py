@@ -10,11 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from numpy.typing import ArrayLike
 
 from ..models.decoder import CausalLM
-from ..models.tokens import checked_tokens
 from ..policies.blocks import Block, block_amax, expand, split_blocks
 from ..policies.dtypes import largest
 from ..policies.errors import InvalidTokens
@@ -26,7 +24,8 @@ from ..policies.store import store_param
 from ..policies.tables import Column, Report, Table, json_lines
 from ..policies.trees import parameters
 from .load import load_model
-from .metrics import divergence
+from .metrics import divergence, float32_logits
+from .windows import token_ids, token_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,43 +140,49 @@ class Audit(Report):
 def audit(
     model: CausalLM | str | os.PathLike[str],
     policy: PolicyLike,
-    tokens: ArrayLike,
+    tokens: ArrayLike | None = None,
     attention_mask: ArrayLike | None = None,
+    *,
+    text: str | None = None,
 ) -> Audit:
     """The error that `policy` causes, relative to the same parameters dequantised and computed in float32.
 
     model           a model, or a checkpoint as for `load_model`
     policy          anything `get_policy` accepts
-    tokens          (batch, length) token ids to compare logits on
-    attention_mask  (batch, length), nonzero for real tokens; None: all are real
+    tokens          (length,) or (batch, length) ids to compare logits on; rows are cut into windows of 256 tokens
+    attention_mask  the same shape, nonzero for real tokens; None: all are real
+    text            a text instead of tokens, for the checkpoint's tokenizer
 
     Holds two models in memory at once: in float32 and under the policy.
+
+    Raises:
+      InvalidTokens: tokens that do not fit the model, or neither or both of tokens and text.
     """
     model = load_model(model) if isinstance(model, (str, os.PathLike)) else model
-    ids, mask = checked_tokens(tokens, attention_mask, model.config.vocab_size)
+    source = model.config.source
+    given = token_ids(tokens, text, None if source is None else source.parent)
+    ids, mask = token_windows(given, attention_mask, model.config.vocab_size)
     if not mask.any():
-        raise InvalidTokens(f"tokens: expected real tokens of shape (batch, length), found {ids.shape} with none.")
+        raise InvalidTokens(f"tokens: expected real tokens, found none in {np.shape(given)}.")
     resolved = resolve(get_policy(policy), model)
     costs = plan(resolved)
     rows = _rows(resolved, costs, parameters(model))
-    exact = _logits(model.with_policy("f32"), ids, mask)
-    logits = _logits(model.as_resolved(resolved), ids, mask)
-    kl, agrees = divergence(exact, logits)
-    real, count = mask[..., None], int(mask.sum())
+    programs = [float32_logits(each) for each in (model.with_policy("f32"), model.as_resolved(resolved))]
+    sums = np.zeros(4)
+    for window, real in zip(ids, mask, strict=True):
+        exact, logits = (run(window[None], real[None])[0][real] for run in programs)
+        kl, agrees = divergence(exact, logits)
+        squares = (jnp.square(x).sum() for x in (logits - exact, exact))
+        sums += np.array([*squares, kl.sum(), agrees.sum()], np.float64)
+    (difference, size, kls, agreements), count = sums, int(mask.sum())
     return Audit(
         costs,
         rows,
-        logit_error=_relative(jnp.where(real, logits - exact, 0.0), jnp.where(real, exact, 0.0)),
-        kl=float(jnp.where(mask, kl, 0.0).sum()) / count,
-        top1=int(jnp.where(mask, agrees, False).sum()) / count,
+        logit_error=float(np.sqrt(difference / size)) if difference else 0.0,
+        kl=float(kls) / count,
+        top1=float(agreements) / count,
         tokens=count,
     )
-
-
-def _logits(model: CausalLM, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state: nnx.merge(graphdef, state)(ids, mask).astype(jnp.float32))
-    return run(state)
 
 
 def _relative(difference: jax.Array, exact: jax.Array) -> float:
