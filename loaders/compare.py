@@ -177,7 +177,7 @@ def compare(
         del model  # before the next one is loaded
     if not rows:
         raise InvalidTokens(f"expected two token ids or more, and a policy, found {np.shape(ids)} and {len(by_name)}.")
-    return Comparison(tuple(rows), int(counts.sum()))
+    return Comparison(tuple(rows), int(windows[1].sum()))
 
 
 def _evaluate(

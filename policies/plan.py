@@ -13,6 +13,7 @@ import numpy as np
 
 from . import dtypes
 from .matmul import Target, matmul_plan
+from .matmul.dispatch import GENERIC
 from .paths import is_scale
 from .resolved import Change, Decisions, Resolved, ResolvedParam
 from .tables import Column, Report, Table, json_lines
@@ -37,7 +38,7 @@ class Row:
     bytes_before    bytes before storage
     bytes           bytes after storage
     matmul          for a kernel in a plan with a target: the implementations of the matmul for 1 | 512 rows
-    matmul_refused  for a narrow kernel: which implementations for the target do not accept it, and why
+    matmul_refused  for a kernel without an implementation made for the target: which ones do not accept it, and why
     """
 
     path: str
@@ -61,16 +62,6 @@ class Row:
         """Returns the fields of the row, with the names of dtypes."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: dtypes.dtype_name(x) if isinstance(x, np.dtype) else x for name, x in fields.items()}
-
-
-_LEGEND = {
-    "made": "made: scales that storage adds",
-    "dissolved": "dissolved: scales that storage multiplies into the values and removes",
-    "as stored": "as stored: the matmul takes the narrow values and their scales",
-    "(": "({}): no rule for compute, so the dtype of activations",
-    "–": "–: no rule; under current, not there yet; under compute, the dtype of activations",
-}
-"""Explanations of cells of the table, by their last words or first character."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,17 +138,22 @@ class Plan(Report):
         return Table(tuple(columns), lines)
 
     def _legend(self) -> list[str]:
-        cells = [cell for row in self.rows for cell in self._cells(row)]
-        activations = self.activations and dtypes.dtype_name(self.activations)
-        found = [
-            text.format(activations)
-            for key, text in _LEGEND.items()
-            if any(cell.endswith(key) or cell[:1] == key for cell in cells)
-        ]
+        changes, cells = {row.change for row in self.rows}, [self._cells(row) for row in self.rows]
+        computes = {cell[3] for cell in cells}
+        activations = self.activations and f"({dtypes.dtype_name(self.activations)})"
+        found = {
+            "made: scales that storage adds": "made" in changes,
+            "dissolved: scales that storage multiplies into the values and removes": "dissolved" in changes,
+            "as stored: the matmul takes narrow values and their scales": "as stored" in computes,
+            f"{activations}: no dtype from a rule, so that of activations": activations in computes,
+            "– under compute: in the dtype of activations, which nothing names": "–" in computes,
+            "– under rule: no rule": any("–" in cell[-1] for cell in cells),
+        }
+        shown = "; ".join(text for text, occurs in found.items() if occurs)
         refused = (
             f"{label}: {rows[0].matmul_refused}" for label, rows in self._folded() if rows[0].matmul_refused is not None
         )
-        return [*filter(None, ["; ".join(found)]), *refused]
+        return [*filter(None, [shown]), *refused]
 
     def _notes(self) -> list[str]:
         return self.summary().splitlines()
@@ -180,7 +176,7 @@ class Plan(Report):
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((re.sub(r"(?<![^/])\d+(?![^/])", "#", row.path), *self._cells(row)), []).append(row)
-        return [(_label([row.path for row in group]), group) for group in groups.values()]
+        return [(folded_label([row.path for row in group]), group) for group in groups.values()]
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         """Returns the cells of a row in the table, without path and bytes."""
@@ -260,10 +256,9 @@ def _with_matmul(row: Row, param: ResolvedParam, activations: np.dtype | None, t
         for rows in (1, 512)
     ]
     refused: dict[str, list[str]] = {}
-    if param.format.narrow or (param.compute is not None and param.compute.narrow):
+    if all(choice.implementation in GENERIC for choice in choices):
         for name, why in choices[0].refused:
-            # "dot" is for wide kernels; what is refused only for one of the numbers of rows has its use for the other.
-            if name != "dot" and (name, why) in choices[1].refused:
+            if name not in GENERIC and (name, why) in choices[1].refused:
                 refused.setdefault(why, []).append(name)
     return dataclasses.replace(
         row,
@@ -325,7 +320,7 @@ def _rules(rules: Decisions) -> dict[str, Any]:
     return columns
 
 
-def _label(paths: list[str]) -> str:
+def folded_label(paths: list[str]) -> str:
     """Returns the label of a line in the table: a path, or one for several paths that differ only in numbers."""
     if len(paths) == 1:
         return paths[0]

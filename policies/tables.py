@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 import io
 import json
@@ -17,7 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .dtypes import as_dtype, is_dtype_name, is_narrow
+from .dtypes import as_dtype, is_narrow
+from .errors import UnknownDtype
 from .formats import FORMATS
 
 _GAP = "  "
@@ -221,6 +223,7 @@ def _fold(cell: str, width: int, right: bool = False) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+@functools.cache
 def _style(word: str) -> str:
     """Returns the style of a word: a change or a format."""
     name = word.strip("()")
@@ -228,9 +231,10 @@ def _style(word: str) -> str:
         return _STYLES[name]
     if name in FORMATS:
         return "green"
-    if not is_dtype_name(name):
+    try:
+        dtype = as_dtype(name)
+    except UnknownDtype:
         return ""
-    dtype = as_dtype(name)
     return "green" if is_narrow(dtype) else "cyan" if dtype.itemsize >= 4 else ""
 
 
