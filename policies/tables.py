@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .dtypes import as_dtype, is_narrow
-from .errors import UnknownDtype
+from .errors import UnknownDtype, printable
 from .formats import FORMATS
 
 _GAP = "  "
@@ -72,6 +72,10 @@ class Table:
 
     columns: tuple[Column, ...]
     lines: Sequence[Sequence[str]]
+
+    def __post_init__(self) -> None:
+        cells = [tuple(map(printable, line)) for line in self.lines]  # paths come from files
+        object.__setattr__(self, "lines", cells)
 
     def to_text(self, width: int | None = None) -> str:
         """Returns the table as plain text: whole lines, or lines of at most `width` characters where that is possible.
@@ -171,7 +175,7 @@ class Report:
         width   the most characters of a line, if cells can be folded so far; None: whole lines
         colour  whether to add the escape codes of a terminal's colours
         """
-        table, legend, notes = self._table(), self._legend(), self._notes()
+        table, legend, notes = self._table(), [*map(printable, self._legend())], [*map(printable, self._notes())]
         blocks = [table.styled(width)] if table.lines else []
         blocks += [Text(_wrapped(legend, width), "dim")] if legend else []
         blocks += [Text(_wrapped(notes, width))] if notes else []

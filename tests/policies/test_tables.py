@@ -103,6 +103,12 @@ def test_html_is_escaped_and_has_every_cell():
     assert "stored in 64 B (bf16 64 B), now in 128 B" in html
 
 
+def test_control_characters_of_a_path_are_escaped():
+    text = Policy().explain({"a\x1b[31m\nb": TREE}).to_text()
+    assert "a\\x1b[31m\\nb" in text.splitlines()[1]
+    assert "\x1b" not in text
+
+
 def test_json_has_a_line_a_row_and_null_for_what_json_does_not_have():
     text = json_lines([{"a": float("nan")}, {"a": 1.5}], {"total": float("inf")})
     assert text.splitlines()[1:3] == ['  {"a": null},', '  {"a": 1.5}']
