@@ -120,7 +120,7 @@ class Audit(Report):
         more = len(self._changed) - _SHOWN
         if not self._changed:
             return ["storage changes no parameter"]
-        return [f"and {count(more, 'parameter')} more that change less"] if more > 0 else []
+        return [f"and {more} more that change less"] if more > 0 else []
 
     def _notes(self) -> list[str]:
         before, after = (human_bytes(size) for size in (self.plan.total_bytes_before, self.plan.total_bytes))
