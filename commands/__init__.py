@@ -1,5 +1,6 @@
 """The command line `perparam`: one module for each command."""
 
-from .program import COMMANDS, main
+from .parser import COMMANDS
+from .program import main
 
 __all__ = ["COMMANDS", "main"]

@@ -7,7 +7,7 @@ import argparse
 import numpy as np
 
 from ..loaders import audit, load_model
-from .options import add_checkpoint, add_policy, token_ids
+from .options import add_checkpoint, add_policy, add_table, add_tokens, print_report, tokens_or_text
 
 SUMMARY = "Print the numerical error of a policy, relative to float32."
 
@@ -16,13 +16,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_checkpoint(parser)
     add_policy(parser)
-    parser.add_argument(
-        "--tokens", metavar="1,2,3", type=token_ids, help="token ids of the comparison; default: 64 random ids"
-    )
+    add_table(parser)
+    add_tokens(parser, "64 random token ids")
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints the audit."""
     model = load_model(options.checkpoint)
-    tokens = options.tokens or np.random.default_rng(0).integers(0, model.config.vocab_size, 64).tolist()
-    print(audit(model, options.policy, [tokens]))
+    given = tokens_or_text(options)
+    if options.tokens is None and options.text is None:
+        given["tokens"] = np.random.default_rng(0).integers(0, model.config.vocab_size, 64)
+    print_report(audit(model, options.policy, **given), options)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
-from ..loaders import compare, load_tokenizer
-from ..loaders.compare import TEXT, check_plot
-from .options import add_checkpoint, add_policies, read_text, token_ids
+from ..loaders import compare
+from ..loaders.compare import TEXT
+from ..loaders.compare_plot import check_plot
+from .options import add_checkpoint, add_policies, add_table, add_tokens, print_report, tokens_or_text
 
 SUMMARY = "Compare policies: perplexity, KL to the first policy, memory, speed."
 
@@ -15,8 +17,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_checkpoint(parser)
     add_policies(parser)
-    parser.add_argument("--text", metavar="FILE", help="the text to evaluate; default: a paragraph of Darwin")
-    parser.add_argument("--tokens", metavar="1,2,3", type=token_ids, help="token ids instead of a text")
+    add_table(parser)
+    add_tokens(parser, "a paragraph of Darwin")
     parser.add_argument("--plot", metavar="FILE.png", help="also write a plot of the table; needs matplotlib")
 
 
@@ -24,12 +26,11 @@ def run(options: argparse.Namespace) -> None:
     """Prints the table, and writes the plot."""
     if options.plot is not None:
         check_plot(options.plot)
-    tokens = options.tokens
-    if tokens is None:
-        text = TEXT if options.text is None else read_text(options.text)
-        tokens = load_tokenizer(options.checkpoint).encode(text)
-    comparison = compare(options.checkpoint, options.policy, tokens)
-    print(comparison)
+    given = tokens_or_text(options)
+    if options.tokens is None and options.text is None:
+        given["text"] = TEXT
+    comparison = compare(options.checkpoint, options.policy, **given)
+    print_report(comparison, options)
     if options.plot is not None:
         comparison.plot(options.plot)
-        print(f"plot written to {options.plot}")
+        print(f"plot written to {options.plot}", file=sys.stderr if options.json else sys.stdout)

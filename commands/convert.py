@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     resolved = resolve(policy, checkpoint.tree)
     costs = plan(resolved)
     if options.dry_run:
-        print(costs)
+        costs.print()
         print_left_out(checkpoint)
         sizes = shard_sizes(checkpoint, resolved, options.max_shard_size)
         files = "1 file" if len(sizes) == 1 else f"{len(sizes)} files, the largest {human_bytes(max(sizes.values()))}"

@@ -16,6 +16,7 @@ from ..loaders.metrics import divergence
 from ..models import generate
 from ..policies import get_policy
 from ..policies.plan import human_bytes
+from .options import OptionError, message
 
 SUMMARY = "Make a small FP8 Qwen3 checkpoint, print its plan, and run it under two policies."
 
@@ -28,18 +29,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Makes the checkpoint and prints the rest."""
     if options.folder is not None:
-        return _demo(pathlib.Path(options.folder))
+        return _demo(_made(pathlib.Path(options.folder), "--folder"))
     with tempfile.TemporaryDirectory(prefix="perparam-demo-") as folder:
-        return _demo(pathlib.Path(folder))
+        return _demo(_made(pathlib.Path(folder), "temporary folder"))
+
+
+def _made(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The new checkpoint in `folder`, which is called `name` in an error."""
+    try:
+        return make_checkpoint(folder)
+    except OSError as error:
+        text = message(error)
+        raise OptionError(f"{name}: {text if str(folder) in text else f'{folder}: {text}'}") from error
 
 
 def _demo(folder: pathlib.Path) -> None:
     file = pathlib.Path(__file__).parent.parent / "examples" / "policy.yaml"
     text = file.read_text(encoding="utf-8")
-    print(f"A small Qwen3 with FP8 kernels and random weights, in Hugging Face layout: {make_checkpoint(folder)}\n")
+    print(f"A small Qwen3 with FP8 kernels and random weights, in Hugging Face layout: {folder}\n")
     print(f"The policy, examples/policy.yaml:\n\n{text}\nIts plan, made from the headers of the checkpoint:\n")
     policy = get_policy(file)
-    print(policy.explain(checkpoint_tree(folder)))
+    policy.explain(checkpoint_tree(folder)).print()
     prompt = np.arange(1, 17)[None]
     logits = {}
     for name, each in (("the policy", policy), ("f32", "f32")):

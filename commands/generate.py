@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         tokens = generate(model, [options.tokens], max_new_tokens=options.max_new_tokens, **drawn)
         print(",".join(map(str, np.asarray(tokens)[0])))
         return
-    text = options.prompt if options.file is None else read_text(options.file)
+    text = options.prompt if options.file is None else read_text("--file", options.file)
     tokenizer, watch = load_tokenizer(folder_of(model)), Stopwatch()
     pieces = stream_text(model, tokenizer, text, options.max_new_tokens, stop=options.stop, **drawn)
     while True:

@@ -8,7 +8,7 @@ from ..loaders import Checkpoint, open_checkpoint
 from ..policies import get_policy
 from ..policies.plan import plan
 from ..policies.resolved import resolve
-from .options import add_checkpoint, add_policy
+from .options import add_checkpoint, add_policy, add_table, print_report
 
 SUMMARY = "Print the storage and compute format of each parameter; reads no weights."
 
@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_checkpoint(parser, hub=False)
     add_policy(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON with one line per row, for diffs")
+    add_table(parser)
     parser.add_argument(
         "--target", metavar="TARGET", help="add the matmul implementations on a device: here, cpu, cuda, cuda:9.0, …"
     )
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     """Prints the plan."""
     checkpoint = open_checkpoint(options.checkpoint)
     table = plan(resolve(get_policy(options.policy), checkpoint.tree), options.target)
-    print(table.to_json() if options.json else table, end="" if options.json else "\n")
+    print_report(table, options)
     if not options.json:
         print_left_out(checkpoint)
 

@@ -3,36 +3,58 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import errno
 import io
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
-from .. import __version__
+import jax
+
 from ..policies import PerparamError
-
-COMMANDS = (
-    "plan",
-    "chat",
-    "generate",
-    "compare",
-    "audit",
-    "convert",
-    "demo",
+from ..policies.errors import (
+    InvalidPolicy,
+    InvalidSize,
+    InvalidText,
+    InvalidTokens,
+    MissingPackage,
+    UnknownDtype,
+    UnknownTarget,
+    UnsupportedCast,
+    UnsupportedExport,
 )
-"""The commands, in the order of the help. Each is a module of this folder, which has
+from .options import message
+from .parser import parser
 
-SUMMARY                a sentence for the help
-add_options(parser)    adds the command's arguments
-run(options)           runs it; `options.usage_error(text)` prints the usage and ends the program
-"""
+_CAUSES: dict[type[PerparamError], tuple[str, ...]] = {
+    InvalidPolicy: ("policy",),
+    UnknownDtype: ("policy",),
+    UnsupportedCast: ("policy",),
+    UnknownTarget: ("target",),
+    InvalidTokens: ("tokens", "text", "prompt", "file"),
+    InvalidText: ("text", "prompt", "file"),
+    InvalidSize: ("max_shard_size",),
+    UnsupportedExport: ("plot",),
+    MissingPackage: ("plot",),
+}
+"""The options whose value may have caused an error; the first one that is given is named."""
+
+
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, or 2 after an error, whose message is on stderr."""
-    options = _parser().parse_args(arguments)
+    """Runs a command and returns its exit code: 0, 2 after an error, 1 after an internal error.
+
+    The message of an error is on stderr.
+    """
+    if sys.stderr is None:  # closed by the shell, as standard output below
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        return _failed("standard output is closed")
+    options = parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot print × prints a question mark
     try:
@@ -41,26 +63,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (PerparamError, OSError) as error:
-        print(f"perparam: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError, AssertionError) as error:  # from JAX: no such device, not enough memory
-        lines = str(error).splitlines() or [type(error).__name__]
-        print(f"perparam: error: JAX could not run this: {lines[0]}", file=sys.stderr)
-        return 2
+        _discard_output()
+    except PerparamError as error:
+        return _failed(_with_option(error, options))
+    except OSError as error:
+        if error.filename is None and error.errno in _OUTPUT_ERRORS:  # files that commands write have a name
+            _discard_output()
+            return _failed(f"standard output: {error.strerror}")
+        return _failed(message(error))
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        return _unexpected(error)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="perparam", description="Mixed-precision policies for JAX and Flax.")
-    parser.add_argument("--version", action="version", version=f"perparam {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = importlib.import_module(f".{name}", __package__)
-        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
-        module.add_options(command)
-        command.set_defaults(run=module.run, usage_error=command.error)
-    return parser
+def _with_option(error: PerparamError, options: argparse.Namespace) -> str:
+    """The message of an error, with the option that it is about in front."""
+    text, given = str(error), {name for name, value in vars(options).items() if value not in (None, [])}
+    name, _, rest = text.partition(":")
+    if name in given:  # an argument of a function, such as max_new_tokens
+        return f"{_option(name)}:{rest}"
+    names = next((names for kind, names in _CAUSES.items() if isinstance(error, kind)), ())
+    return next((f"{_option(name)}: {text}" for name in names if name in given), text)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _failed(text: str) -> int:
+    print(f"perparam: error: {text}", file=sys.stderr)
+    return 2
+
+
+def _unexpected(error: Exception) -> int:
+    """Prints an error of JAX in one line, any other one with its traceback."""
+    in_jax = f"{os.sep}jax{os.sep}" in traceback.extract_tb(error.__traceback__)[-1].filename
+    if isinstance(error, (jax.errors.JaxRuntimeError, MemoryError)) or (isinstance(error, RuntimeError) and in_jax):
+        lines = str(error).splitlines() or [type(error).__name__]  # no such device, not enough memory
+        return _failed(f"JAX could not run this: {lines[0]}")
+    traceback.print_exception(error)
+    print("perparam: internal error: please report it with the lines above and the command.", file=sys.stderr)
+    return 1
+
+
+def _discard_output() -> None:
+    """Sends the rest of standard output nowhere: Python would fail on it again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,23 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from numpy.typing import ArrayLike
 
 from ..models.decoder import CausalLM
-from ..models.tokens import checked_tokens
 from ..policies.blocks import Block, block_amax, expand, split_blocks
 from ..policies.dtypes import largest
 from ..policies.errors import InvalidTokens
 from ..policies.formats import Format, ScaledArray
-from ..policies.plan import Plan, Row, plan
+from ..policies.plan import Plan, Row, count, human_bytes, plan
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
 from ..policies.store import store_param
-from ..policies.tables import table
+from ..policies.tables import Column, Report, Table, json_lines
 from ..policies.trees import parameters
 from .load import load_model
-from .metrics import divergence
+from .metrics import divergence, float32_logits
+from .windows import token_ids, token_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +45,22 @@ class AuditRow:
     worst_block: tuple[int, ...]
     saturated: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the numbers, with path, change and formats of the plan's row."""
+        row = self.plan.to_dict()
+        plan = {name: row[name] for name in ("path", "change", "current", "format", "bytes")}
+        return plan | {name: getattr(self, name) for name in ("error", "worst_error", "worst_block", "saturated")}
+
+
+_SHOWN = 20
+"""Rows in the printed table."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Audit:
+class Audit(Report):
     """The error that a policy causes, an iterable of rows; `str(audit)` is the table of the parameters it changes.
+
+    In a notebook an audit is shown as HTML.
 
     plan         the policy's plan
     rows         one for each parameter, without the scales
@@ -66,11 +77,33 @@ class Audit:
     top1: float
     tokens: int
 
-    def __str__(self) -> str:
-        changed = [row for row in self.rows if row.error > 0]
-        shown = sorted(changed, key=lambda row: -row.error)[:20]
-        lines = [("path", "change", "error", "worst block", "at", "saturated")]
-        lines += [
+    def to_json(self) -> str:
+        """Returns rows and totals as JSON that suits a diff: one line for each row, the same in every run."""
+        totals = {
+            "logit_error": self.logit_error,
+            "kl": self.kl,
+            "top1": self.top1,
+            "tokens": self.tokens,
+            "bytes_before": self.plan.total_bytes_before,
+            "bytes": self.plan.total_bytes,
+        }
+        return json_lines((row.to_dict() for row in self.rows), totals)
+
+    @property
+    def _changed(self) -> list[AuditRow]:
+        """The rows that storage changes, the largest error first."""
+        return sorted((row for row in self.rows if row.error > 0), key=lambda row: -row.error)
+
+    def _table(self) -> Table:
+        columns = (
+            Column("path"),
+            Column("change", colour=True),
+            Column("error", right=True),
+            Column("worst block", right=True),
+            Column("at", leave=2),
+            Column("saturated", right=True, leave=1),
+        )
+        lines = [
             (
                 row.plan.path,
                 row.plan.change,
@@ -79,20 +112,23 @@ class Audit:
                 ",".join(map(str, row.worst_block)) or "–",
                 f"{row.saturated:.2%}",
             )
-            for row in shown
+            for row in self._changed[:_SHOWN]
         ]
-        text = table(lines) if shown else "storage changes no parameter"
-        if len(changed) > len(shown):
-            text += f"\nand {len(changed) - len(shown)} more that change less"
-        return "\n".join(
-            [
-                text,
-                "",
-                f"{self.tokens} tokens against float32: logits off by {self.logit_error:.2e} (relative), "
-                f"KL {self.kl:.2e} nats, top-1 agreement {self.top1:.2%}",
-                f"stored in {self.plan.total_bytes:,} bytes, before in {self.plan.total_bytes_before:,}",
-            ]
-        )
+        return Table(columns, lines)
+
+    def _legend(self) -> list[str]:
+        more = len(self._changed) - _SHOWN
+        if not self._changed:
+            return ["storage changes no parameter"]
+        return [f"and {more} more that change less"] if more > 0 else []
+
+    def _notes(self) -> list[str]:
+        before, after = (human_bytes(size) for size in (self.plan.total_bytes_before, self.plan.total_bytes))
+        return [
+            f"{count(self.tokens, 'token')} against float32: logits off by {self.logit_error:.2e} (relative), "
+            f"KL {self.kl:.2e} nats, top-1 agreement {self.top1:.2%}",
+            f"stored in {after}, now in {before}",
+        ]
 
     def __iter__(self) -> Iterator[AuditRow]:
         return iter(self.rows)
@@ -104,43 +140,49 @@ class Audit:
 def audit(
     model: CausalLM | str | os.PathLike[str],
     policy: PolicyLike,
-    tokens: ArrayLike,
+    tokens: ArrayLike | None = None,
     attention_mask: ArrayLike | None = None,
+    *,
+    text: str | None = None,
 ) -> Audit:
     """The error that `policy` causes, relative to the same parameters dequantised and computed in float32.
 
     model           a model, or a checkpoint as for `load_model`
     policy          anything `get_policy` accepts
-    tokens          (batch, length) token ids to compare logits on
-    attention_mask  (batch, length), nonzero for real tokens; None: all are real
+    tokens          (length,) or (batch, length) ids to compare logits on; rows are cut into windows of 256 tokens
+    attention_mask  the same shape, nonzero for real tokens; None: all are real
+    text            a text instead of tokens, for the checkpoint's tokenizer
 
     Holds two models in memory at once: in float32 and under the policy.
+
+    Raises:
+      InvalidTokens: tokens that do not fit the model, or neither or both of tokens and text.
     """
     model = load_model(model) if isinstance(model, (str, os.PathLike)) else model
-    ids, mask = checked_tokens(tokens, attention_mask, model.config.vocab_size)
+    source = model.config.source
+    given = token_ids(tokens, text, None if source is None else source.parent)
+    ids, mask = token_windows(given, attention_mask, model.config.vocab_size)
     if not mask.any():
-        raise InvalidTokens(f"tokens: expected real tokens of shape (batch, length), found {ids.shape} with none.")
+        raise InvalidTokens(f"tokens: expected real tokens, found none in {np.shape(given)}.")
     resolved = resolve(get_policy(policy), model)
     costs = plan(resolved)
     rows = _rows(resolved, costs, parameters(model))
-    exact = _logits(model.with_policy("f32"), ids, mask)
-    logits = _logits(model.as_resolved(resolved), ids, mask)
-    kl, agrees = divergence(exact, logits)
-    real, count = mask[..., None], int(mask.sum())
+    programs = [float32_logits(each) for each in (model.with_policy("f32"), model.as_resolved(resolved))]
+    sums = np.zeros(4)
+    for window, real in zip(ids, mask, strict=True):
+        exact, logits = (run(window[None], real[None])[0][real] for run in programs)
+        kl, agrees = divergence(exact, logits)
+        squares = (jnp.square(x).sum() for x in (logits - exact, exact))
+        sums += np.array([*squares, kl.sum(), agrees.sum()], np.float64)
+    (difference, size, kls, agreements), count = sums, int(mask.sum())
     return Audit(
         costs,
         rows,
-        logit_error=_relative(jnp.where(real, logits - exact, 0.0), jnp.where(real, exact, 0.0)),
-        kl=float(jnp.where(mask, kl, 0.0).sum()) / count,
-        top1=int(jnp.where(mask, agrees, False).sum()) / count,
+        logit_error=float(np.sqrt(difference / size)) if difference else 0.0,
+        kl=float(kls) / count,
+        top1=float(agreements) / count,
         tokens=count,
     )
-
-
-def _logits(model: CausalLM, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state: nnx.merge(graphdef, state)(ids, mask).astype(jnp.float32))
-    return run(state)
 
 
 def _relative(difference: jax.Array, exact: jax.Array) -> float:

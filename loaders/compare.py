@@ -5,31 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from numpy.typing import ArrayLike
 
 from ..models.decoder import CausalLM
 from ..models.generation import generate
-from ..models.tokens import checked_tokens
-from ..policies.errors import InvalidTokens, MissingPackage, UnsupportedExport
-from ..policies.plan import human_bytes, plan
+from ..policies.errors import InvalidTokens
+from ..policies.plan import count, human_bytes, plan
 from ..policies.policy import Policy
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import resolve
-from ..policies.tables import table
+from ..policies.tables import Column, Report, Table, json_lines
+from .compare_plot import plot
 from .load import load_model
-from .metrics import divergence, mean_and_error, next_token_loss
-
-WINDOW = 256
-"""Tokens of a window; no window sees the one before it."""
+from .metrics import divergence, float32_logits, mean_and_error, next_token_loss
+from .progress import Progress
+from .windows import token_ids, token_windows
 
 TEXT = (
     "When on board H.M.S. Beagle, as naturalist, I was much struck with certain facts in the distribution of the "
@@ -70,8 +64,11 @@ class Compared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Several policies side by side, the first one as the reference; `str` of it is the table."""
+class Comparison(Report):
+    """Several policies side by side, the first one as the reference; `str` of it is the table.
+
+    In a notebook a comparison is shown as HTML.
+    """
 
     rows: tuple[Compared, ...]
     tokens: int
@@ -82,43 +79,40 @@ class Comparison:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __str__(self) -> str:
-        lines = [("policy", "perplexity", "KL, nats", "top-1", "parameters", "cache/token", "tokens/s")]
-        lines += [
+    def to_json(self) -> str:
+        """Returns rows and totals as JSON that suits a diff: one line for each policy."""
+        return json_lines(map(dataclasses.asdict, self.rows), {"tokens": self.tokens})
+
+    def _table(self) -> Table:
+        columns = (
+            Column("policy"),
+            Column("perplexity", right=True),
+            Column("KL, nats", right=True),
+            Column("top-1", right=True),
+            Column("parameters", right=True),
+            Column("cache/token", right=True, leave=1),
+            Column("tokens/s", right=True, leave=2),
+        )
+        lines = [
             (
                 row.name, _with_error(row.perplexity, row.perplexity_error), f"{row.kl:.2e}", f"{row.top1:.2%}",
                 human_bytes(row.bytes), human_bytes(row.kv_bytes), f"{row.tokens_per_second:.1f}",
             )
             for row in self.rows
         ]  # fmt: skip
-        notes = f"KL and top-1 are relative to {self.rows[0].name}\n{self.tokens} tokens of text"
-        return f"{table(lines, right=len(lines[0]) - 1)}\n\n{notes}"
+        return Table(columns, lines)
+
+    def _notes(self) -> list[str]:
+        return [f"KL and top-1 are relative to {self.rows[0].name}", f"{count(self.tokens, 'token')} of text"]
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Writes a plot of the table to `path`.
+        """Writes a picture of the table to `path`: size against divergence, perplexity, and speed.
 
         Raises:
-          MissingPackage, UnsupportedExport: see `check_plot`.
+          MissingPackage: without matplotlib.
+          UnsupportedExport: a file type that matplotlib cannot write, or a folder that does not exist.
         """
-        check_plot(path)
-        from matplotlib.figure import Figure
-
-        panels = (
-            ("perplexity, with standard error", [row.perplexity for row in self.rows]),
-            (f"KL from {self.rows[0].name}, nats", [row.kl for row in self.rows]),
-            ("parameters, MiB", [row.bytes / 2**20 for row in self.rows]),
-            ("decoding, tokens/s", [row.tokens_per_second for row in self.rows]),
-        )
-        names = [row.name if len(row.name) <= 24 else f"…{row.name[-23:]}" for row in self.rows]
-        figure = Figure(figsize=(10, 1.2 + 0.45 * len(names) * 2), layout="constrained")
-        for axes, (title, values) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-            errors = [row.perplexity_error for row in self.rows[::-1]] if title.startswith("perplexity") else None
-            bars = axes.barh(names[::-1], values[::-1], xerr=errors, color="#4878a8", ecolor="#303030")
-            axes.bar_label(bars, [f"{value:.3g}" for value in values[::-1]], padding=3)
-            axes.set_title(title, fontsize=10, loc="left")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.margins(x=0.2)
-        figure.savefig(path, dpi=120)
+        plot(self.rows, self.tokens, path)
 
 
 def _name(index: int, policy: PolicyLike) -> str:
@@ -131,53 +125,42 @@ def _with_error(value: float, error: float) -> str:
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.2g}"
 
 
-def check_plot(path: str | os.PathLike[str]) -> None:
-    """Raises an error if a plot cannot be written to `path`; to be called before anything is computed.
-
-    Raises:
-      MissingPackage: without matplotlib.
-      UnsupportedExport: a file type that matplotlib cannot write, or a folder that does not exist.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise MissingPackage("a plot needs matplotlib. Install it: pip install matplotlib.") from error
-    path = pathlib.Path(path)
-    kinds = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds or not path.parent.is_dir():
-        raise UnsupportedExport(
-            f"{path}: a plot cannot be written there. Name a file such as costs.png in an existing folder."
-        )
-
-
 def compare(
-    path: str | os.PathLike[str], policies: Mapping[str, PolicyLike] | Sequence[PolicyLike], tokens: ArrayLike
+    path: str | os.PathLike[str],
+    policies: Mapping[str, PolicyLike] | Sequence[PolicyLike],
+    tokens: ArrayLike | None = None,
+    *,
+    text: str | None = None,
 ) -> Comparison:
     """Accuracy, size and speed of a checkpoint under each policy, relative to the first one.
 
     path      a folder or a name on the hub, as for `load_model`
     policies  anything `get_policy` accepts: a mapping from names, or a sequence
-    tokens    (count,) ids of a text
+    tokens    (length,) or (batch, length) ids; rows are cut into windows of 256 tokens
+    text      a text instead of tokens, for the checkpoint's tokenizer
 
-    At most two models are in memory at a time.
+    At most two models are in memory at a time. On a terminal, stderr shows the progress.
 
     Raises:
-      InvalidTokens: fewer than two tokens, or no policy.
+      InvalidTokens: fewer than two tokens, no policy, or neither or both of tokens and text.
       Errors of `load_model`.
     """
     if isinstance(policies, (str, os.PathLike, Policy)):
         policies = [policies]
     by_name = policies if isinstance(policies, Mapping) else {_name(i, each): each for i, each in enumerate(policies)}
-    ids = np.asarray(tokens)
-    if ids.ndim != 1 or ids.size < 2 or not by_name:
-        raise InvalidTokens(f"expected two token ids or more, and a policy, found {ids.shape} and {len(by_name)}.")
+    ids = token_ids(tokens, text, path)
     first, rows = None, []
     for name, policy in by_name.items():
         model = load_model(path, policy)
         first = first or model
-        checked_tokens(ids[None], None, model.config.vocab_size)
+        windows = token_windows(ids, None, model.config.vocab_size)
+        if windows[0].shape[1] < 2:
+            break
         costs = plan(resolve(get_policy(policy), model))
-        with_loss, losses, counts, kls, agreements = _evaluate(first, model, ids).T
+        with Progress(f"evaluating {name}", len(windows[0]) + 1, unit="window") as progress:
+            with_loss, losses, counts, kls, agreements = _evaluate(first, model, windows, progress).T
+            speed = _speed(model, windows[0][0])
+            progress.add(1)
         loss, loss_error = mean_and_error(losses, with_loss)
         rows.append(
             Compared(
@@ -188,33 +171,28 @@ def compare(
                 top1=float(agreements.sum() / counts.sum()),
                 bytes=costs.total_bytes,
                 kv_bytes=costs.kv_bytes,
-                tokens_per_second=_speed(model, ids),
+                tokens_per_second=speed,
             )
         )
         del model  # before the next one is loaded
-    return Comparison(tuple(rows), len(ids))
+    if not rows:
+        raise InvalidTokens(f"expected two token ids or more, and a policy, found {np.shape(ids)} and {len(by_name)}.")
+    return Comparison(tuple(rows), int(windows[1].sum()))
 
 
-def _evaluate(first: CausalLM, model: CausalLM, ids: np.ndarray) -> np.ndarray:
+def _evaluate(
+    first: CausalLM, model: CausalLM, windows: tuple[np.ndarray, np.ndarray], progress: Progress
+) -> np.ndarray:
     """Number and sum of the losses, tokens, sum of KL and agreements of each window, (windows, 5) float64."""
-    length = min(WINDOW, len(ids))
-    programs = [_program(each) for each in (first, model)]
+    programs = [float32_logits(each) for each in (first, model)]
     rows = []
-    for start in range(0, len(ids), length):
-        window = ids[start : start + length]
-        real = np.arange(length) < len(window)
-        padded = np.pad(window, (0, length - len(window))).astype(np.int32)
-        reference, logits = (run(padded[None], real[None])[0] for run in programs)
+    for ids, real in zip(*windows, strict=True):
+        reference, logits = (run(ids[None], real[None])[0] for run in programs)
         kl, agrees = divergence(reference, logits)
-        loss = np.asarray(next_token_loss(logits, padded))[real[1:]]
+        loss = np.asarray(next_token_loss(logits, ids))[real[1:]]
         rows.append([loss.size, loss.sum(), real.sum(), np.asarray(kl)[real].sum(), np.asarray(agrees)[real].sum()])
+        progress.add(1)
     return np.array(rows, np.float64)
-
-
-def _program(model: CausalLM) -> Any:
-    graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state, ids, mask: nnx.merge(graphdef, state)(ids, mask).astype(jnp.float32))
-    return lambda ids, mask: run(state, ids, mask)
 
 
 def _speed(model: CausalLM, ids: np.ndarray, count: int = 16) -> float:

@@ -1,10 +1,23 @@
-"""Numbers that compare the logits of two models."""
+"""Logits of a model, and numbers that compare those of two."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from numpy.typing import ArrayLike
+
+from ..models.decoder import CausalLM
+
+
+def float32_logits(model: CausalLM) -> Callable[[ArrayLike, ArrayLike], jax.Array]:
+    """A compiled function of ids and mask, (b, t), that returns the logits (b, t, vocabulary) in float32."""
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, ids, mask: nnx.merge(graphdef, state)(ids, mask).astype(jnp.float32))
+    return lambda ids, mask: run(state, ids, mask)
 
 
 @jax.jit

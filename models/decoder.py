@@ -26,6 +26,7 @@ from . import rope, taps
 from .config import DecoderConfig
 from .kv_cache import EMPTY, KVCache, LayerCache, token_positions
 from .layers import Embedding, Linear, RMSNorm, scope_of
+from .summary import ModelSummary, summarise
 from .tokens import checked_tokens
 from .transformer import Attention, Layer, LinearFactory, Step
 
@@ -203,6 +204,16 @@ class Decoder(nnx.Module):
             caches.append(layer_cache)
         tokens = past + mask.sum(axis=1, dtype=jnp.int32)
         return x, KVCache.of(caches, slots, jnp.asarray(start + ids.shape[1], jnp.int32), tokens)
+
+    def summary(self) -> ModelSummary:
+        """A table of the model's modules: parameters, formats and bytes."""
+        return summarise(self)
+
+    def __repr__(self) -> str:
+        try:
+            return summarise(self).describe()
+        except Exception:  # a model that is not complete, or has arrays replaced by something else
+            return super().__repr__()
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits (..., vocabulary) of hidden states (..., hidden): the last norm and the head."""

@@ -21,9 +21,14 @@ class PerparamError(Exception):
         text = Exception.__str__(self)
         if len(text) > _MAX_CHARACTERS:
             text = f"{text[: _MAX_CHARACTERS // 2]}… ({len(text)} characters) …{text[-_MAX_CHARACTERS // 4 :]}"
-        if text.isascii() and text.replace("\n", "").isprintable():
-            return text
-        return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+        return "\n".join(map(printable, text.split("\n")))
+
+
+def printable(text: str) -> str:
+    """Returns `text` with every character that is not printable escaped, such as those that a terminal obeys."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object) -> str:

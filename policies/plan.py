@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -15,9 +14,10 @@ import numpy as np
 from . import dtypes
 from .errors import count
 from .matmul import Target, matmul_plan
+from .matmul.dispatch import GENERIC
 from .paths import is_scale
 from .resolved import Change, Decisions, Resolved, ResolvedParam
-from .tables import table
+from .tables import Column, Report, Table, json_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Row:
     bytes_before    bytes before storage
     bytes           bytes after storage
     matmul          for a kernel in a plan with a target: the implementations of the matmul for 1 | 512 rows
+    matmul_refused  for a kernel without an implementation made for the target: which ones do not accept it, and why
     """
 
     path: str
@@ -56,6 +57,7 @@ class Row:
     bytes_before: int
     bytes: int
     matmul: str | None = None
+    matmul_refused: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields of the row, with the names of dtypes."""
@@ -64,10 +66,10 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Report):
     """The effect of a policy on a tree of parameters, an iterable of rows.
 
-    `str(plan)` is a table with one line for equal layers.
+    `str(plan)` is a table with one line for equal layers; in a notebook a plan is shown as HTML.
 
     rows         one for each parameter and for its scales, in the tree's order, scales after their kernel
     activations  the dtype of activations; None if neither the policy nor the model specifies it
@@ -110,7 +112,6 @@ class Plan:
 
     def to_json(self) -> str:
         """Returns rows and totals as JSON that suits a diff: one line for each row, the same in every run."""
-        rows = ",\n".join(f"  {json.dumps(row.to_dict())}" for row in self.rows)
         totals = {
             "activations": self.activations and dtypes.dtype_name(self.activations),
             "output": self.output and dtypes.dtype_name(self.output),
@@ -121,16 +122,45 @@ class Plan:
             "bytes": self.total_bytes,
             "bytes_by_dtype": {dtypes.dtype_name(dtype): count for dtype, count in self.bytes_by_dtype.items()},
         }
-        return f'{{"rows": [\n{rows}\n],\n{json.dumps(totals)[1:]}\n'
+        return json_lines((row.to_dict() for row in self.rows), totals)
 
-    def __str__(self) -> str:
-        matmul = ("matmul (1 | 512 rows)",) if self._has_target else ()
-        lines: list[tuple[str, ...]] = [
-            ("path", "shape", "current", "storage", "compute", *matmul, "rule (params | compute)", "bytes")
+    def _table(self) -> Table:
+        lines = [
+            (label, *self._cells(rows[0]), human_bytes(sum(row.bytes for row in rows)))
+            for label, rows in self._folded()
         ]
-        for label, rows in self._folded():
-            lines.append((label, *self._cells(rows[0]), human_bytes(sum(row.bytes for row in rows))))
-        return f"{table(lines, right=1)}\n\n{self.summary()}"
+        columns = [
+            Column("path"),
+            Column("shape", leave=2),
+            Column("current", leave=3, colour=True),
+            Column("storage", colour=True),
+            Column("compute", colour=True),
+            *([Column("matmul (1 | 512 rows)")] if self._has_target else []),
+            Column("rule (params | compute)", leave=1),
+            Column("bytes", right=True),
+        ]
+        return Table(tuple(columns), lines)
+
+    def _legend(self) -> list[str]:
+        changes, cells = {row.change for row in self.rows}, [self._cells(row) for row in self.rows]
+        computes = {cell[3] for cell in cells}
+        activations = self.activations and f"({dtypes.dtype_name(self.activations)})"
+        found = {
+            "made: scales that storage adds": "made" in changes,
+            "dissolved: scales that storage multiplies into the values and removes": "dissolved" in changes,
+            "as stored: the matmul takes narrow values and their scales": "as stored" in computes,
+            f"{activations}: no dtype from a rule, so that of activations": activations in computes,
+            "– under compute: in the dtype of activations, which nothing names": "–" in computes,
+            "– under rule: no rule": any("–" in cell[-1] for cell in cells),
+        }
+        shown = "; ".join(text for text, occurs in found.items() if occurs)
+        refused = (
+            f"{label}: {rows[0].matmul_refused}" for label, rows in self._folded() if rows[0].matmul_refused is not None
+        )
+        return [*filter(None, [shown]), *refused]
+
+    def _notes(self) -> list[str]:
+        return self.summary().splitlines()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -150,7 +180,7 @@ class Plan:
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((re.sub(r"(?<![^/])\d+(?![^/])", "#", row.path), *self._cells(row)), []).append(row)
-        return [(_label([row.path for row in group]), group) for group in groups.values()]
+        return [(folded_label([row.path for row in group]), group) for group in groups.values()]
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         """Returns the cells of a row in the table, without path and bytes."""
@@ -204,7 +234,7 @@ def plan(resolved: Resolved, target: str | Target | None = None) -> Plan:
     for param in resolved.params.values():
         row = _row(param)
         if target is not None and param.path.rpartition("/")[2] == "kernel" and len(param.shape) == 2:
-            row = dataclasses.replace(row, matmul=_matmul(param, resolved.activations, target))
+            row = _with_matmul(row, param, resolved.activations, target)
         rows.append(row)
         if param.has_scales or param.format.scale is not None:
             rows.append(_scale_row(param))
@@ -215,10 +245,10 @@ def plan(resolved: Resolved, target: str | Target | None = None) -> Plan:
     return Plan(tuple(rows), resolved.activations, resolved.output, resolved.kv_cache, resolved.kv_bytes, unused)
 
 
-def _matmul(param: ResolvedParam, activations: np.dtype | None, target: str | Target) -> str:
-    """Returns the names of the implementations of the matmul with a kernel, for 1 and for 512 rows of activations."""
+def _with_matmul(row: Row, param: ResolvedParam, activations: np.dtype | None, target: str | Target) -> Row:
+    """Returns the row of a kernel with its fields about the matmul, for 1 and for 512 rows of activations."""
     out_features, in_features = param.shape
-    names = [
+    choices = [
         matmul_plan(
             rows,
             (out_features, in_features),
@@ -226,10 +256,19 @@ def _matmul(param: ResolvedParam, activations: np.dtype | None, target: str | Ta
             kernel=param.format,
             compute=param.compute,
             target=target,
-        ).implementation
+        )
         for rows in (1, 512)
     ]
-    return " | ".join(dict.fromkeys(names))
+    refused: dict[str, list[str]] = {}
+    if all(choice.implementation in GENERIC for choice in choices):
+        for name, why in choices[0].refused:
+            if name not in GENERIC and (name, why) in choices[1].refused:
+                refused.setdefault(why, []).append(name)
+    return dataclasses.replace(
+        row,
+        matmul=" | ".join(dict.fromkeys(choice.implementation for choice in choices)),
+        matmul_refused="; ".join(f"not {' or '.join(names)}: {why}" for why, names in refused.items()) or None,
+    )
 
 
 def _row(param: ResolvedParam) -> Row:
@@ -285,7 +324,7 @@ def _rules(rules: Decisions) -> dict[str, Any]:
     return columns
 
 
-def _label(paths: list[str]) -> str:
+def folded_label(paths: list[str]) -> str:
     """Returns the label of a line in the table: a path, or one for several paths that differ only in numbers."""
     if len(paths) == 1:
         return paths[0]

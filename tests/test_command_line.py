@@ -205,24 +205,17 @@ def test_the_demo_runs(capsys, tmp_path):
     [
         (["plan", "nowhere"], "nowhere: there is no such folder"),
         (["plan", "FOLDER", "--policy", "fp8_dynamc"], "Did you mean 'fp8_dynamic'"),
-        (["plan", "FOLDER", "--policy", "bad.yaml"], "bad.yaml:2: 'kernal' (params) matches none of 75 parameters"),
-        (["generate", "FOLDER", "--tokens", "1,99999"], "outside the vocabulary of 2048"),
         (["audit", "FOLDER", "--tokens", "99999"], "outside the vocabulary of 2048"),
         (["generate", "LAYER", "--prompt", "hello"], "tokenizer.json"),
-        (["generate", "FOLDER", "--tokens", "1", "--temperature", "-1"], "temperature: expected a number from 0"),
-        (["generate", "FOLDER", "--file", "nowhere.txt"], "nowhere.txt"),
         (["generate", "FOLDER", "--file", "latin1.txt"], "latin1.txt"),
         (["chat", "LAYER"], "tokenizer.json"),
         (["compare", "LAYER", "--policy", "bf16"], "tokenizer.json"),
-        (["compare", "LAYER", "--policy", "bf16", "--text", "latin1.txt"], "latin1.txt"),
         (["compare", "FOLDER", "--policy", "bf16", "--tokens", "1"], "expected two token ids or more"),
         (["compare", "LAYER", "--policy", "bf16", "--tokens", f"{'1,' * 40}9999"], "outside the vocabulary"),
-        (["convert", "FOLDER", "saved", "--dry-run", "--max-shard-size", "much"], "much"),
     ],
 )
 def test_an_error_is_one_paragraph_and_exit_code_2(arguments, text, folder, layer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad.yaml").write_text("params:\n  kernal: bf16\n")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     assert main([{"FOLDER": folder, "LAYER": str(layer)}.get(word, word) for word in arguments]) == 2
     printed = capsys.readouterr().err
@@ -239,15 +232,6 @@ def test_the_demo_leaves_a_folder_with_files_alone(folder, capsys):
     assert (pathlib.Path(folder) / "config.json").read_bytes() == before
 
 
-def test_what_jax_cannot_do_is_one_paragraph(folder, capsys, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand much more")
-
-    monkeypatch.setattr("perparam.commands.generate.generate", fail)
-    assert main(["generate", folder, "--tokens", "1"]) == 2
-    assert capsys.readouterr().err == "perparam: error: JAX could not run this: RESOURCE_EXHAUSTED: out of memory\n"
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -259,7 +243,6 @@ def test_what_jax_cannot_do_is_one_paragraph(folder, capsys, monkeypatch):
         ["compare", "x"],
         ["convert", "x"],
         ["plan"],
-        ["paln", "x"],
         [],
     ],
 )

@@ -42,6 +42,9 @@ class Choice:
 _CPU = (cpu.SLABS, cpu.TWO_ROWS, xla.DOT)
 _ANY = (xla.DOT, xla.REDUCTION, xla.BY_BLOCK, xla.WIDENED)
 _HOPPER = (xla.DOT, hopper.ROWS, hopper.COLUMNS, *_ANY[1:])
+GENERIC = frozenset(one.name for one in _ANY)
+"""Names of the implementations that no device has to itself: what a matmul falls back to."""
+
 IMPLEMENTATIONS = {one.name: one for one in (*_CPU, *_HOPPER, ORACLE)}
 
 

@@ -1,5 +1,7 @@
 """`audit`: errors of parameters and logits, beside what numpy computes from the same files."""
 
+import importlib
+import json
 import re
 
 import checkpoints
@@ -11,6 +13,7 @@ import perparam
 from perparam import Policy
 from perparam.policies.errors import InvalidTokens, UnmatchedRule
 
+WINDOWS = importlib.import_module("perparam.loaders.windows")
 UP = "layers/0/mlp/up_proj/kernel"
 IDS = np.array([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 60, 60]])
 MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -152,6 +155,37 @@ def test_a_model_is_audited_as_its_folder_and_left_as_it_was(plain, quantised):
     assert all(after[path] is before[path] for path in before)
 
 
+def test_one_row_may_be_flat_and_a_text_is_its_ids(plain, tmp_path, monkeypatch):
+    model = perparam.load_model(plain)
+    flat = perparam.audit(model, QUANTISE, IDS[1], MASK[1])
+    assert (flat.kl, flat.tokens) == (perparam.audit(model, QUANTISE, IDS[1:], MASK[1:]).kl, 4)
+    monkeypatch.setattr(WINDOWS, "load_tokenizer", lambda folder: _Letters() if folder == plain else None)
+    assert perparam.audit(model, QUANTISE, text="abc").kl == perparam.audit(model, QUANTISE, [[1, 2, 3]]).kl
+    with pytest.raises(InvalidTokens, match="expected tokens or text, found both"):
+        perparam.audit(model, QUANTISE, [1], text="a")
+
+
+class _Letters:
+    def encode(self, text):
+        return [ord(letter) - ord("a") + 1 for letter in text]
+
+
+def test_a_long_row_is_audited_in_windows(plain, quantised, monkeypatch):
+    monkeypatch.setattr(WINDOWS, "WINDOW", 3)
+    cut = perparam.audit(plain, QUANTISE, IDS[0])
+    monkeypatch.undo()
+    assert cut.tokens == 6
+    assert cut.kl == pytest.approx(perparam.audit(plain, QUANTISE, IDS[0].reshape(2, 3)).kl, rel=1e-5)
+
+
+def test_json_has_a_line_a_parameter(quantised):
+    lines = quantised.to_json().splitlines()
+    found = json.loads("\n".join(lines))
+    assert len(found["rows"]) == len(quantised.rows) == len(lines) - 3
+    assert found["kl"] == quantised.kl
+    assert {row["path"]: row["error"] for row in found["rows"]}[UP] == rows(quantised)[UP].error
+
+
 def test_it_prints_what_changes_the_worst_first(quantised):
     lines = str(quantised).splitlines()
     assert lines[0].split() == ["path", "change", "error", "worst", "block", "at", "saturated"]
@@ -172,14 +206,14 @@ def test_nothing_changed_prints_as_that(kept):
 @pytest.mark.parametrize(
     ("tokens", "mask"),
     [
-        ([1, 2, 3], None),
+        (None, None),
         ([[1, 2]], [[1]]),
         ([[1, 2]], [[0, 0]]),
         ([[0.5, 1.0]], None),
         ([[1, 61]], None),
         ([[-1, 1]], None),
     ],
-    ids=["one row", "another mask", "nothing real", "floats", "beyond the vocabulary", "negative"],
+    ids=["none", "another mask", "nothing real", "floats", "beyond the vocabulary", "negative"],
 )
 def test_tokens_that_no_model_takes_are_refused(narrow, tokens, mask):
     with pytest.raises(InvalidTokens, match=r"expected|outside the vocabulary"):

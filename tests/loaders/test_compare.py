@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import json
 import math
 import re
 import sys
@@ -14,11 +15,13 @@ from checkpoints import fields, tensors, write
 
 import perparam
 from perparam import get_policy
-from perparam.loaders.compare import TEXT, Compared, Comparison, MissingPackage, compare
+from perparam.loaders.compare import TEXT, Compared, Comparison, compare
+from perparam.loaders.compare_plot import _labels
 from perparam.loaders.metrics import mean_and_error
-from perparam.policies.errors import InvalidPolicy, InvalidTokens, PerparamError
+from perparam.policies.errors import InvalidPolicy, InvalidTokens, MissingPackage, PerparamError
 
 MODULE = importlib.import_module("perparam.loaders.compare")
+WINDOWS = importlib.import_module("perparam.loaders.windows")
 IDS = np.random.default_rng(0).integers(0, 61, 19)
 WINDOW = 8
 """Two whole windows and a ragged one of three tokens."""
@@ -43,7 +46,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "WINDOW", WINDOW)
+        patch.setattr(WINDOWS, "WINDOW", WINDOW)
         patch.setattr(MODULE, "_speed", lambda *_: 123.45)
         return compare(folder, POLICIES, IDS)
 
@@ -115,7 +118,7 @@ def test_windows_matter_and_a_text_may_be_shorter_than_one(folder, found, monkey
 
 def test_a_last_window_of_one_token_has_no_next_one(folder, monkeypatch):
     monkeypatch.setattr(MODULE, "_speed", lambda *_: 0.0)
-    monkeypatch.setattr(MODULE, "WINDOW", 6)
+    monkeypatch.setattr(WINDOWS, "WINDOW", 6)
     (row,) = compare(folder, ["f32"], IDS).rows
     assert row.perplexity == pytest.approx(measured(folder, "f32", 6)[0], rel=FLOAT32)
     assert row.top1 == 1
@@ -158,6 +161,13 @@ def test_policies_may_have_names_of_their_own(folder, monkeypatch):
     assert made.tokens == 4
 
 
+def test_rows_of_a_batch_are_texts_of_their_own(folder, found, monkeypatch):
+    monkeypatch.setattr(MODULE, "_speed", lambda *_: 123.45)
+    (row,) = compare(folder, {"bf16": "bf16"}, IDS[: 2 * WINDOW].reshape(2, WINDOW)).rows
+    monkeypatch.setattr(WINDOWS, "WINDOW", WINDOW)
+    assert compare(folder, {"bf16": "bf16"}, IDS[: 2 * WINDOW]).rows == (row,)
+
+
 @pytest.mark.slow
 def test_decoding_is_timed(folder):
     (row,) = compare(folder, ["f32"], IDS[:3]).rows
@@ -185,8 +195,9 @@ def test_the_table():
     ("policies", "tokens", "text"),
     [
         (["f32"], [1], "two token ids or more, and a policy, found (1,) and 1"),
-        (["f32"], [], "found (0,)"),
-        (["f32"], [[1, 2, 3]], "found (1, 3)"),
+        (["f32"], [[1], [2]], "found (2, 1) and 1"),
+        (["f32"], [], "expected integers"),
+        (["f32"], None, "expected tokens or text, found neither"),
         ([], [1, 2, 3], "found (3,) and 0"),
         ({}, [1, 2, 3], "found (3,) and 0"),
     ],
@@ -206,6 +217,17 @@ def test_what_is_no_policy_and_no_token_is_an_error(folder):
 def test_the_text_to_read_is_a_page():
     assert TEXT.isascii()
     assert 700 < len(TEXT) < 1500
+
+
+def test_json_has_a_line_a_policy():
+    text = Comparison(ROWS, 19).to_json()
+    assert text.splitlines()[2].startswith('  {"name": "a policy with a long name", "perplexity": 13.0, ')
+    assert json.loads(text)["rows"][0]["perplexity_error"] is None
+
+
+def test_labels_of_a_picture_differ_where_values_do():
+    assert _labels([3054.254, 3047.594, 3054.4816, 0.0]) == ["3054.3", "3047.6", "3054.5", "0"]
+    assert _labels([12.5, 12.5, 1234.5, 0.012345]) == ["12.5", "12.5", "1234", "0.0123"]
 
 
 def test_a_plot_is_a_picture(tmp_path):

@@ -101,7 +101,9 @@ class TestRows:
         }
         rows = rows_of(plan)
         formats = {path: (row.pop("format"), row.pop("compute_format")) for path, row in rows.items()}
-        assert rows == {path: {"path": path, "matmul": None, **row} for path, row in expected.items()}
+        assert rows == {
+            path: {"path": path, "matmul": None, "matmul_refused": None, **row} for path, row in expected.items()
+        }
         assert formats == {
             "dense/bias": ("bf16", "f32"),
             "dense/kernel": ("f8_e4m3fn", None),
@@ -204,13 +206,16 @@ class TestTarget:
         plan = policy.explain(self.tree, target=target)
         found = {row.path: row.matmul for row in plan.rows if row.matmul is not None}
         assert found == {"dense/kernel": ragged, "wide/kernel": wide}
+        why = {row.path: row.matmul_refused for row in plan.rows if row.matmul_refused is not None}
+        assert set(why) == ({"dense/kernel"} if target == "cuda:9.0" else set())
+        assert ("\ndense/kernel: not hopper rows or hopper columns: " in str(plan)) == bool(why)
         assert "matmul (1 | 512 rows)" in str(plan).splitlines()[0]
         assert f"  {wide}  " in str(plan)
         assert [row["matmul"] for row in json.loads(plan.to_json())["rows"]] == [row.matmul for row in plan.rows]
 
     def test_without_one_there_is_no_column(self):
         plan = Policy.loads(YAML).explain(self.tree)
-        assert "matmul" not in str(plan)
+        assert "matmul (" not in str(plan)
         assert not any(row.matmul for row in plan.rows)
 
     def test_one_that_nobody_knows(self):
@@ -255,6 +260,7 @@ class TestJson:
             "bytes_before": 240_000,
             "bytes": 60_000,
             "matmul": None,
+            "matmul_refused": None,
         }
         assert len(read["rows"]) == len(plan.rows)
         assert read["bytes"] == plan.total_bytes
@@ -303,7 +309,11 @@ class TestTable:
             == "layers/0-27/mlp/up_proj/kernel ×28 8×4 f32 f8_e4m3fn quantised bf16 kernel | default 896 B".split()
         )
         assert lines[2].split() == "layers/0-27/mlp/up_proj/scale_inv ×28 1×1 – f32 made – | – 112 B".split()
-        assert lines[4:] == [
+        assert lines[4:6] == [
+            "made: scales that storage adds; – under rule: no rule",
+            "",
+        ]
+        assert lines[6:] == [
             "28 parameters and 28 grids of scales: 28 made, 28 quantised",
             "stored in 1008 B (f8_e4m3fn 896 B, f32 112 B), now in 3.5 KiB",
             "largest: layers/0/mlp/up_proj/kernel, 32 B",

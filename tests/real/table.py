@@ -33,8 +33,8 @@ from real.smollm2 import POLICIES, TEXT_SHA256, model_folder, text  # noqa: E402
 
 import perparam  # noqa: E402
 from perparam import Policy  # noqa: E402
-from perparam.loaders.compare import WINDOW  # noqa: E402
 from perparam.loaders.metrics import divergence, mean_and_error, next_token_loss  # noqa: E402
+from perparam.loaders.windows import WINDOW  # noqa: E402
 from perparam.policies.plan import human_bytes, plan  # noqa: E402
 from perparam.policies.resolved import resolve  # noqa: E402
 

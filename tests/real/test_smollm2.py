@@ -18,7 +18,7 @@ from real import table
 from real.smollm2 import HERE, POLICIES, model_folder, plain_environment, text, torch_python
 
 import perparam
-from perparam.loaders.compare import WINDOW
+from perparam.loaders.windows import WINDOW
 from perparam.policies.trees import parameters
 
 pytestmark = [pytest.mark.real, pytest.mark.optimised]

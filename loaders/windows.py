@@ -1,0 +1,57 @@
+"""The tokens on which policies are compared: ids or a text, cut into windows."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..models.tokens import checked_tokens
+from ..policies.errors import InvalidTokens
+from .tokenizer import load_tokenizer
+
+WINDOW = 256
+"""Most tokens of a window; no window sees the one before it, so that memory does not grow with the text."""
+
+
+def token_ids(tokens: ArrayLike | None, text: str | None, folder: str | os.PathLike[str] | None) -> ArrayLike:
+    """The ids of a text under the tokenizer in `folder`, or else `tokens`; exactly one of the two is given.
+
+    Raises:
+      InvalidTokens: neither or both are given; a text without a folder.
+      Errors of `load_tokenizer`.
+    """
+    if text is None and tokens is not None:
+        return tokens
+    if text is None or tokens is not None:
+        raise InvalidTokens(f"expected tokens or text, found {'neither' if text is None else 'both'}.")
+    if folder is None:
+        raise InvalidTokens("text: the model was not loaded from a folder with a tokenizer. Pass tokens.")
+    return load_tokenizer(folder).encode(text)
+
+
+def token_windows(
+    tokens: ArrayLike, attention_mask: ArrayLike | None, vocabulary: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`(ids, mask)`, both (windows, length), int32 and bool: rows of tokens cut into windows of at most 256 tokens.
+
+    tokens          (length,) or (batch, length) ids
+    attention_mask  the same shape, nonzero for real tokens; None: all are real
+
+    Raises:
+      InvalidTokens: shapes or dtypes that do not fit, ids outside the vocabulary.
+    """
+    try:
+        flat = np.ndim(tokens) == 1
+    except ValueError:  # rows of different length, of which `checked_tokens` gives the error
+        flat = False
+    if flat:
+        tokens = np.asarray(tokens)[None]
+        attention_mask = None if attention_mask is None else np.asarray(attention_mask)[None]
+    ids, mask = (np.asarray(x) for x in checked_tokens(tokens, attention_mask, vocabulary))
+    length = max(min(WINDOW, ids.shape[1]), 1)
+    width = ((0, 0), (0, -ids.shape[1] % length))
+    ids, mask = (np.pad(x, width).reshape(-1, length) for x in (ids, mask))
+    real = mask.any(axis=1)
+    return ids[real], mask[real]
