@@ -24,6 +24,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 from fuzz import mutations
+from fuzz.tokenizer_readers import read_tokenizer
 
 import perparam
 from perparam.loaders import CheckpointWarning, open_checkpoint
@@ -80,6 +81,8 @@ def check(one: mutations.Input, folder: pathlib.Path, load: bool = False) -> Out
     before = _begin_peak()
     if one.kind == "policy":
         _read_policy(one, folder, readers)
+    elif one.kind in ("tokenizer", "template"):
+        read_tokenizer(folder, readers, only_template=one.kind == "template")
     else:
         _read_checkpoint(one, folder, readers, load)
     growth = max(0, _peak() - before)
