@@ -19,8 +19,8 @@ from jinja2.parser import Parser
 
 from ...policies.errors import InvalidCheckpoint, InvalidText, PerparamError, UnsupportedConfig, shown
 from .template_budget import Budget, TooExpensive
-from .template_filters import Unavailable
 from .template_interpreter import Interpreter
+from .template_values import Unavailable
 
 _DEEPEST = 100  # nested lists and mappings in a message; a JSON schema has about ten levels
 
@@ -124,7 +124,7 @@ def _failure(where: str, error: Exception) -> PerparamError:
             "or write the prompt yourself."
         )
     if isinstance(error, SecurityError):
-        return InvalidCheckpoint(f"{where}: a template may not do this: {reason}. Do not use this checkpoint.")
+        return InvalidCheckpoint(f"{where}: the template is not safe: {reason}. Do not use this checkpoint.")
     if isinstance(error, (TooExpensive, MemoryError)):
         return InvalidCheckpoint(
             f"{where}: the template is too expensive to render: {reason}. Do not use this checkpoint, or write the "

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from jinja2 import Undefined, filters
-from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.exceptions import TemplateError
 from jinja2.tests import TESTS as _JINJA_TESTS
 from markupsafe import Markup
 
 from .template_budget import Budget, TooExpensive
-from .template_values import Function, Namespace, elements, growth, item, replace, scalar
+from .template_values import Function, Namespace, elements, growth, item, replace, scalar, unavailable
 
 LONGEST_RANGE = 100_000  # that of jinja2's sandbox
 _WIDEST_INDENT = 32
@@ -251,16 +251,9 @@ _FILTERS: dict[str, Filter] = {
 def called_filter(budget: Budget, name: Any, value: Any, *given: Any, **named: Any) -> Any:
     """Return `value|name(…)`."""
     if not isinstance(name, str) or name not in _FILTERS:
-        raise Unavailable("filter", name)
+        raise unavailable("filter", name)
     budget.step()
     return _FILTERS[name](budget, value, *given, **named)
-
-
-class Unavailable(SecurityError):
-    """A template uses a part of Jinja that published templates do not use."""
-
-    def __init__(self, kind: str, name: Any):
-        super().__init__(f"the {kind} {str(name)[:100]!r} is not available to templates")
 
 
 # Tests.
@@ -281,7 +274,7 @@ def tested(budget: Budget, name: Any, value: Any, *given: Any) -> bool:
         (other,) = given
         return compared(budget, _COMPARISONS[name], value, other)
     if not isinstance(name, str) or name not in _TESTS:
-        raise Unavailable("test", name)
+        raise unavailable("test", name)
     if name == "callable":
         return isinstance(value, Function)
     if isinstance(value, str):

@@ -16,11 +16,11 @@ from jinja2.exceptions import SecurityError, TemplateRuntimeError
 from jinja2.runtime import LoopContext
 
 from .template_budget import Budget
-from .template_filters import Unavailable, called_filter, compared, functions, tested
-from .template_values import Function, Namespace, attribute, elements, growth, item, scalar
+from .template_filters import called_filter, compared, functions, tested
+from .template_values import Function, Namespace, attribute, elements, growth, item, scalar, unavailable
 
 
-_STEPS_OF_A_MACRO = 20  # a macro keeps its scope alive: some 600 bytes for each one that a loop makes
+_STEPS_OF_A_MACRO = 50  # a macro keeps its scope alive: some 600 bytes for each one that a loop makes
 
 
 class Scope:
@@ -42,11 +42,11 @@ class Scope:
 
 
 class _Break(Exception):
-    """`{% break %}` outside of a loop."""
+    """Ends a loop: `{% break %}`."""
 
 
 class _Continue(Exception):
-    """`{% continue %}` outside of a loop."""
+    """Ends a turn of a loop: `{% continue %}`."""
 
 
 class Interpreter:
@@ -67,7 +67,10 @@ class Interpreter:
           Exception: what the template itself raises.
         """
         scope = Scope({}, Scope(variables, Scope(functions(self.budget))))
-        return self._text(template.body, scope)
+        try:
+            return self._text(template.body, scope)
+        except (_Break, _Continue) as error:
+            raise TemplateRuntimeError("break or continue outside of a loop") from error
 
     def _text(self, body: Sequence[nodes.Node], scope: Scope) -> str:
         parts: list[str] = []
@@ -83,7 +86,7 @@ class Interpreter:
             self.line = node.lineno
             statement = _STATEMENTS.get(type(node))
             if statement is None:
-                raise Unavailable("statement", type(node).__name__)
+                raise unavailable("statement", type(node).__name__.lower())
             statement(self, node, scope, out)
 
     def _output(self, node: nodes.Output, scope: Scope, out: list[str]) -> None:
@@ -101,7 +104,7 @@ class Interpreter:
 
     def _for(self, node: nodes.For, scope: Scope, out: list[str]) -> None:
         if node.recursive:
-            raise Unavailable("statement", "for … recursive")
+            raise unavailable("statement", "for … recursive")
         values = self._value(node.iter, scope)
         parts: Any = values if isinstance(values, (list, tuple, range)) else elements(self.budget, values)
         ran = False
@@ -153,7 +156,7 @@ class Interpreter:
             for one, each in zip(target.items, values, strict=True):
                 self._assign(one, each, scope)
         else:
-            raise Unavailable("target", type(target).__name__)
+            raise unavailable("target", type(target).__name__)
 
     def _macro(self, node: nodes.Macro, scope: Scope, out: list[str]) -> None:
         scope.names[node.name] = self._callable(node.name, node, scope)
@@ -210,9 +213,10 @@ class Interpreter:
     def _value(self, node: Any, scope: Scope) -> Any:
         """Return the value of an expression."""
         self.budget.step()
+        self.line = node.lineno
         expression = _EXPRESSIONS.get(type(node))
         if expression is None:
-            raise Unavailable("operator", type(node).__name__)
+            raise unavailable("operator", getattr(node, "operator", None) or type(node).__name__.lower())
         return expression(self, node, scope)
 
     def _const(self, node: nodes.Const, scope: Scope) -> Any:
@@ -274,7 +278,7 @@ class Interpreter:
 
     def _arguments(self, node: Any, scope: Scope, named: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         if node.dyn_args is not None or node.dyn_kwargs is not None:
-            raise Unavailable("operator", "* or ** before an argument")
+            raise unavailable("operator", "* or ** before an argument")
         given = [self._value(one, scope) for one in node.args]
         return given, {**{one.key: self._value(one.value, scope) for one in node.kwargs}, **named}
 
@@ -301,7 +305,7 @@ class Interpreter:
         elif isinstance(node, nodes.Mul) and isinstance(right, int) and isinstance(left, (str, list, tuple)):
             (self.budget.write if isinstance(left, str) else self.budget.step)(len(left) * max(right, 0))
         elif not (isinstance(left, Undefined) or isinstance(right, Undefined)):
-            raise TypeError(f"{node.operator} of {type(left).__name__} and {type(right).__name__} is not available")
+            raise TypeError(f"cannot compute {type(left).__name__} {node.operator} {type(right).__name__}")
         return _ARITHMETIC[type(node)](left, right)
 
 

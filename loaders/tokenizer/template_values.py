@@ -17,11 +17,23 @@ from markupsafe import Markup
 from .template_budget import Budget
 
 
+class Unavailable(SecurityError):
+    """A template uses a part of Jinja that published templates do not use."""
+
+
+def unavailable(kind: str, name: Any) -> Unavailable:
+    """Return the error for a statement, operator, filter or test that templates cannot use."""
+    return Unavailable(f"the {kind} {str(name)[:100]!r} is not available to templates")
+
+
 class Namespace:
     """A mutable object of a template, made by `namespace(…)`; its attributes are set by `{% set ns.name = … %}`."""
 
     def __init__(self, values: dict[str, Any]):
         self.values = values
+
+    def __repr__(self) -> str:
+        return "<namespace>"
 
 
 class Function:
@@ -55,7 +67,7 @@ def growth(*texts: Any) -> int:
 def attribute(budget: Budget, value: Any, name: str) -> Any:
     """Return `value.name` of a template: a method, else the entry of a mapping, else an undefined value."""
     if isinstance(value, Undefined):
-        return getattr(value, name)  # raises UndefinedError, or AttributeError for a name such as __class__
+        return value[name]  # raises UndefinedError, or SecurityError
     if isinstance(value, Namespace):
         return value.values.get(name, Undefined(obj=value, name=name))
     if isinstance(value, LoopContext):
@@ -68,7 +80,7 @@ def attribute(budget: Budget, value: Any, name: str) -> Any:
 def item(budget: Budget, value: Any, key: Any) -> Any:
     """Return `value[key]` of a template: an entry, else a method, else an undefined value."""
     if isinstance(value, Undefined):
-        return value[key]  # raises UndefinedError
+        return value[key]  # raises UndefinedError, or SecurityError
     if isinstance(key, slice) and isinstance(value, (str, list, tuple, range)):
         part = value[key]
         (budget.write if isinstance(part, str) else budget.step)(len(part))
@@ -88,7 +100,9 @@ def _method(budget: Budget, value: Any, name: str) -> Any:
     if call := _METHODS.get(kind, {}).get(name):
         return Function(name, lambda *given, **named: call(budget, value, *given, **named))
     if name.startswith("__") or hasattr(kind, name):
-        return Undefined(f"{kind.__name__}.{name} is not available to templates", exc=SecurityError)
+        hidden = name.startswith("_")
+        what = f"{kind.__name__}.{name} is not available to templates"
+        return Undefined(what, exc=SecurityError if hidden else Unavailable)
     return None
 
 

@@ -134,7 +134,7 @@ def _bomb(rng: random.Random) -> str:
         lambda: "{{ messages[0].content" + rng.choice(["", "*99999", "*10**7"]) + ".strip('" + "b" * min(count, 9999) + "') }}",
         lambda: "{{ strftime_now('" + rng.choice(["%Y", "%999999999d", "%" * 500, "%c" * 5000, "\\x00"]) + "') }}",
         lambda: "{{ raise_exception(" + _expression(rng) + ") }}",
-        lambda: "a" * rng.choice([count, (1 << 18) - 1, (1 << 18) + 1, 1 << 20]),
+        lambda: "a" * rng.choice([count, (1 << 16) - 1, (1 << 16) + 1, 1 << 20]),
     ])()  # fmt: skip
 
 
