@@ -31,7 +31,7 @@ LONGEST_TOKEN, MOST_ADDED, LONGEST_ADDED = 512, 1 << 16, 1 << 20
 """Characters of an added token, added tokens, and characters of all of them, of which each takes 75 bytes of memory.
 Published tokenizers have up to 7,000 added tokens of up to 60 characters."""
 
-_REMEDY = "Use transformers for this tokenizer."
+_REMEDY = "If you trust this checkpoint, use transformers for its tokenizer."
 
 
 def check_components(name: str, whole: Mapping[str, Any]) -> None:
