@@ -8,6 +8,7 @@ numbers, lists and mappings. No part of a template runs before `ChatTemplate.ren
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,9 @@ class ChatTemplate:
     @functools.cached_property
     def _tree(self) -> nodes.Template:
         try:
-            return _environment().parse(self.source)
+            with warnings.catch_warnings():  # of escape sequences that Python does not know
+                warnings.simplefilter("ignore")
+                return _environment().parse(self.source)
         except TemplateSyntaxError as error:
             raise InvalidCheckpoint(
                 f"{self.name}: chat template, line {error.lineno}: not readable as Jinja: {error.message}. Correct it."

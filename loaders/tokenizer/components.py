@@ -1,9 +1,10 @@
 """Checks of a tokenizer.json before the package tokenizers reads it: which parts it has, and how large they are.
 
 The package trusts its file: some files make it allocate gigabytes, loop for hours, or end the process. So a tokenizer
-may have only the parts that the supported families use, none of which makes text longer:
+may have only the parts that the supported families use. Encoding gives at most 64 tokens for each character, and 256
+more: Prepend, Metaspace and ByteLevel double a text, a character has 4 bytes, and ByteLevel writes a byte as 2 bytes.
 
-    normalizer      NFC, Prepend, Replace of one string by another that is not longer
+    normalizer      NFC, Prepend of one character, Replace of one string by another that is not longer
     pre-tokenizer   ByteLevel, Digits, Metaspace, Split by a string or a pattern of `split_patterns`
     model           BPE
     post-processor  ByteLevel, TemplateProcessing
@@ -119,8 +120,14 @@ def _component(fields: Fields, key: str, value: Any, checks: Mapping[str, Check]
                 f"{part} {named(kind)} is not implemented here. Supported are {', '.join(checks)}, and a Sequence of "
                 f"those. {_REMEDY}"
             )
+        if kind in _ONCE and [other for other in steps if isinstance(other, dict) and other.get("type") == kind][1:]:
+            raise fields.unsupported(f"{part} {kind}: expected it once, found it again. {_REMEDY}")
         if problem := checks[kind](Fields(fields.name, step)):
             raise fields.unsupported(f"{part} {kind}: {problem}. {_REMEDY}")
+
+
+_ONCE = ("ByteLevel", "Metaspace", "Prepend", "TemplateProcessing")
+"""Steps that can make text longer; 16 steps of ByteLevel would make it 65,536 times as long."""
 
 
 def _string(what: str, text: Any, least: int = 1) -> str | None:
@@ -134,8 +141,9 @@ def _nothing(_: Fields) -> None:
 
 
 def _replace(step: Fields) -> str | None:
-    pattern, content = step.values.get("pattern"), step.values.get("content")
-    text = pattern.get("String") if isinstance(pattern, dict) and len(pattern) == 1 else None
+    pattern: Any = step.values.get("pattern")
+    content: Any = step.values.get("content")
+    text: Any = pattern.get("String") if isinstance(pattern, dict) and len(pattern) == 1 else None
     if problem := _string("pattern: String", text) or _string("content", content, 0):
         return problem
     if len(content) > len(text):
@@ -155,9 +163,9 @@ def _split(step: Fields) -> str | None:
     return f"pattern: the regular expression {shown(regex)} may take more than linear time"
 
 
-def _metaspace(step: Fields) -> str | None:
-    text = step.values.get("replacement")
-    return None if isinstance(text, str) and len(text) == 1 else f"replacement: expected a character, found {text!r:.99}"
+def _character(key: str, step: Fields) -> str | None:
+    text = step.values.get(key)
+    return None if isinstance(text, str) and len(text) == 1 else f"{key}: expected one character, found {shown(text)}"
 
 
 def _strip(step: Fields) -> str | None:
@@ -174,16 +182,21 @@ _LISTED = {
 _STEPS: dict[str, dict[str, Check]] = {
     "normalizer": {
         "NFC": _nothing,
-        "Prepend": lambda step: _string("prepend", step.values.get("prepend"), 0),
+        "Prepend": lambda step: _character("prepend", step),
         "Replace": _replace,
     },
-    "pre_tokenizer": {"ByteLevel": _nothing, "Digits": _nothing, "Metaspace": _metaspace, "Split": _split},
+    "pre_tokenizer": {
+        "ByteLevel": _nothing,
+        "Digits": _nothing,
+        "Metaspace": lambda step: _character("replacement", step),
+        "Split": _split,
+    },
     "post_processor": {"ByteLevel": _nothing, "TemplateProcessing": _nothing},  # see `_templates`
     "decoder": {
         "ByteLevel": _nothing,
         "ByteFallback": _nothing,
         "Fuse": _nothing,
-        "Metaspace": _metaspace,
+        "Metaspace": lambda step: _character("replacement", step),
         "Replace": _replace,
         "Strip": _strip,
     },
@@ -233,12 +246,18 @@ def _templates(fields: Fields, processor: Any, known: Mapping[str, Any]) -> None
                         "Download the file again."
                     )
         for name, token in tokens.items():
-            contents, ids = (token.get(key) if isinstance(token, dict) else None for key in ("tokens", "ids"))
-            given = list(zip(contents, ids, strict=False)) if isinstance(contents, list) and isinstance(ids, list) else []
-            if not given or len(contents) != len(ids) or len(ids) > MOST_STEPS or any(
-                not isinstance(content, str) or known.get(content) != number for content, number in given
-            ):
+            if not _known(token, known):
                 raise fields.invalid(
                     f"TemplateProcessing: special_tokens: {shown(name)}: expected ids and tokens of the vocabulary, "
                     f"found {shown(token)}. Download the file again."
                 )
+
+
+def _known(token: Any, known: Mapping[str, Any]) -> bool:
+    """Return whether the token of a template is one or a few tokens of the vocabulary, with their ids."""
+    contents, ids = (token.get(key) if isinstance(token, dict) else None for key in ("tokens", "ids"))
+    if not (isinstance(contents, list) and isinstance(ids, list) and 0 < len(contents) == len(ids) <= MOST_STEPS):
+        return False
+    return all(
+        isinstance(content, str) and known.get(content) == number for content, number in zip(contents, ids, strict=True)
+    )

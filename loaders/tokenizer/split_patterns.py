@@ -3,7 +3,7 @@
 The package tokenizers matches them by backtracking, so a pattern such as `(a+a+)+b` runs for hours. Published patterns
 are alternatives, each a few characters or classes in a row. They take linear time by these rules:
 
-    ` ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*`  after an atom that repeats without limit, everything is optional: nothing is retried
+    ` ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*`  after an atom without a limit, all is optional: nothing is retried
     `\\p{N}{1,3}`                  what precedes such an atom, and other alternatives, match in at most 16 ways
     `\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+`   of a failed first alternative, the next one takes all that was tried
     `\\s+$`                        allowed as a pattern of its own
@@ -21,7 +21,9 @@ _CLASS_PART = r"\\[pP]\{\^?\w{1,20}\}|\\[^pPxouU0-9]|[^\[\]\\&]|&(?!&)"
 _TOKEN = re.compile(
     rf"""
     (?P<group>\(\?i?:(?:[^\\\[\]()|?*+{{}}^$.\s]+\|?)+\)\??)
-    | (?P<atom>\\[pP]\{{\^?\w{{1,20}}\}} | \\[sSdDwWrnt] | \\[^\w\s] | \[\^?(?:{_CLASS_PART})+\] | [^\\\[\](){{}}|?*+^$.])
+    | (?P<atom>
+        \\[pP]\{{\^?\w{{1,20}}\}} | \\[sSdDwWrnt] | \\[^\w\s] | \[\^?(?:{_CLASS_PART})+\] | [^\\\[\](){{}}|?*+^$.]
+      )
       (?:(?P<unlimited>[*+]) | (?P<optional>\?) | \{{(?P<least>\d)(?:,(?P<most>\d))?\}})?
     | (?P<ahead>\(\?!\\S\))
     | (?P<bar>\|)

@@ -16,7 +16,7 @@ from jinja2.tests import TESTS as _JINJA_TESTS
 from markupsafe import Markup
 
 from .template_budget import Budget, TooExpensive
-from .template_values import Function, Namespace, elements, growth, item, replace, scalar, unavailable
+from .template_values import Function, Namespace, elements, growth, hashed, item, replace, unavailable
 
 LONGEST_RANGE = 100_000  # that of jinja2's sandbox
 _WIDEST_INDENT = 32
@@ -48,8 +48,8 @@ def _title(budget: Budget, value: Any) -> str:
 
 
 def _replace(budget: Budget, value: Any, old: Any, new: Any, count: int | None = None) -> str:
-    texts = [str(budget.text(one)) for one in (value, old, new)]
-    return replace(budget, *texts, -1 if count is None else count)
+    text, before, after = (str(budget.text(one)) for one in (value, old, new))
+    return replace(budget, text, before, after, -1 if count is None else count)
 
 
 def _indent(budget: Budget, value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
@@ -174,9 +174,7 @@ def _sort(
 def _unique(budget: Budget, value: Any, case_sensitive: bool = False) -> list[Any]:
     seen: dict[Any, Any] = {}
     for one in elements(budget, value):
-        if not scalar(one):
-            raise TypeError(f"unique: expected strings or numbers, found {type(one).__name__}")
-        budget.value(one)
+        budget.value(hashed(one))
         seen.setdefault(one.lower() if isinstance(one, str) and not case_sensitive else one, one)
     return list(seen.values())
 
@@ -279,7 +277,8 @@ def tested(budget: Budget, name: Any, value: Any, *given: Any) -> bool:
         return isinstance(value, Function)
     if isinstance(value, str):
         budget.write(len(value))
-    return bool(_JINJA_TESTS[name](value, *given))
+    test: Any = _JINJA_TESTS[name]
+    return bool(test(value, *given))
 
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -298,7 +297,7 @@ def compared(budget: Budget, operator: str, left: Any, right: Any) -> bool:
     """Return whether `left operator right`."""
     if operator in ("in", "notin"):
         if isinstance(right, dict):
-            return (scalar(left) and left in right) == (operator == "in")
+            return (hashed(left) in right) == (operator == "in")
         budget.value(left)
         if isinstance(right, (str, list, tuple)):
             budget.value(right)
@@ -343,7 +342,7 @@ def functions(budget: Budget) -> dict[str, Function]:
             raise TooExpensive(f"strftime_now: expected a format of at most {_LONGEST_DATE} characters")
         return datetime.datetime.now().strftime(form)
 
-    made = {
+    made: dict[str, Callable[..., Any]] = {
         "range": make_range, "dict": make_dict, "namespace": make_namespace,
         "raise_exception": raise_exception, "strftime_now": now,
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """Interpreter of chat templates: renders the syntax tree that jinja2 parses, with a bounded number of steps.
 
-It covers the part of Jinja that templates of published checkpoints use, and renders it as jinja2 does. Everything else,
-such as `{% include %}`, `**` or an unknown filter, is an error where a template reaches it. No Python code is generated,
-and nothing of a Python object can be reached but what `template_values` and `template_filters` list.
+It covers the part of Jinja that published templates use, and renders it as jinja2 does. Everything else, such as
+`{% include %}`, `**` or an unknown filter, is an error where a template reaches it. No Python code is generated, and
+nothing of a Python object can be reached but what `template_values` and `template_filters` list.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from jinja2.runtime import LoopContext
 
 from .template_budget import Budget
 from .template_filters import called_filter, compared, functions, tested
-from .template_values import Function, Namespace, attribute, elements, growth, item, scalar, unavailable
-
+from .template_values import Function, Namespace, attribute, elements, growth, hashed, item, unavailable
 
 _STEPS_OF_A_MACRO = 50  # a macro keeps its scope alive: some 600 bytes for each one that a loop makes
 
@@ -237,9 +236,7 @@ class Interpreter:
     def _dict(self, node: nodes.Dict, scope: Scope) -> dict[Any, Any]:
         made = {}
         for pair in node.items:
-            key = self._value(pair.key, scope)
-            if not scalar(key):
-                raise TypeError(f"a mapping cannot have a {type(key).__name__} as key")
+            key = hashed(self._value(pair.key, scope))
             made[key] = self._value(pair.value, scope)
         return made
 
@@ -296,6 +293,8 @@ class Interpreter:
 
     def _binary(self, node: nodes.BinExpr, scope: Scope) -> Any:
         left, right = self._value(node.left, scope), self._value(node.right, scope)
+        if isinstance(node, nodes.Mul) and isinstance(left, int):
+            left, right = right, left
         if isinstance(left, (int, float)) and isinstance(right, (int, float)):
             return self.budget.integer(_ARITHMETIC[type(node)](left, right))
         if isinstance(left, str) and isinstance(right, str) and isinstance(node, nodes.Add):

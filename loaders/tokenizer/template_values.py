@@ -47,8 +47,15 @@ class Function:
 
 
 def scalar(value: Any) -> bool:
-    """Return whether a value is a string, a number or None."""
-    return value is None or isinstance(value, (str, int, float))
+    """Return whether a value is a string, a number, None or undefined."""
+    return value is None or isinstance(value, (str, int, float, Undefined))
+
+
+def hashed(key: Any) -> Any:
+    """Return the key of a mapping, which is a scalar: hashing a deeply nested tuple would end the process."""
+    if not scalar(key):
+        raise TypeError(f"unhashable type: {type(key).__name__!r}")
+    return key
 
 
 def elements(budget: Budget, value: Any) -> list[Any]:
@@ -188,7 +195,7 @@ _METHODS: dict[type, dict[str, Callable[..., Any]]] = {
     | {"split": _splitting("split"), "rsplit": _splitting("rsplit"), "splitlines": _lines}
     | {"replace": replace, "join": join},
     dict: {
-        "get": lambda _, value, key, default=None: value.get(key, default) if scalar(key) else default,
+        "get": lambda _, value, key, default=None: value.get(hashed(key), default),
         "items": lambda budget, value: [(key, value[key]) for key in elements(budget, value)],
         "keys": elements,
         "values": lambda budget, value: [value[key] for key in elements(budget, value)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import random
@@ -17,8 +18,10 @@ from .inputs import GENERATION, TEMPLATE, TOKENIZER, Input, something_else
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _FOLDERS = ("chat", "llama/llama3", "llama/smollm2", "llama/llama2", "llama/metaspace")
 _REGEXES = (
-    "(a+a+)+b", "(a*)*b", "((a{1,100}){1,100}){1,100}", "a*a*a*a*b", "(?=a)*", "\\1", "(", "[", "a{99999}", "", "a?" * 30,
-    "\\s+$", "\\p{N}{1,3}", "(?i:'s|'t)|\\p{L}+", "(?<!a)b", ".*", "\\p{Nowhere}", "\\s*[\\r\\n]+", "[a&&b]", "\\X", "\\R",
+    "(a+a+)+b", "(a*)*b", "((a{1,100}){1,100}){1,100}", "a*a*a*a*b", "(?=a)*", "\\1", "(", "[", "a{99999}", "",
+    "a?" * 30,     "\\s+$", "\\p{N}{1,3}", "(?i:'s|'t)|\\p{L}+", "(?<!a)b", ".*", "\\p{Nowhere}",
+    "\\s*[\\r\\n]+", "[a&&b]",
+    "\\X", "\\R",
 )  # fmt: skip
 
 
@@ -39,11 +42,13 @@ def sound_tokenizer(folder: str = _FOLDERS[0]) -> dict[str, bytes]:
 
 def _text(rng: random.Random) -> Any:
     """A string that a part of a tokenizer inserts or looks for."""
-    return rng.choice(["", "a", " ", "▁", "a" * 100, "é", "aa", "\0", "a" * random_count(rng), "<unk>", "#", name(rng)])
+    return rng.choice(["", "a", " ", "▁", "a" * 100, "é", "aa", "\0", "a" * random_count(rng), "<unk>", name(rng)])
 
 
 def _pattern(rng: random.Random) -> Any:
-    return rng.choice([{"String": _text(rng)}, {"Regex": rng.choice(_REGEXES)}, {"Regex": rng.choice(_REGEXES)}, junk(rng)])
+    return rng.choice(
+        [{"String": _text(rng)}, {"Regex": rng.choice(_REGEXES)}, {"Regex": rng.choice(_REGEXES)}, junk(rng)]
+    )
 
 
 def _count(rng: random.Random) -> Any:
@@ -131,7 +136,7 @@ _PARTS: dict[str, tuple[str, dict[str, Callable[[random.Random], Any]]]] = {
             "ByteLevel": _BYTES,
             "TemplateProcessing": lambda rng: _template(rng),
             "BertProcessing": lambda rng: {"sep": ["a", _count(rng)], "cls": ["b", 0]},
-            "RobertaProcessing": lambda rng: {"sep": ["a", 1], "cls": ["b", 0], "trim_offsets": True, "add_prefix_space": True},
+            "RobertaProcessing": lambda rng: {"sep": ["a", 1], "cls": ["b", 0], "trim_offsets": True},
         },
     ),
     "decoder": (
@@ -178,7 +183,9 @@ def _tokens(rng: random.Random, whole: dict[str, Any]) -> None:
     elif move == 2:
         vocabulary[rng.choice(["", "a" * random_count(rng), " ", "<0x41>", "ab", "▁▁"])] = len(vocabulary)
     elif move == 3:
-        merges.insert(rng.randrange(len(merges) + 1), rng.choice(["a b", "a", "", "a b c", ["a", "b"], ["a"], junk(rng)]))
+        merges.insert(
+            rng.randrange(len(merges) + 1), rng.choice(["a b", "a", "", "a b c", ["a", "b"], ["a"], junk(rng)])
+        )
     elif move == 4:
         rng.shuffle(merges)
     elif move == 5:
@@ -192,7 +199,10 @@ def _added(rng: random.Random, whole: dict[str, Any]) -> None:
     added = whole["added_tokens"]
     first = max((token["id"] for token in added if type(token.get("id")) is int), default=0) + 1
     for i in range(rng.choice([1, 1, 3, random_count(rng, 3000)])):
-        token = {"id": first + i, "content": rng.choice([f"<{i}>", f"<{i}>", "a", "▁", " ", "", "a" * random_count(rng)])}
+        token = {
+            "id": first + i,
+            "content": rng.choice([f"<{i}>", f"<{i}>", "a", "▁", " ", "", "a" * random_count(rng)]),
+        }
         token |= {flag: rng.random() < 0.5 for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         added.append(token)
     if rng.random() < 0.5:
@@ -227,13 +237,15 @@ def _readable(value: Any) -> str:
 
 _FIELDS = (
     "bos_token eos_token unk_token pad_token cls_token additional_special_tokens extra_special_tokens add_bos_token "
-    "add_eos_token split_special_tokens added_tokens_decoder chat_template clean_up_tokenization_spaces model_max_length"
+    "add_eos_token split_special_tokens added_tokens_decoder chat_template clean_up_tokenization_spaces"
 ).split()
 
 
 def _token(rng: random.Random) -> Any:
     """The name of a special token, often of one that exists."""
-    content = rng.choice(["<s>", "</s>", "<|im_end|>", "a", "▁", "user", " ", "", Raw('"\\ud800"'), "a" * random_count(rng)])
+    content = rng.choice(
+        ["<s>", "</s>", "<|im_end|>", "a", "▁", "user", " ", "", Raw('"\\ud800"'), "a" * random_count(rng)]
+    )
     return rng.choice([content, content, {"content": content, "lstrip": rng.random() < 0.5}, junk(rng)])
 
 
@@ -256,13 +268,19 @@ def _older_files(rng: random.Random, files: dict[str, Any]) -> str:
     config.pop("added_tokens_decoder", None)
     files[CONFIG] = json.dumps(config).encode()
     whole = json.loads(files[TOKENIZER])
-    ids = {token["content"]: token["id"] for token in whole["added_tokens"]} | {"a": whole["model"]["vocab"].get("a", 0)}
+    ids = {token["content"]: token["id"] for token in whole["added_tokens"]} | {
+        "a": whole["model"]["vocab"].get("a", 0)
+    }
     first = max(ids.values(), default=0) + 1
     ids |= {f"<n{i}>": first + i for i in range(rng.choice([0, 1, 3, random_count(rng, 3000)]))}
     long = "a" * rng.choice([10, 600, 100_000, 10 << 20])
     wrong = rng.choice([[], {}, [1], {"a": 1}, "1", None, True, 1.0, -1, 2**31, 2**64, number(rng), first + 9])
     ids |= rng.choice([{}, {"<w>": wrong}, {rng.choice(list(ids)): wrong}, {long: first + len(ids)}, {"": first}])
-    files[ADDED] = json.dumps(ids, default=str).encode() if rng.random() < 0.9 else _readable(mutate_json(rng, plain(ids))).encode()
+    files[ADDED] = (
+        json.dumps(ids, default=str).encode()
+        if rng.random() < 0.9
+        else _readable(mutate_json(rng, plain(ids))).encode()
+    )
     roles = {rng.choice(_FIELDS[:7]): _token(rng) for _ in range(rng.randrange(4))}
     files[SPECIAL] = dumps(plain(roles)).encode("utf-8", "surrogatepass")
     return "older files"
@@ -289,8 +307,8 @@ def tokenizer_input(rng: random.Random) -> Input:
     if file == TOKENIZER:
         moves = [rng.choice(_MOVES) for _ in range(rng.choice([1, 1, 2, 3]))]
         for move in moves:
-            if isinstance(value.get("model"), dict) and "merges" in value["model"] and "added_tokens" in value:
-                move(rng, value)
+            with contextlib.suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
+                move(rng, value)  # what a move before has broken, may be too broken for another one
         label = "+".join(move.__name__.strip("_") for move in moves)
     elif file == CONFIG and way < 8:
         for _ in range(rng.choice([1, 1, 3])):
@@ -298,7 +316,13 @@ def tokenizer_input(rng: random.Random) -> Input:
         label = "config"
     else:
         if file == GENERATION:
-            value = {"eos_token_id": [1, 2], "pad_token_id": 3, "temperature": 0.6, "top_p": 0.9, "do_sample": True} | value
+            value = {
+                "eos_token_id": [1, 2],
+                "pad_token_id": 3,
+                "temperature": 0.6,
+                "top_p": 0.9,
+                "do_sample": True,
+            } | value
         value, label = mutate_json(rng, plain(value)), f"{file}: json"
     try:
         data = dumps(plain(value) if isinstance(value, dict) else value).encode("utf-8", "surrogatepass")

@@ -65,7 +65,9 @@ def test_a_template_may_refuse_messages():
     ids=lambda value: value[:40],
 )
 def test_the_parts_of_jinja_that_no_published_template_uses_are_refused_by_name(source, what):
-    with pytest.raises(UnsupportedConfig, match=rf"it: chat template, line 1: {what}.* is not available to templates: "):
+    with pytest.raises(
+        UnsupportedConfig, match=rf"it: chat template, line 1: {what}.* is not available to templates: "
+    ):
         templated(source).render(USER)
 
 
@@ -110,7 +112,9 @@ class Text(str):
 def test_a_template_sees_plain_copies_only(monkeypatch):
     seen = {}
     message = {"role": Text("user"), "content": "", "n": np.float64(-0.0), "b": True}
-    monkeypatch.setattr(chat_template.Interpreter, "render", lambda _, tree, given: seen.update(given["messages"][0]) or "")
+    monkeypatch.setattr(
+        chat_template.Interpreter, "render", lambda _, tree, given: seen.update(given["messages"][0]) or ""
+    )
     templated("").render([message])
     assert {name: type(value) for name, value in seen.items()} == {"role": str, "content": str, "n": float, "b": bool}
 

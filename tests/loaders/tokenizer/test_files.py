@@ -1,18 +1,14 @@
 """The files of a tokenizer: what each of them decides, and the errors for missing, damaged and contradictory ones."""
 
-import contextlib
 import json
 import os
-import shutil
 
-import hypothesis
 import pytest
 from checkpoints import GOLDEN
-from hypothesis import strategies as st
 from small_tokenizer import change_json, write_json
 
 from perparam.loaders.tokenizer import files, load_tokenizer
-from perparam.policies.errors import InvalidCheckpoint, MissingFile, UnsupportedConfig
+from perparam.policies.errors import InvalidCheckpoint, MissingFile
 
 CHAT = GOLDEN / "chat"
 TOKENIZER = load_tokenizer(CHAT)
@@ -129,21 +125,6 @@ def test_a_tokenizer_that_cannot_be_read(folder, data):
     (folder / "tokenizer.json").write_bytes(data)
     with pytest.raises(InvalidCheckpoint, match=r"tokenizer.json: not readable as a tokenizer: .* Download it again"):
         load_tokenizer(folder)
-
-
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-@hypothesis.given(
-    st.sampled_from(["tokenizer.json", "tokenizer_config.json", "generation_config.json"]),
-    st.floats(0, 1, exclude_max=True),
-    st.binary(max_size=4),
-)
-def test_damaged_files_load_or_say_so(tmp_path, name, at, damage):
-    shutil.copytree(CHAT, tmp_path, dirs_exist_ok=True)
-    data = (tmp_path / name).read_bytes()
-    start = int(at * len(data))
-    (tmp_path / name).write_bytes(data[:start] + damage + data[start + len(damage) :])
-    with contextlib.suppress(InvalidCheckpoint, UnsupportedConfig):
-        load_tokenizer(tmp_path).apply_chat_template(USER, tokenize=True)
 
 
 def test_files_that_are_too_large_or_no_files(folder, monkeypatch):

@@ -1,5 +1,7 @@
 """The interpreter of chat templates: it renders what jinja2 renders, and no template exceeds its budget."""
 
+import time
+
 import jinja2
 import jinja2.sandbox
 import pytest
@@ -35,32 +37,48 @@ def rendered(source):
         "{% set x = 1 %}{% for i in l %}{% set x = i %}{{ x }}{% endfor %}{{ x }}",
         "{% for i in l %}{{ x }}{% set x = i %}{{ x }}{% endfor %}",
         "{% if t %}{% set x = 1 %}{% endif %}{{ x }}{% if z %}{% set y = 1 %}{% endif %}{{ y }}",
-        "{% macro f(a, b=a) %}{{ a }}{{ b }}{{ x }}{% endmacro %}{% set x = 5 %}{{ f(1) }}{{ f(1, 2) }}{{ f(b=3) }}{{ f() }}",
+        "{% macro f(a, b=a) %}{{ a }}{{ b }}{{ x }}{% endmacro %}{% set x = 5 %}{{ f(1) }}{{ f(1, 2) }}"
+        "{{ f(b=3) }}{{ f() }}",
         "{% macro f(n) %}{{ n }}{% if n %}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(3) }}",
         "{% macro f() %}<{{ caller(2) }}>{% endmacro %}{% call(v) f() %}{{ v }}{{ s }}{% endcall %}",
-        "{% for i in l %}{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.revindex }}{{ loop.length }}{% endfor %}",
+        "{% for i in l %}{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.revindex }}{{ loop.length }}"
+        "{% endfor %}",
         "{% for i in l %}{{ loop.previtem }}-{{ loop.nextitem }}{{ loop.cycle('a', 'b') }}{% endfor %}",
-        "{% for i in l if i is string %}{{ loop.length }}{{ i }}{% else %}none{% endfor %}{% for i in [] %}{% else %}e{% endfor %}",
+        "{% for i in l if i is string %}{{ loop.length }}{{ i }}{% else %}none{% endfor %}{% for i in [] %}"
+        "{% else %}e{% endfor %}",
         "{% for a in l %}{% for b in m %}{{ loop.index }}{% endfor %}{{ loop.index }}{% endfor %}",
         "{% set ns = namespace(go=true) %}{% for i in l if ns.go %}{{ i }}{% set ns.go = false %}{% endfor %}",
         "{% for k, v in d.items() %}{{ k }}={{ v }};{% endfor %}{% for k, v in d | dictsort %}{{ k }}{% endfor %}",
-        "{% for i in l %}{% if i == 'b' %}{% continue %}{% endif %}{{ i }}{% if i == 1 %}{% break %}{% endif %}{% endfor %}",
+        "{% for i in l %}{% if i == 'b' %}{% continue %}{% endif %}{{ i }}{% if i == 1 %}{% break %}{% endif %}"
+        "{% endfor %}",
         "{% set x %}a{{ s }}{% endset %}{{ x | length }}{% set x | upper %}a{% endset %}{{ x }}",
         "{% with a = n, b = s %}{{ a }}{{ b }}{% endwith %}{{ a }}{% filter upper %}{{ s }}{% endfilter %}",
         "{% set a, b = [1, 2] %}{{ a }}{{ b }}{% generation %}{% set a = 3 %}{{ a }}{% endgeneration %}{{ a }}",
         "{{ d['items'] }}{{ d.values is defined }}",
-        "{{ d.b }}{{ d['A'][-1] }}{{ m[1].k.v }}{{ l[9] }}{{ d.get('q', 7) }}{{ d.get('q') }}{{ 'b' in d }}{{ l[::-1] }}",
-        "{{ s[1:3] }}{{ l[:-1] }}{{ l[:e | length] }}{{ s.strip() }}{{ s.split() }}{{ s.split('<', 1) }}{{ s.startswith(' a') }}",
-        "{{ 7 // 2 }}{{ 7 % 4 }}{{ 7 / 2 }}{{ -n }}{{ 'ab' * 2 }}{{ [1] + [2] }}{{ 1 < n <= 3 }}{{ n is odd }}{{ 1 ~ 'a' ~ none }}",
-        "{{ (s | safe) + '<' }}{{ '<' + (s | safe) }}{{ s | safe ~ '<' }}{{ [s | safe] }}{{ (s | safe).strip() + '&' }}",
-        "{{ m | map(attribute='r') | join('&') }}{{ m | selectattr('k', 'defined') | list }}{{ l | select('string') | list }}",
-        "{{ m | rejectattr('r', 'equalto', 'u') | list }}{{ l | reject('in', [1, 3]) | list }}{{ [e, s] | select | list }}",
-        "{{ l | map('string') | sort }}{{ m | sort(attribute='c', reverse=true) }}{{ ['a', 'A', 'b'] | unique | list }}",
-        "{{ s | indent(2, true) }}{{ s | replace('a', '<') }}{{ s | trim }}{{ s | title }}{{ s | capitalize }}{{ s | upper | lower }}",
-        "{{ '12' | int + 1 }}{{ 'x' | int(7) }}{{ '1.5' | float }}{{ f | round }}{{ l | first }}{{ l | last }}{{ s | reverse }}{{ l | reverse | list }}",
-        "{{ q | default('d') }}{{ e | default('d', true) }}{{ none_ | default('d') }}{{ q is defined }}{{ q | length }}{{ q | trim }}",
-        "{{ q is none }}{{ none_ is none }}{{ l is iterable }}{{ d is mapping }}{{ l is sequence }}{{ t is boolean }}{{ n is sameas 3 }}{{ range is callable }}",
-        "{{ range(3) | list }}{{ range(9, 1, -3) | list }}{{ dict(a=1, b=2) }}{{ (1, 2) }}{{ {'a': s} }}{{ 'x' if z }}{{ z and q.w or n }}",
+        "{{ d.b }}{{ d['A'][-1] }}{{ m[1].k.v }}{{ l[9] }}{{ d.get('q', 7) }}{{ d.get('q') }}{{ 'b' in d }}",
+        "{{ l[::-1] }}",
+        "{{ s[1:3] }}{{ l[:-1] }}{{ l[:e | length] }}{{ s.strip() }}{{ s.split() }}{{ s.split('<', 1) }}",
+        "{{ s.startswith(' a') }}",
+        "{{ 7 // 2 }}{{ 7 % 4 }}{{ 7 / 2 }}{{ -n }}{{ 'ab' * 2 }}{{ [1] + [2] }}{{ 1 < n <= 3 }}{{ n is odd }}",
+        "{{ 1 ~ 'a' ~ none }}",
+        "{{ (s | safe) + '<' }}{{ '<' + (s | safe) }}{{ s | safe ~ '<' }}{{ [s | safe] }}",
+        "{{ (s | safe).strip() + '&' }}",
+        "{{ m | map(attribute='r') | join('&') }}{{ m | selectattr('k', 'defined') | list }}",
+        "{{ l | select('string') | list }}",
+        "{{ m | rejectattr('r', 'equalto', 'u') | list }}{{ l | reject('in', [1, 3]) | list }}",
+        "{{ [e, s] | select | list }}",
+        "{{ l | map('string') | sort }}{{ m | sort(attribute='c', reverse=true) }}",
+        "{{ ['a', 'A', 'b'] | unique | list }}",
+        "{{ s | indent(2, true) }}{{ s | replace('a', '<') }}{{ s | trim }}{{ s | title }}{{ s | capitalize }}",
+        "{{ s | upper | lower }}",
+        "{{ '12' | int + 1 }}{{ 'x' | int(7) }}{{ '1.5' | float }}{{ f | round }}{{ l | first }}{{ l | last }}",
+        "{{ s | reverse }}{{ l | reverse | list }}",
+        "{{ q | default('d') }}{{ e | default('d', true) }}{{ none_ | default('d') }}{{ q is defined }}",
+        "{{ q | length }}{{ q | trim }}",
+        "{{ q is none }}{{ none_ is none }}{{ l is iterable }}{{ d is mapping }}{{ l is sequence }}",
+        "{{ t is boolean }}{{ n is sameas 3 }}{{ range is callable }}",
+        "{{ range(3) | list }}{{ range(9, 1, -3) | list }}{{ dict(a=1, b=2) }}{{ (1, 2) }}{{ {'a': s} }}",
+        "{{ 'x' if z }}{{ z and q.w or n }}",
         "  {% if t -%}\n  a  {%- endif %}\n\n{#- c #} b \n",
     ],
 )  # fmt: skip
@@ -73,7 +91,7 @@ LEAVES = NAMES | st.sampled_from(["1", "'a'", "' b '", "[1, 'x']", "{'a': 2}", "
 EXPRESSIONS = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
-        st.tuples(inner, st.sampled_from("+ - * / % ~ == != < in and or".split() + ["not in"]), inner).map(
+        st.tuples(inner, st.sampled_from([*"+ - * / % ~ == != < in and or".split(), "not in"]), inner).map(
             lambda parts: f"({' '.join(parts)})"
         ),
         st.tuples(inner, st.sampled_from("trim length string upper first last list default safe int join".split())).map(
@@ -152,9 +170,21 @@ GROWING = "{% set ns = namespace(x=START) %}{% for i in range(9999) %}{% set ns.
     ],
     ids=lambda source: source[:60],
 )
-def test_a_template_that_would_take_minutes_or_gigabytes_is_refused(source):
-    with pytest.raises(InvalidCheckpoint, match=r"it: chat template, line 1: the template is too expensive to render: "):
+def test_a_template_that_would_take_minutes_or_gigabytes_is_refused(source, monkeypatch):
+    monkeypatch.setattr(template_budget, "STEPS", 30_000)  # a tenth of a second
+    with pytest.raises(
+        InvalidCheckpoint, match=r"it: chat template, line 1: the template is too expensive to render: "
+    ):
         ChatTemplate(source, "it").render(USER)
+
+
+def test_nested_loops_end_within_two_seconds():
+    begin = time.process_time()
+    with pytest.raises(InvalidCheckpoint, match="it runs for too long"):
+        ChatTemplate("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "it").render(
+            USER
+        )
+    assert time.process_time() - begin < 2
 
 
 def test_a_longer_chat_may_take_more_steps_and_characters():
