@@ -163,7 +163,7 @@ _EXACT: dict[type, Any] = {str: str.__str__, int: int.__int__, float: float.__fl
 
 
 def _plain(name: str, value: Any, depth: int = 0) -> Any:
-    """Return a copy of `value` in the exact types of JSON; the sandbox checks the methods of those."""
+    """Return a copy of `value` in the exact types of JSON; `template_values` knows those alone."""
     if depth > _DEEPEST:
         raise InvalidText(f"{name}: expected at most {_DEEPEST} nested lists and mappings, found more.")
     if value is None or isinstance(value, bool):

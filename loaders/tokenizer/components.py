@@ -1,8 +1,9 @@
 """Checks of a tokenizer.json before the package tokenizers reads it: which parts it has, and how large they are.
 
 The package trusts its file: some files make it allocate gigabytes, loop for hours, or end the process. So a tokenizer
-may have only the parts that the supported families use. Encoding gives at most 64 tokens for each character, and 256
-more: Prepend, Metaspace and ByteLevel double a text, a character has 4 bytes, and ByteLevel writes a byte as 2 bytes.
+may have only the parts that the supported families use. Encoding gives at most 192 tokens for each character, and 256
+more: NFC writes a character as 3, Prepend, Metaspace and ByteLevel each add one to a character, a character has 4
+bytes, and ByteLevel writes a byte as 2.
 
     normalizer      NFC, Prepend of one character, Replace of one string by another that is not longer
     pre-tokenizer   ByteLevel, Digits, Metaspace, Split by a string or a pattern of `split_patterns`

@@ -19,7 +19,7 @@ _TEXTS = (
     " " * 3000,
     "ab1 \n" * 600,
 )
-_MOST_TOKENS = 64
+_MOST_TOKENS = 192
 """Tokens for each character of a text, beside 256 of the post-processor; published tokenizers have up to 4."""
 
 _MESSAGES = [
