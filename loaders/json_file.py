@@ -42,15 +42,18 @@ def read_json(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         raise InvalidCheckpoint(f"{path}: {error}. Download the file again.") from error
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
+def parse_object(data: bytes, largest: int = LARGEST, most_entries: int = _MOST_ENTRIES) -> dict[str, Any]:
     """The JSON object in `data`, which is UTF-8.
+
+    largest       bytes that it may have
+    most_entries  objects, lists and keys that it may have
 
     Raises:
       ValueError: not UTF-8, not JSON, not an object, a duplicate key, or larger than any checkpoint needs.
     """
     entries = sum(data.count(mark) for mark in (b"{", b"[", b":"))
-    if len(data) > LARGEST or entries > _MOST_ENTRIES:
-        raise ValueError(f"more than {LARGEST >> 20} MiB or {_MOST_ENTRIES} entries of JSON")
+    if len(data) > largest or entries > most_entries:
+        raise ValueError(f"more than {largest >> 20} MiB or {most_entries} entries of JSON")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

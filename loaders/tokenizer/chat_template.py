@@ -1,16 +1,14 @@
-"""Chat templates: renders a checkpoint's Jinja template into the prompt of a chat, in jinja2's sandbox.
+"""Chat templates: renders a checkpoint's Jinja template into the prompt of a chat, in bounded time and memory.
 
-Templates get the environment that Hugging Face transformers gives them, and copies of plain data: strings, numbers,
-lists and mappings. No part of a template runs before `ChatTemplate.render`. The sandbox denies access to Python's
-internals, files and the network; it does not limit running time.
+Templates get the variables and functions that Hugging Face transformers gives them, and copies of plain data: strings,
+numbers, lists and mappings. No part of a template runs before `ChatTemplate.render`. jinja2 parses a template, and
+`template_interpreter` renders it; it never becomes Python code.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
-import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,12 +17,12 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
-from ...policies.errors import InvalidCheckpoint, InvalidText, PerparamError, shown
+from ...policies.errors import InvalidCheckpoint, InvalidText, PerparamError, UnsupportedConfig, shown
+from .template_budget import Budget, TooExpensive
+from .template_interpreter import Interpreter
+from .template_values import Unavailable
 
-_LONGEST_PROMPT = 1 << 26  # characters: at least 16 million tokens, hundreds of times the context of a model
 _DEEPEST = 100  # nested lists and mappings in a message; a JSON schema has about ten levels
 
 _MARK = "THE FINAL MESSAGE GOES ON HERE "
@@ -56,7 +54,8 @@ class ChatTemplate:
         Raises:
           InvalidText: if messages, tools or variables are not plain data of the expected form, or the template rejects
             the messages.
-          InvalidCheckpoint: if the template is not valid Jinja, fails, or violates the sandbox.
+          InvalidCheckpoint: if the template is not valid Jinja, fails, or takes too long.
+          UnsupportedConfig: if it uses a part of Jinja that published templates do not use.
         """
         chat = [_message(index, message) for index, message in enumerate(_listed("messages", messages))]
         if not chat:
@@ -85,31 +84,26 @@ class ChatTemplate:
         return self._up_to_mark(prompt, str(final)) if continue_final_message else prompt
 
     @functools.cached_property
-    def _compiled(self) -> jinja2.Template:
+    def _tree(self) -> nodes.Template:
         try:
-            return _environment().from_string(self.source)
+            with warnings.catch_warnings():  # of escape sequences that Python does not know
+                warnings.simplefilter("ignore")
+                return _environment().parse(self.source)
         except TemplateSyntaxError as error:
             raise InvalidCheckpoint(
                 f"{self.name}: chat template, line {error.lineno}: not readable as Jinja: {error.message}. Correct it."
             ) from error
-        except Exception as error:  # the nesting is too deep for Jinja, or for the Python code that it writes
+        except Exception as error:  # the nesting is too deep for Jinja
             raise InvalidCheckpoint(
                 f"{self.name}: chat template: not readable as Jinja: {error}. Correct it."
             ) from error
 
     def _rendered(self, variables: dict[str, Any]) -> str:
-        compiled, parts, length = self._compiled, [], 0
+        tree, interpreter = self._tree, Interpreter(Budget(variables))
         try:
-            for part in compiled.generate(variables):
-                parts.append(part)
-                length += len(part)
-                if length > _LONGEST_PROMPT:
-                    raise OverflowError(f"the prompt has more than {_LONGEST_PROMPT} characters")
+            return interpreter.render(tree, variables)
         except Exception as error:  # an expression in a template can raise any error
-            lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if _is_template(frame)]
-            where = f"{self.name}: chat template, line {lines[-1]}" if lines else f"{self.name}: chat template"
-            raise _failure(where, error) from error
-        return "".join(parts)
+            raise _failure(f"{self.name}: chat template, line {interpreter.line}", error) from error
 
     def _up_to_mark(self, prompt: str, final: str) -> str:
         """Return `prompt` up to the end of the last message's text, without the mark."""
@@ -127,17 +121,21 @@ def _failure(where: str, error: Exception) -> PerparamError:
     reason = str(error).rstrip(".")
     if type(error) is TemplateError:  # from `raise_exception`; Jinja itself raises subclasses
         return InvalidText(f"{where}: the template rejects these messages: {reason}. Change them as it says.")
+    if isinstance(error, Unavailable):
+        return UnsupportedConfig(
+            f"{where}: {reason}: perparam renders the part of Jinja that published templates use. Change the template, "
+            "or write the prompt yourself."
+        )
     if isinstance(error, SecurityError):
+        return InvalidCheckpoint(f"{where}: the template is not safe: {reason}. Do not use this checkpoint.")
+    if isinstance(error, (TooExpensive, MemoryError)):
         return InvalidCheckpoint(
-            f"{where}: the sandbox forbids what the template does: {reason}. Do not use this checkpoint."
+            f"{where}: the template is too expensive to render: {reason}. Do not use this checkpoint, or write the "
+            "prompt yourself."
         )
     return InvalidCheckpoint(
         f"{where}: {type(error).__name__}: {reason}. Pass the fields that the template reads, or correct the template."
     )
-
-
-def _is_template(frame: Any) -> bool:
-    return frame.f_code.co_filename == "<template>"  # the file name that Jinja gives templates in tracebacks
 
 
 def _listed(name: str, value: Any) -> Sequence[Any]:
@@ -165,7 +163,7 @@ _EXACT: dict[type, Any] = {str: str.__str__, int: int.__int__, float: float.__fl
 
 
 def _plain(name: str, value: Any, depth: int = 0) -> Any:
-    """Return a copy of `value` in the exact types of JSON; the sandbox checks the methods of those."""
+    """Return a copy of `value` in the exact types of JSON; `template_values` knows those alone."""
     if depth > _DEEPEST:
         raise InvalidText(f"{name}: expected at most {_DEEPEST} nested lists and mappings, found more.")
     if value is None or isinstance(value, bool):
@@ -191,57 +189,12 @@ class _Generation(Extension):
         """Return the node of the block; its content has its own scope."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
-
-    def _content(self, caller: Any) -> str:
-        return caller()
-
-
-class _Namespace(Namespace):
-    """Jinja's `namespace`, without names that begin with an underscore."""
-
-    def __init__(*args: Any, **names: Any):
-        # There is no parameter named `self`, so that `namespace(self=1)` works, as in Jinja.
-        self, *given = args
-        values: dict[str, Any] = dict(*given, **names)
-        for name in values:
-            _refuse_hidden(name)
-        Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_hidden(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_hidden(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"{name!r} in a namespace is not safe.")
-
-
-def _raise_exception(message: Any) -> None:
-    raise TemplateError(str(message))
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Return JSON without the HTML escapes of Jinja's own `tojson` filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+        return nodes.Scope(body).set_lineno(line)
 
 
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+def _environment() -> jinja2.Environment:
+    """Return the environment that parses templates, with the options of Hugging Face transformers."""
+    return jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"], cache_size=0
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_now, namespace=_Namespace)
-    return environment

@@ -15,7 +15,7 @@ import codecs
 import json
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...policies.errors import InvalidTokens, UnsupportedConfig, shown
@@ -25,11 +25,13 @@ if TYPE_CHECKING:  # imported on first use, since the import takes 65 ms
 
 
 class DecodeStream:
-    """Decodes token ids in pieces: the results of `add` and `flush`, joined, are what `Tokenizer.decode` returns."""
+    """Decodes token ids in pieces: the results of `add` and `flush`, joined, are what `Tokenizer.decode` returns.
 
-    def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool = True):
-        self._backend = backend
-        self._skipped = _special_tokens(backend) if skip_special_tokens else set()
+    skipped  the tokens that do not become text
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, skipped: Collection[str] = ()):
+        self._backend, self._skipped = backend, skipped
         self._steps = decoding_steps(backend)
 
     def add(self, ids: Iterable[int]) -> str:
@@ -54,17 +56,6 @@ class DecodeStream:
             pieces = step.add(pieces) + step.flush()
         self._steps = decoding_steps(self._backend)
         return "".join(pieces)
-
-
-def _special_tokens(backend: tokenizers.Tokenizer) -> set[str]:
-    """Return the tokens that decoding skips as special ones."""
-
-    def skipped(number: int) -> bool:
-        # A token that was added as special stays so, even if it was added again without the flag.
-        return backend.decode([number], skip_special_tokens=True) != backend.decode([number], skip_special_tokens=False)
-
-    added = backend.get_added_tokens_decoder()
-    return {token.content for number, token in added.items() if token.special or skipped(number)}
 
 
 def checked_ids(ids: Any) -> list[int]:

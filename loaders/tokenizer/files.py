@@ -11,16 +11,17 @@ space to a text that begins with one, nor after a special token, and GPT2Tokeniz
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...policies.errors import InvalidCheckpoint, MissingFile, UnsupportedConfig, named, shown
+from ...policies.errors import InvalidCheckpoint, MissingFile, PerparamError, named, shown
 from ..fields import token_ids
-from ..json_file import read_json
+from ..json_file import parse_object, read_json
 from ..layout import GENERATION
+from .components import check_added, check_components, check_token
 from .decoding import decoding_steps
 
 if TYPE_CHECKING:  # imported on first use, since the import takes 65 ms
@@ -37,8 +38,11 @@ WHOLE, CONFIG, SPECIAL, ADDED, TEMPLATE = (
 LARGEST = 64 << 20
 """The largest tokenizer.json in bytes: Qwen3's, with 151,669 tokens, has 11 MB; 262,145 tokens take 33 MB."""
 
-LARGEST_TEMPLATE = 1 << 20
-"""The largest chat template in bytes; published ones have up to 30,000."""
+MOST_ENTRIES = 1 << 21
+"""The most objects, lists, keys and values of a tokenizer.json; Llama 3's, with 280,147 merges, has 1.1 million."""
+
+LARGEST_TEMPLATE = 1 << 16
+"""The largest chat template in bytes, which jinja2 parses in half a second; published ones have up to 30,000."""
 
 _ROLES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -51,6 +55,7 @@ class Files:
     folder     the folder that holds the files
     backend    the Hugging Face tokenizer that tokenizer.json describes
     tokens     special tokens by role, such as "eos_token"
+    special    all tokens that decoding can skip; one that any file declares as special stays so
     eos_ids    ids that end an answer
     pad_id     id of the padding token, or None
     bos_id     id of the BOS token if `add_bos_token` is true, else None
@@ -60,6 +65,7 @@ class Files:
     folder: pathlib.Path
     backend: tokenizers.Tokenizer
     tokens: dict[str, str]
+    special: frozenset[str]
     eos_ids: tuple[int, ...]
     pad_id: int | None
     bos_id: int | None
@@ -72,16 +78,15 @@ def read_files(folder: pathlib.Path) -> Files:
     Raises:
       MissingFile: if there is no tokenizer.json.
       InvalidCheckpoint: if a file cannot be read, or two files disagree.
-      UnsupportedConfig: if the decoder or an option in tokenizer_config.json is not implemented.
+      UnsupportedConfig: if a part of tokenizer.json is not implemented.
     """
-    backend = _backend(folder / WHOLE)
+    backend, special = _backend(folder / WHOLE)
     config, generation = _optional(folder / CONFIG), _optional(folder / GENERATION)
     if "added_tokens_decoder" not in config:
         config = {**config, **_optional(folder / SPECIAL)}
-    _refuse_cleanup(folder, backend, config)
     backend.encode_special_tokens = bool(config.get("split_special_tokens"))
     tokens = {role: _content(folder, role, config[role]) for role in _ROLES if config.get(role) is not None}
-    _add(folder, backend, config, tokens)
+    special |= _add(folder, backend, config, tokens)
     ids = {role: token_ids(str(folder), role, backend.token_to_id(token)) for role, token in tokens.items()}
     eos, pad = (
         token_ids(str(folder / GENERATION), f"{role}_id", generation.get(f"{role}_id")) or ids.get(role, ())
@@ -91,6 +96,7 @@ def read_files(folder: pathlib.Path) -> Files:
         folder=folder,
         backend=backend,
         tokens=tokens,
+        special=frozenset(special),
         eos_ids=eos,
         pad_id=pad[0] if pad else None,
         bos_id=_bos_id(folder, config, ids),
@@ -112,12 +118,12 @@ def _bytes_of(path: pathlib.Path, largest: int) -> bytes:
     except OSError as error:
         raise InvalidCheckpoint(f"{path}: cannot be read: {error}.") from error
     if len(data) > largest:
-        raise InvalidCheckpoint(f"{path}: larger than the limit of {largest >> 20} MiB. Download it again.")
+        raise InvalidCheckpoint(f"{path}: larger than the limit of {largest >> 10} KiB. Download it again.")
     return data
 
 
-def _backend(path: pathlib.Path) -> tokenizers.Tokenizer:
-    """Return the tokenizer that a tokenizer.json describes."""
+def _backend(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, set[str]]:
+    """Return the tokenizer that a tokenizer.json describes, and the tokens that it declares as special ones."""
     import tokenizers
 
     if not path.exists():
@@ -128,26 +134,35 @@ def _backend(path: pathlib.Path) -> tokenizers.Tokenizer:
         )
     data = _bytes_of(path, LARGEST)
     try:
-        backend = tokenizers.Tokenizer.from_buffer(data)
-        declared = [(token["content"], token["id"]) for token in json.loads(data).get("added_tokens") or ()]
-    except BaseException as error:
-        if not failed_in_rust(error):
-            raise
+        if data.count(b",") > MOST_ENTRIES:
+            raise ValueError(f"more than {MOST_ENTRIES} entries of JSON")
+        whole = parse_object(data, LARGEST, MOST_ENTRIES)
+    except ValueError as error:
         raise InvalidCheckpoint(f"{path}: not readable as a tokenizer: {error}. Download it again.") from error
+    check_components(str(path), whole)
+    added = whole.get("added_tokens") or []
+    with rust_errors(f"{path}: not readable as a tokenizer"):
+        backend = tokenizers.Tokenizer.from_buffer(data)
     # tokenizers numbers added tokens consecutively, and only logs a warning if the file gives another id.
-    for content, number in declared:
-        _same_id(path, backend, content, number)
+    for token in added:
+        _same_id(path, backend, token["content"], token["id"])
     decoding_steps(backend, str(path))  # refuses unknown decoders
     # Texts are neither truncated nor padded by default, as in transformers.
     backend.no_truncation()
     backend.no_padding()
-    return backend
+    return backend, {token["content"] for token in added if token.get("special")}
 
 
-def failed_in_rust(error: BaseException) -> bool:
-    """Return whether the package tokenizers raised `error`, as an exception or as a Rust panic."""
-    # A panic is a subclass of BaseException that has no public name.
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+@contextlib.contextmanager
+def rust_errors(what: str) -> Iterator[None]:
+    """Turn an exception or a panic of the package tokenizers into an error that begins with `what`."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic is a subclass of BaseException that has no public name.
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise InvalidCheckpoint(f"{what}: {error}. Download it again.") from error
 
 
 def _same_id(path: pathlib.Path, backend: tokenizers.Tokenizer, content: str, number: int) -> None:
@@ -159,28 +174,17 @@ def _same_id(path: pathlib.Path, backend: tokenizers.Tokenizer, content: str, nu
         )
 
 
-def _refuse_cleanup(folder: pathlib.Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Refuse the option that makes transformers remove spaces before punctuation; it has no effect on BPE models."""
-    kind = type(backend.model).__name__
-    if config.get("clean_up_tokenization_spaces") and kind != "BPE":
-        raise UnsupportedConfig(
-            f"{folder / CONFIG}: clean_up_tokenization_spaces is not implemented for {kind} models. Set it to false, "
-            "and decoded text keeps the spaces before punctuation."
-        )
-
-
 def _content(folder: pathlib.Path, key: str, token: Any) -> str:
     """Return the text of a special token, which a config writes as a string or as an object with `content`."""
     text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str) or not text:
-        raise InvalidCheckpoint(
-            f"{folder / CONFIG}: {key}: expected the text of a token, found {shown(token)}. Download the file again."
-        )
-    return text
+    check_token(str(folder / CONFIG), key, text)
+    return str(text)
 
 
-def _add(folder: pathlib.Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any], roles: dict[str, str]) -> None:
-    """Add the special tokens that tokenizer.json lacks, or has as ordinary tokens, with the ids that the files give."""
+def _add(
+    folder: pathlib.Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any], roles: dict[str, str]
+) -> set[str]:
+    """Add the tokens that tokenizer.json lacks, with the ids that the files give, and return the special ones."""
     from tokenizers import AddedToken
 
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
@@ -190,20 +194,22 @@ def _add(folder: pathlib.Path, backend: tokenizers.Tokenizer, config: Mapping[st
             "Download the file again."
         )
     special = [*roles.values(), *(_content(folder, "additional_special_tokens", token) for token in more)]
+    check_added(str(folder / CONFIG), [(content, 0) for content in special])
     path, declared = _declared(folder, config, special)
     known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
+    with rust_errors(f"{path}: the added tokens cannot be used"):
+        backend.add_tokens([token for _, token in declared if repr(token) not in known])
     for number, token in declared:
-        if repr(token) not in known:
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         _same_id(path, backend, token.content, number)
     contents = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for content in dict.fromkeys(special):
+    for content in special:
         if backend.token_to_id(content) is None:
             raise InvalidCheckpoint(
                 f"{folder / CONFIG}: the special token {named(content)} is not in {WHOLE}. Download both again."
             )
-        if content not in contents:
-            backend.add_special_tokens([AddedToken(content, special=True)])
+    ordinary = [content for content in dict.fromkeys(special) if content not in contents]
+    backend.add_special_tokens([AddedToken(content, special=True) for content in ordinary])
+    return {*ordinary, *(token.content for _, token in declared if token.special)}
 
 
 def _declared(
@@ -217,18 +223,31 @@ def _declared(
         path = folder / ADDED
         given = {
             number: {"content": content, "special": content in special, "normalized": content not in special}
-            for content, number in _optional(path).items()
+            for content, number in _ids(path).items()
         }
     try:
+        tokens = {int(number): entry for number, entry in given.items()}
+        check_added(str(path), [(entry["content"], number) for number, entry in tokens.items()])
         found = [
-            (int(number), AddedToken(entry["content"], **{flag: entry[flag] for flag in _FLAGS if flag in entry}))
-            for number, entry in given.items()
+            (number, AddedToken(entry["content"], **{flag: entry[flag] for flag in _FLAGS if flag in entry}))
+            for number, entry in tokens.items()
         ]
+    except PerparamError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InvalidCheckpoint(
-            f"{path}: the added tokens cannot be read: {error!r}. Download the file again."
+            f"{path}: the added tokens cannot be read: {shown(error)}. Download the file again."
         ) from error
     return path, sorted(found, key=lambda one: one[0])
+
+
+def _ids(path: pathlib.Path) -> Mapping[str, int]:
+    """Return the contents of an added_tokens.json, which maps tokens to their ids."""
+    ids = _optional(path)
+    check_added(str(path), list(ids.items()))
+    if len(set(ids.values())) != len(ids):
+        raise InvalidCheckpoint(f"{path}: two tokens have the same id. Download the file again.")
+    return ids
 
 
 def _bos_id(folder: pathlib.Path, config: Mapping[str, Any], ids: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -260,6 +279,6 @@ def _templates(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, tup
             )
         if len(entry["template"]) > LARGEST_TEMPLATE:
             raise InvalidCheckpoint(
-                f"{path}: chat_template: larger than the limit of {LARGEST_TEMPLATE >> 20} MiB. Download it again."
+                f"{path}: chat_template: larger than the limit of {LARGEST_TEMPLATE >> 10} KiB. Download it again."
             )
     return {entry["name"]: (entry["template"], str(path)) for entry in listed}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from ...policies.errors import InvalidCheckpoint, InvalidText, InvalidTokens, named, shown
 from ..hub import local_folder
 from .decoding import DecodeStream, checked_ids
-from .files import WHOLE, Files, failed_in_rust, read_files
+from .files import WHOLE, Files, read_files, rust_errors
 
 if TYPE_CHECKING:  # imported on first use: jinja2 takes 50 ms to import
     import tokenizers
@@ -33,7 +33,7 @@ def load_tokenizer(path: str | os.PathLike[str], revision: str | None = None) ->
     Raises:
       MissingFile: if the folder or name does not exist, or has no tokenizer.json.
       InvalidCheckpoint: if a file cannot be read, or two files disagree.
-      UnsupportedConfig: if the decoder or an option of the tokenizer is not implemented.
+      UnsupportedConfig: if a part of tokenizer.json is not implemented, or larger than any family needs.
     """
     return Tokenizer(read_files(local_folder(path, revision, weights=False)))
 
@@ -61,7 +61,10 @@ class Tokenizer:
         Raises:
           InvalidTokens: if the vocabulary has no such token.
         """
-        number = self._backend.token_to_id(token)
+        try:
+            number = self._backend.token_to_id(token)
+        except (TypeError, UnicodeEncodeError):  # no string, or half of a surrogate pair
+            number = None
         if number is None:
             raise InvalidTokens(
                 f"{self._files.folder}: the vocabulary of {self.vocab_size} tokens has no token {shown(token)}. "
@@ -78,7 +81,7 @@ class Tokenizer:
 
         Raises:
           InvalidText: if `text` is not a string, or contains half of a surrogate pair.
-          InvalidCheckpoint: if tokenizer.json is inconsistent, such as a post-processor with an unknown token.
+          InvalidCheckpoint: if the package tokenizers fails.
         """
         return self._encoding(text, add_special_tokens).ids
 
@@ -101,18 +104,14 @@ class Tokenizer:
 
     def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens)
-        except (TypeError, UnicodeEncodeError) as error:
+            text.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
             raise InvalidText(
                 f"expected a string that can be encoded as UTF-8, found {shown(text)}. Pass one string "
                 "without unpaired surrogates."
             ) from error
-        except BaseException as error:
-            if not failed_in_rust(error):
-                raise
-            raise InvalidCheckpoint(
-                f"{self._files.folder / WHOLE}: the tokenizer cannot encode {shown(text)}: {error}. Download it again."
-            ) from error
+        with rust_errors(f"{self._files.folder / WHOLE}: the tokenizer cannot encode {shown(text)}"):
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; invalid UTF-8 becomes U+FFFD, ids outside the vocabulary are ignored.
@@ -120,11 +119,13 @@ class Tokenizer:
         Raises:
           InvalidTokens: if `ids` is not a flat sequence of token ids.
         """
-        return self._backend.decode(checked_ids(ids), skip_special_tokens=skip_special_tokens)
+        checked = checked_ids(ids)
+        with rust_errors(f"{self._files.folder / WHOLE}: the tokenizer cannot decode {shown(checked)}"):
+            return self._backend.decode(checked, skip_special_tokens=skip_special_tokens)
 
     def decode_stream(self, *, skip_special_tokens: bool = True) -> DecodeStream:
         """Return a decoder that takes ids in pieces, while a model generates them."""
-        return DecodeStream(self._backend, skip_special_tokens)
+        return DecodeStream(self._backend, self._files.special if skip_special_tokens else ())
 
     @overload
     def apply_chat_template(
@@ -163,7 +164,8 @@ class Tokenizer:
 
         Raises:
           InvalidText: if the messages have another form, or the template rejects them.
-          InvalidCheckpoint: if there is no chat template, or it fails.
+          InvalidCheckpoint: if there is no chat template, or it fails or takes too long.
+          UnsupportedConfig: if it uses a part of Jinja that published templates do not use.
         """
         if enable_thinking is not None:
             variables["enable_thinking"] = enable_thinking

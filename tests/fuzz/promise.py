@@ -24,6 +24,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 from fuzz import mutations
+from fuzz.tokenizer_readers import read_tokenizer
 
 import perparam
 from perparam.loaders import CheckpointWarning, open_checkpoint
@@ -33,7 +34,7 @@ from perparam.policies import ArrayInfo, Format
 
 _HERE = pathlib.Path(__file__).resolve().parent
 
-SLOW, HUNG = 1.0, 5.0
+SLOW, HUNG = 1.0, 15.0
 """Seconds of the processor that a reader may take, and seconds on the clock after which it is interrupted."""
 MOST_MEMORY = 256 << 20
 """Bytes by which one input may make the process grow at its peak."""
@@ -80,6 +81,8 @@ def check(one: mutations.Input, folder: pathlib.Path, load: bool = False) -> Out
     before = _begin_peak()
     if one.kind == "policy":
         _read_policy(one, folder, readers)
+    elif one.kind in ("tokenizer", "template"):
+        read_tokenizer(folder, readers, only_template=one.kind == "template")
     else:
         _read_checkpoint(one, folder, readers, load)
     growth = max(0, _peak() - before)

@@ -38,12 +38,12 @@ _STUCK = 90.0  # seconds without a finished input after which a process is given
 _EVERY = 20  # of so many checkpoints, one that is accepted is read into a model as well
 
 
-def kind_of(number: int) -> str:
-    """The kind of an input: all in turn."""
-    return mutations.KINDS[number % len(mutations.KINDS)]
+def kind_of(number: int, kinds: Sequence[str] = mutations.KINDS) -> str:
+    """The kind of an input: those of `kinds` in turn."""
+    return kinds[number % len(kinds)]
 
 
-def _work(seed: int, numbers: range, folder: pathlib.Path) -> None:
+def _work(seed: int, numbers: range, folder: pathlib.Path, kinds: Sequence[str]) -> None:
     """Runs inputs one after the other, and prints a line of JSON before and after each."""
     for variant in range(2):  # what compiles, compiles before anything is measured
         rng = random.Random(variant)
@@ -54,8 +54,8 @@ def _work(seed: int, numbers: range, folder: pathlib.Path) -> None:
     begin = process_bytes("VmRSS") or 0
     for number in numbers:
         print(json.dumps({"begin": number}), flush=True)
-        one = mutations.make(kind_of(number), seed, number)
-        outcome = check(one, folder, load=number // len(mutations.KINDS) % _EVERY == 0)
+        one = mutations.make(kind_of(number, kinds), seed, number)
+        outcome = check(one, folder, load=number // len(kinds) % _EVERY == 0)
         kept = (process_bytes("VmRSS") or 0) - begin
         print(json.dumps({"end": number, "label": one.label, "kept": kept, **dataclasses.asdict(outcome)}), flush=True)
 
@@ -100,26 +100,34 @@ class Report:
 
     def add(self, number: int, label: str, outcome: Outcome) -> None:
         """Counts one input."""
-        tally = self.tallies[kind_of(number)]
+        kind = kind_of(number, [*self.tallies])
+        tally = self.tallies[kind]
         tally.inputs += 1
         tally.slowest, tally.at = max((tally.slowest, tally.at), (outcome.seconds, number))
         tally.growth = max(tally.growth, outcome.growth)
         if outcome.failures:
             tally.broken += 1
-            self.failures += [(kind_of(number), number, label, failure) for failure in outcome.failures]
+            self.failures += [(kind, number, label, failure) for failure in outcome.failures]
         elif outcome.refused:
             tally.refused[outcome.refused] += 1
         else:
             tally.accepted += 1
 
 
-def run(inputs: int, seed: int = 0, keep: pathlib.Path | None = None, jobs: int | None = None) -> Report:
+def run(
+    inputs: int,
+    seed: int = 0,
+    keep: pathlib.Path | None = None,
+    jobs: int | None = None,
+    kinds: Sequence[str] = mutations.KINDS,
+) -> Report:
     """Runs that many inputs in `jobs` processes (as many as there are cores), and says what became of them.
 
-    keep  a folder for the files of those that broke the promise
+    keep   a folder for the files of those that broke the promise
+    kinds  the kinds of inputs, in turn
     """
     jobs = jobs or os.cpu_count() or 1
-    report = Report({kind: Tally() for kind in mutations.KINDS}, [])
+    report = Report({kind: Tally() for kind in kinds}, [])
     lock = threading.Lock()
     with tempfile.TemporaryDirectory(dir=_memory_folder()) as scratch:
         bounds = [inputs * i // jobs for i in range(jobs + 1)]
@@ -140,9 +148,8 @@ def _supervise(seed: int, numbers: range, folder: pathlib.Path, report: Report, 
     """Has `numbers` run in one process, and in another from the next on where one dies."""
     while numbers:
         command = [sys.executable, os.fspath(_HERE / "run.py"), "--work", f"{numbers.start}:{numbers.stop}"]
-        process = subprocess.Popen(
-            [*command, "--seed", str(seed), "--scratch", os.fspath(folder)], stdout=subprocess.PIPE, text=True
-        )
+        command += ["--seed", str(seed), "--scratch", os.fspath(folder), "--kinds", ",".join(report.tallies)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         timer, began, done = _Patience(process), None, numbers.start
         for line in process.stdout:
@@ -204,12 +211,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, help="processes; as many as there are cores")
     parser.add_argument("--keep", type=pathlib.Path, help="a folder for inputs that broke the promise")
+    parser.add_argument("--kinds", default=",".join(mutations.KINDS), help="kinds of inputs; all without it")
     parser.add_argument("--only", help="one input, such as policy/17")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    kinds = options.kinds.split(",")
     if options.work:
-        _work(options.seed, range(*map(int, options.work.split(":"))), options.scratch)
+        _work(options.seed, range(*map(int, options.work.split(":"))), options.scratch, kinds)
         return 0
     if options.only:
         kind, _, number = options.only.partition("/")
@@ -219,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(one.label, outcome, sep="\n")
         return bool(outcome.failures)
     begin = time.monotonic()
-    report = run(options.inputs, options.seed, options.keep, options.jobs)
+    report = run(options.inputs, options.seed, options.keep, options.jobs, kinds)
     print(report)
     for kind, number, label, failure in report.failures:
         print(f"{kind}/{number} ({label}): {failure}")

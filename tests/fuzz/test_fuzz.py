@@ -21,10 +21,20 @@ def broken(one: mutations.Input, folder: pathlib.Path) -> str:
     return failures and f"{one.kind} ({one.label}): {failures}"
 
 
-@pytest.mark.parametrize("kind", mutations.KINDS)
+NUMBERS = st.integers(0, 2**32)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in mutations.KINDS if kind not in ("tokenizer", "template")])
 @settings(max_examples=100, phases=[Phase.generate])  # a smaller number is no smaller input
-@given(number=st.integers(0, 2**32))
+@given(number=NUMBERS)
 def test_hostile_files_are_read_or_refused(folder, kind, number):
+    assert not broken(mutations.make(kind, 0, number), folder)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "template"])
+@settings(max_examples=25, phases=[Phase.generate])
+@given(number=NUMBERS)
+def test_hostile_tokenizers_and_templates_are_used_or_refused(folder, kind, number):
     assert not broken(mutations.make(kind, 0, number), folder)
 
 
@@ -92,6 +102,12 @@ def test_an_input_is_the_same_each_time():
 def test_sound_checkpoints_are_accepted(folder):
     one = mutations.Input("safetensors", "sound", mutations.sound_checkpoint())
     assert promise.check(one, folder, load=True).refused is None
+
+
+def test_sound_tokenizers_and_templates_are_accepted(folder):
+    for kind in ("tokenizer", "template"):
+        outcome = promise.check(mutations.Input(kind, "sound", mutations.sound_tokenizer()), folder)
+        assert (outcome.refused, outcome.failures) == (None, ())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Hostile inputs for everything that reads files from elsewhere, each made from a kind, a seed and a number alone.
 
-Two ways lead away from what is well-formed: structural mutations, which know JSON, safetensors and YAML, and reach what
-lies behind the parsers; and mutations of bytes, which reach the parsers themselves.
+Two ways lead away from what is well-formed: structural mutations, which know JSON, safetensors, YAML, tokenizers and
+Jinja, and reach what lies behind the parsers; and mutations of bytes, which reach the parsers themselves.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from .inputs import (
     GENERATION,
     LOOP,
     POLICY,
+    TEMPLATE,
+    TOKENIZER,
     WHOLE,
     Input,
     seed_checkpoint,
@@ -25,12 +27,16 @@ from .inputs import (
 )
 from .policies import policy_input
 from .safetensors_files import safetensors_input, safetensors_of
+from .templates import template_input
+from .tokenizers import sound_tokenizer, tokenizer_input
 
 _KINDS: dict[str, Callable[[random.Random], Input]] = {
     "safetensors": safetensors_input,
     "index": index_input,
     "config": config_input,
     "policy": policy_input,
+    "tokenizer": tokenizer_input,
+    "template": template_input,
 }
 KINDS = tuple(_KINDS)
 
@@ -49,9 +55,11 @@ __all__ = [
     "KINDS",
     "LOOP",
     "POLICY",
+    "TEMPLATE",
+    "TOKENIZER",
     "WHOLE",
     "Input",
     "config_fields",
     "make",
 ]
-__all__ += ["safetensors_of", "seed_checkpoint", "sound_checkpoint", "with_field"]
+__all__ += ["safetensors_of", "seed_checkpoint", "sound_checkpoint", "sound_tokenizer", "with_field"]

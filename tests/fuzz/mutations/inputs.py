@@ -18,6 +18,7 @@ CONFIG, GENERATION, WHOLE, INDEX, POLICY = (
     "model.safetensors.index.json",
     "policy.yaml",
 )
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 FIFO, FOLDER, LOOP, ENDLESS = "fifo", "folder", "loop", "endless"
@@ -30,7 +31,7 @@ KIND_OF = {CONFIG: "config", GENERATION: "config", INDEX: "index", POLICY: "poli
 class Input:
     """One hostile input.
 
-    kind   "safetensors", "index", "config" or "policy"
+    kind   "safetensors", "index", "config", "policy", "tokenizer" or "template"
     label  the mutations that made it
     files  content by name; a str is one of FIFO, FOLDER, LOOP and ENDLESS
     """
@@ -40,12 +41,12 @@ class Input:
     files: Mapping[str, bytes | str]
 
 
-def something_else(rng: random.Random, files: dict[str, Any], file: str) -> Input | None:
-    """Now and then, something in place of `file` that is no file."""
+def something_else(rng: random.Random, files: dict[str, Any], file: str, kind: str | None = None) -> Input | None:
+    """Now and then, something in place of `file` that is no file; `kind` is the input's, if `file` does not say it."""
     if rng.random() > 0.003:
         return None
     what = rng.choice([FIFO, FOLDER, LOOP, ENDLESS])
-    return Input(KIND_OF.get(file, "safetensors"), what, {**files, file: what})
+    return Input(kind or KIND_OF.get(file, "safetensors"), what, {**files, file: what})
 
 
 # Checkpoints that are read without complaint.

@@ -1,11 +1,11 @@
-"""Chat templates: what templates may use, what the sandbox forbids, and the errors for bad templates and messages."""
+"""Chat templates: what templates can use, what they cannot, and the errors for bad templates and messages."""
 
 import numpy as np
 import pytest
 from checkpoints import GOLDEN
 
 from perparam.loaders.tokenizer import chat_template, load_tokenizer
-from perparam.policies.errors import InvalidCheckpoint, InvalidText
+from perparam.policies.errors import InvalidCheckpoint, InvalidText, UnsupportedConfig
 
 TOKENIZER = load_tokenizer(GOLDEN / "chat")
 USER = [{"role": "user", "content": "Hello"}]
@@ -19,20 +19,19 @@ def templated(source, **variables):
     ("source", "message"),
     [
         ("a\n{% if %}", r"it: chat template, line 2: not readable as Jinja: Expected an expression"),
-        ("{% include 'x' %}", r"line 1: TypeError: no loader"),
-        ("\n\n{{ ''.__class__.__mro__ }}", r"line 3: the sandbox forbids what the template does: .*'__class__'"),
-        ("{{ messages.append(1) }}", r"line 1: the sandbox forbids what the template does: .*append"),
-        (
-            "{{ namespace(__class__=1) }}",
-            r"line 1: the sandbox forbids what the template does: '__class__' in a namespace",
-        ),
-        ("{% set n = namespace() %}\n{% set n._x = 1 %}", r"line 2: the sandbox forbids what the template does: '_x'"),
-        ("{{ ''.__class__.mro() }}", r"line 1: the sandbox forbids what the template does"),
-        ("{{ cycler.__init__.__globals__ }}", r"line 1: the sandbox forbids what the template does"),
+        ("\n\n{{ ''.__class__.__mro__ }}", r"line 3: the template is not safe: str.__class__ is not available"),
+        ("{{ ''.__class__.mro() }}", r"line 1: the template is not safe: str.__class__"),
+        ("{{ cycler.__init__.__globals__ }}", r"line 1: UndefinedError: 'cycler' is undefined"),
+        ("{{ raise_exception.__globals__.x }}", r"line 1: the template is not safe: Function.__globals__"),
         ("\n{{ messages[0].nothing + 'a' }}", r"line 2: UndefinedError: .* has no attribute 'nothing'"),
         ("{{ 1 / 0 }}", r"line 1: ZeroDivisionError"),
+        ("{{ 'a' + 1 }}", r"line 1: TypeError: cannot compute str \+ int"),
+        ("{{ 1('a') }}", r"int is not callable"),
+        ("{% macro f(a) %}{% endmacro %}{{ f(1, b=2) }}", r"TypeError: macro 'f' takes the arguments a, found 'b'"),
+        ("{% set n = 1 %}{% set n.a = 2 %}", r"cannot assign attribute on non-namespace object"),
+        ("{% for a, b in [(1, 2, 3)] %}{% endfor %}", r"ValueError: expected 2 values to unpack, found 3"),
+        ("{% break %}", r"break or continue outside of a loop"),
         ("{% macro f() %}{{ f() }}{% endmacro %}\n{{ f() }}", r"line 1: RecursionError"),
-        ("{% for i in range(999999999) %}{% endfor %}", r"line 1: OverflowError: Range too big"),
         ("{{ open('/etc/passwd') }}", r"line 1: UndefinedError: 'open' is undefined"),
         ("(" * 3000 + "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", r"not readable as Jinja"),
     ],
@@ -50,12 +49,26 @@ def test_a_template_may_refuse_messages():
         templated("\n{{ raise_exception('roles alternate') }}").render(USER)
 
 
-def test_a_template_writes_no_endless_prompt(monkeypatch):
-    monkeypatch.setattr(chat_template, "_LONGEST_PROMPT", 1000)
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("{% include 'x' %}", "the statement 'include'"),
+        ("{% for a in [] recursive %}{% endfor %}", "the statement 'for … recursive'"),
+        ("{{ 10 ** (10 ** 8) }}", r"the operator '\*\*'"),
+        ("{{ [1] | slice(10 * 99999) | list }}", "the filter 'slice'"),
+        ("{{ messages | map('pprint') }}", "the filter 'pprint'"),
+        ("{{ 1 is filter }}", "the test 'filter'"),
+        ("{{ messages.append(1) }}", "list.append"),
+        ("{{ '{0.__class__}'.format(1) }}", "str.format"),
+        ("{{ dict(**messages[0]) }}", "the operator .* before an argument"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_the_parts_of_jinja_that_no_published_template_uses_are_refused_by_name(source, what):
     with pytest.raises(
-        InvalidCheckpoint, match="chat template: OverflowError: the prompt has more than 1000 characters"
+        UnsupportedConfig, match=rf"it: chat template, line 1: {what}.* is not available to templates: "
     ):
-        templated("{% for i in range(99999) %}x{% endfor %}").render(USER)
+        templated(source).render(USER)
 
 
 def test_loading_runs_nothing_of_a_template(folder):
@@ -77,7 +90,7 @@ def test_loading_runs_nothing_of_a_template(folder):
         ("{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% break %}{% endfor %}", "0"),
         ("{% for i in 'ab' %}{% if i == 'a' %}{% continue %}{% endif %}{{ i }}{% endfor %}", "b"),
         ("{% set n = namespace(self=1, a=2) %}{% set n.a = n.a + n.self %}{{ n.a }}", "3"),
-        ("{{ '{0.__class__}'.format(1) }}", ""),
+        ("{{ ''.__class__ }}", ""),
         ("{{ strftime_now('%Y') | length }}", "4"),
         ("{{ dict(a=1).a }}{{ '<b>' }}{{ missing }}", "1<b>"),
         ("{{ documents is none }} {{ tools is none }} {{ enable_thinking is defined }}", "True True False"),
@@ -96,15 +109,13 @@ class Text(str):
         raise AssertionError(name)
 
 
-def test_a_template_sees_plain_copies_only():
+def test_a_template_sees_plain_copies_only(monkeypatch):
     seen = {}
-    template = templated("{{ seen(messages) }}")
-    chat_template._environment().globals["seen"] = lambda messages: seen.update(messages[0]) or ""
     message = {"role": Text("user"), "content": "", "n": np.float64(-0.0), "b": True}
-    try:
-        template.render([message])
-    finally:
-        del chat_template._environment().globals["seen"]
+    monkeypatch.setattr(
+        chat_template.Interpreter, "render", lambda _, tree, given: seen.update(given["messages"][0]) or ""
+    )
+    templated("").render([message])
     assert {name: type(value) for name, value in seen.items()} == {"role": str, "content": str, "n": float, "b": bool}
 
 

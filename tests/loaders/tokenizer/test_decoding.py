@@ -1,6 +1,7 @@
 """Streaming decoders: the pieces of a stream join to the text of all ids, for each kind of decoder."""
 
 import json
+import shutil
 
 import hypothesis
 import pytest
@@ -113,7 +114,7 @@ STRIP = decoders.Strip(" ", 1, 0)
 )
 def test_each_kind_of_decoder_streams_exactly(decoder, ids, skip, step):
     made = backend(decoder)
-    stream = DecodeStream(made, skip)
+    stream = DecodeStream(made, {"<s>", "</s>"} if skip else ())
     assert "".join(pieces(stream, ids, step)) == made.decode(ids, skip_special_tokens=skip)
     # A flushed stream starts a new text.
     assert "".join(pieces(stream, ids, step)) == made.decode(ids, skip_special_tokens=skip)
@@ -127,6 +128,19 @@ def test_a_special_token_stays_special_when_the_config_declares_it_again(folder)
     tokenizer = load_tokenizer(folder)
     ids = [tokenizer.token_id(token) for token in ("<|im_start|>", "user", "<|endoftext|>", "<think>")]
     assert "".join(pieces(tokenizer.decode_stream(), ids, 1)) == tokenizer.decode(ids) == "user<think>"
+
+
+def test_a_special_token_that_decodes_to_nothing_stays_special_too(tmp_path):
+    shutil.copytree(GOLDEN / "llama" / "metaspace", tmp_path, dirs_exist_ok=True)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    number = whole["model"]["vocab"]["\u2581"]
+    token = {"content": "\u2581", **dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)}
+    added = [*whole["added_tokens"], {**token, "id": number, "special": True}]
+    change_json(tmp_path / "tokenizer.json", added_tokens=added)
+    change_json(tmp_path / "tokenizer_config.json", added_tokens_decoder={str(number): {**token, "special": False}})
+    tokenizer = load_tokenizer(tmp_path)
+    ids = [number, *tokenizer.encode("hello"), number, *tokenizer.encode("world")]
+    assert "".join(pieces(tokenizer.decode_stream(), ids, 1)) == tokenizer.decode(ids) == "hello world"
 
 
 @pytest.mark.parametrize(
