@@ -14,6 +14,7 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from ..models.decoder import CausalLM
+from ..models.heads import check_causal_lm
 from ..models.tokens import checked_tokens
 from ..policies.blocks import Block, block_amax, expand, split_blocks
 from ..policies.dtypes import largest
@@ -115,8 +116,12 @@ def audit(
     attention_mask  (batch, length), nonzero for real tokens; None: all are real
 
     Holds two models in memory at once: in float32 and under the policy.
+
+    Raises:
+      UnsupportedTask: a model without a language-model head.
     """
     model = load_model(model) if isinstance(model, (str, os.PathLike)) else model
+    check_causal_lm(model.config.task, "audit")
     ids, mask = checked_tokens(tokens, attention_mask, model.config.vocab_size)
     if not mask.any():
         raise InvalidTokens(f"tokens: expected real tokens of shape (batch, length), found {ids.shape} with none.")

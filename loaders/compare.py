@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from ..models.decoder import CausalLM
 from ..models.generation import generate
+from ..models.heads import check_causal_lm
 from ..models.tokens import checked_tokens
 from ..policies.errors import InvalidTokens, MissingPackage, UnsupportedExport
 from ..policies.plan import human_bytes, plan
@@ -163,6 +164,7 @@ def compare(
 
     Raises:
       InvalidTokens: fewer than two tokens, or no policy.
+      UnsupportedTask: a model without a language-model head.
       Errors of `load_model`.
     """
     if isinstance(policies, (str, os.PathLike, Policy)):
@@ -175,6 +177,7 @@ def compare(
     for name, policy in by_name.items():
         model = load_model(path, policy)
         first = first or model
+        check_causal_lm(model.config.task, "compare")
         checked_tokens(ids[None], None, model.config.vocab_size)
         costs = plan(resolve(get_policy(policy), model))
         with_loss, losses, counts, kls, agreements = _evaluate(first, model, ids).T

@@ -250,8 +250,10 @@ def test_quantization_says_block_and_exceptions():
 # What is refused: by name, with the file, and with what is known.
 
 UNSUPPORTED = {
-    "model_type": ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not implemented. Implemented: .*qwen3"),
-    "no model_type": ({"model_type": None}, "model_type None is not implemented"),
+    "model_type": ({"model_type": "qwen3_moe"}, r"config.json: Qwen3ForCausalLM \(model_type 'qwen3_moe'\) is not supp"),
+    "no model_type": ({"model_type": None}, r"model_type None\) is not supported\. Supported: .*Qwen3ForCausalLM, and …Model"),
+    "no architecture": ({"model_type": "gemma", "architectures": None}, "model_type 'gemma' is not supported"),
+    "an architecture": ({"architectures": ["Qwen3ForQuestionAnswering"]}, "Qwen3ForQuestionAnswering .* is not supp"),
     "an unknown field": ({"logit_scale": 2.0}, "fields that are not implemented: logit_scale = 2.0"),
     "two unknown fields": ({"b": 1, "a": 0}, r"not implemented: a = 0, b = 1\. Remove them if they change nothing"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not implemented. Implemented: 'silu'"),
