@@ -17,6 +17,8 @@ COMMANDS = (
     "plan",
     "chat",
     "generate",
+    "embed",
+    "rerank",
     "compare",
     "audit",
     "convert",

@@ -150,8 +150,8 @@ def _remedy(problems: list[str], tensors: Mapping[str, Tensor], config: DecoderC
         return "  Set id2label or num_labels in config.json to the classes of score.weight, or download the file again."
     if config.head == "lm_head":
         return (
-            "  A head that is tied to the embedding has no tensor: set tie_word_embeddings in config.json to true. For a "
-            f'model without a head, set architectures to ["{architecture("feature_extraction")}"].'
+            "  A head that is tied to the embedding has no tensor: set tie_word_embeddings in config.json to true. For "
+            f'a model without a head, set architectures to ["{architecture("feature_extraction")}"].'
         )
     return "  Download the folder again, or correct config.json."
 

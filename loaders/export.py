@@ -73,8 +73,8 @@ def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, 
     if unnamed := [path for path in stored if path not in expected.keys() | scales]:
         count = "1 parameter" if len(unnamed) == 1 else f"{len(unnamed)} parameters"
         raise UnsupportedExport(
-            f"a {family.architecture(config.task)} checkpoint has no name for {count}: {', '.join(unnamed[:5])}. Merge added "
-            "parameters into the model's kernels first."
+            f"a {family.architecture(config.task)} checkpoint has no name for {count}: {', '.join(unnamed[:5])}. Merge "
+            "added parameters into the model's kernels first."
         )
     for path, (_, shape) in expected.items():
         if path not in stored or stored[path].shape != shape:

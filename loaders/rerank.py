@@ -57,7 +57,9 @@ def rerank(
       InvalidTokens: a number out of range, or a tokenizer of another model.
     """
     check_causal_lm(model.config.task, "rerank")
-    (query,), documents = listed("query", query), listed("documents", documents)
+    (query, *others), documents = listed("query", query), listed("documents", documents)
+    if others:
+        raise InvalidText(f"query: expected one text, found {1 + len(others)}. Call rerank for each query.")
     longest = min(checked_count("max_length", max_length, 1), model.config.max_position_embeddings)
     checked_count("batch_tokens", batch_tokens, 1)
     before, after = (tokenizer.encode(text, add_special_tokens=False) for text in (_BEFORE, _AFTER))
@@ -84,9 +86,7 @@ def _answer_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "tokens"))
-def _logits_of(
-    graphdef: Any, params: nnx.State, ids: jax.Array, mask: jax.Array, tokens: tuple[int, ...]
-) -> jax.Array:
+def _logits_of(graphdef: Any, params: nnx.State, ids: jax.Array, mask: jax.Array, tokens: tuple[int, ...]) -> jax.Array:
     """The logits (b, tokens) float32 of the given tokens, after the last real token of each row."""
     model = nnx.merge(graphdef, params)
     hidden, _ = model.hidden(ids, mask, first=True)

@@ -236,8 +236,8 @@ class Decoder(nnx.Module):
         """
         if self.config.task == "feature_extraction":
             check_causal_lm(self.config.task, "logits")
-        head = {"lm_head": self.lm_head, "score": self.score, None: self.embed_tokens.attend}[self.config.head]
-        return head(taps.tap("norm", self.norm(hidden))).astype(self.output)
+        x, head = taps.tap("norm", self.norm(hidden)), self.score if self.lm_head is None else self.lm_head
+        return (self.embed_tokens.attend(x) if head is None else head(x)).astype(self.output)
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache for `slots` tokens of each of `batch` rows, in the policy's `kv_cache` dtype."""

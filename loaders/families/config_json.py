@@ -18,8 +18,8 @@ from .family import Family
 from .quantization import quantization_to_json, read_quantization
 from .rope import read_rope, rope_to_json
 
-# Accepted and unused: fields for training, for transformers itself or for a tokenizer. Two of them have a use elsewhere:
-# `architectures` tells the task, and `id2label` the classes of a classifier.
+# Accepted and unused: fields for training, for transformers itself or for a tokenizer. Two are read all the same:
+# `architectures` tells the task, `id2label` the classes of a classifier.
 _CHANGES_NOTHING = frozenset(
     """
     architectures _attn_implementation_autoset attention_dropout auto_map bos_token_id chunk_size_feed_forward

@@ -3,8 +3,8 @@
     python tests/golden/make.py [case ...]
 
 needs torch and transformers; a CPU is enough. Every case of `cases.py`, or of those that the arguments name, becomes a
-folder beside this file, or in `tasks/`: a checkpoint in the published layout (`config.json` and safetensors) and `expected.npz`, which
-holds
+folder beside this file, or in `tasks/`: a checkpoint in the published layout (`config.json` and safetensors) and
+`expected.npz`, which holds
 
     input_ids, attention_mask    int32 [batch, time]
     logits_f32                   float32 [batch, time, vocab], the model run in float32
