@@ -86,6 +86,17 @@ def encoded(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list
     return rows
 
 
+def checked_text(name: str, text: Any) -> str:
+    """`text`, which must be one string.
+
+    Raises:
+      InvalidText: anything else, such as a list.
+    """
+    if not isinstance(text, str):
+        raise InvalidText(f"{name}: expected one text, found {type(text).__name__}. Pass a string for all texts.")
+    return text
+
+
 def listed(name: str, texts: Any) -> list[str]:
     """`texts` as a list of strings; one string is a list of one.
 

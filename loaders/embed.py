@@ -14,7 +14,7 @@ from flax import nnx
 from ..models.decoder import Decoder
 from ..models.generation.config import checked_count
 from ..models.heads import last_token
-from .batches import BATCH_TOKENS, encoded, listed, run_in_batches
+from .batches import BATCH_TOKENS, checked_text, encoded, listed, run_in_batches
 from .tokenizer import Tokenizer
 
 
@@ -50,6 +50,7 @@ def embed(
     longest = min(checked_count("max_length", max_length, 1), model.config.max_position_embeddings)
     checked_count("batch_tokens", batch_tokens, 1)
     if instruction is not None:
+        instruction = checked_text("instruction", instruction)
         texts = [f"Instruct: {instruction}\nQuery:{text}" for text in texts]
     states = run_in_batches(_last_states, model, encoded(tokenizer, texts, longest), batch_tokens, hidden)
     states = states[:, :kept]

@@ -15,7 +15,7 @@ from ..models.decoder import Decoder
 from ..models.generation.config import checked_count
 from ..models.heads import check_causal_lm, last_token
 from ..policies.errors import InvalidText, InvalidTokens
-from .batches import BATCH_TOKENS, listed, run_in_batches
+from .batches import BATCH_TOKENS, checked_text, listed, run_in_batches
 from .tokenizer import Tokenizer
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -57,9 +57,8 @@ def rerank(
       InvalidTokens: a number out of range, or a tokenizer of another model.
     """
     check_causal_lm(model.config.task, "rerank")
-    (query, *others), documents = listed("query", query), listed("documents", documents)
-    if others:
-        raise InvalidText(f"query: expected one text, found {1 + len(others)}. Call rerank for each query.")
+    query, instruction = checked_text("query", query), checked_text("instruction", instruction)
+    documents = listed("documents", documents)
     longest = min(checked_count("max_length", max_length, 1), model.config.max_position_embeddings)
     checked_count("batch_tokens", batch_tokens, 1)
     before, after = (tokenizer.encode(text, add_special_tokens=False) for text in (_BEFORE, _AFTER))

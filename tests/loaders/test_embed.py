@@ -70,6 +70,7 @@ def test_a_text_is_cut_off_before_the_token_that_the_tokenizer_adds():
     [
         (None, {}, InvalidText, "texts: expected texts, found NoneType"),
         (["a", b"b"], {}, InvalidText, "texts: expected texts, found bytes. Pass a list of strings"),
+        (["a"], {"instruction": ["b"]}, InvalidText, "instruction: expected one text, found list"),
         (["a"], {"dimensions": 49}, InvalidTokens, "dimensions: expected an integer from 1 to 48, found 49"),
         (["a"], {"dimensions": 0}, InvalidTokens, "dimensions: expected an integer of 1 or more, found 0"),
         (["a"], {"max_length": 0}, InvalidTokens, "max_length"),

@@ -38,10 +38,10 @@ def test_another_instruction_changes_the_scores():
 
 
 def test_what_is_no_text_is_refused():
-    with pytest.raises(InvalidText, match="query: expected texts, found int"):
+    with pytest.raises(InvalidText, match="query: expected one text, found int"):
         rerank(*loaded(), 1, TEXTS)
-    with pytest.raises(InvalidText, match="query: expected one text, found 2"):
-        rerank(*loaded(), ["a", "b"], TEXTS)
+    with pytest.raises(InvalidText, match=r"instruction: expected one text, found list\. Pass a string for all texts"):
+        rerank(*loaded(), QUERY, TEXTS, instruction=["a", "b"])
     with pytest.raises(InvalidText, match=r"max_length: the prompt around a document has 133 tokens, .* within 9"):
         rerank(*loaded(), QUERY, TEXTS, max_length=9)
 
