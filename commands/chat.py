@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..loaders import load_model, load_tokenizer
+from ..models.heads import check_causal_lm
 from .conversation import Chat
 from .options import add_checkpoint, add_policy, folder_of
 from .sampling import add_sampling, sampling
@@ -27,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Chats until the input ends."""
     model = load_model(options.checkpoint, options.policy)
+    check_causal_lm(model.config.task, "chat")
     Chat(
         model,
         load_tokenizer(folder_of(model)),

@@ -14,6 +14,8 @@ COMMANDS = (
     "plan",
     "chat",
     "generate",
+    "embed",
+    "rerank",
     "compare",
     "audit",
     "convert",

@@ -3,7 +3,8 @@
     python -m perparam.examples.make_checkpoint FOLDER [demo | tiny]
 
 `demo` has ragged blocks of different magnitudes, BF16 scales and two shards.
-`tiny` has a hidden size of 32 and blocks of 128, so that each kernel has one scale, and all scales are 1.
+`tiny` has a hidden size of 32 and blocks of 128, so that each kernel has one scale, and all scales are 1. Beside the
+causal language model, it can be an embedding model or a classifier.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -139,8 +140,21 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
             file.write(array.tobytes())
 
 
-def make_checkpoint(folder: str | pathlib.Path, kind: str = "demo", seed: int = 0) -> pathlib.Path:
-    """Makes the checkpoint `kind` ("demo" or "tiny") in `folder` and returns the folder."""
+def make_checkpoint(
+    folder: str | pathlib.Path,
+    kind: str = "demo",
+    seed: int = 0,
+    *,
+    architecture: str = "Qwen3ForCausalLM",
+    labels: Sequence[str] = (),
+    words: Sequence[str] = (),
+) -> pathlib.Path:
+    """Makes the checkpoint `kind` ("demo" or "tiny") in `folder` and returns the folder.
+
+    architecture  of a tiny one: "Qwen3Model", "Qwen3ForSequenceClassification" and the like
+    labels        names of a classifier's classes
+    words         further tokens of the tokenizer
+    """
     folder = pathlib.Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: the folder is not empty. Choose a new one.")
@@ -152,11 +166,19 @@ def make_checkpoint(folder: str | pathlib.Path, kind: str = "demo", seed: int = 
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
     }
+    config |= {"architectures": [architecture], "id2label": {str(i): label for i, label in enumerate(labels)} or None}
     config |= {"bos_token_id": None, "eos_token_id": config["vocab_size"] - 1, "pad_token_id": config["vocab_size"] - 2}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_tokenizer(folder, end=config["eos_token_id"], pad=config["pad_token_id"])
+    write_tokenizer(folder, end=config["eos_token_id"], pad=config["pad_token_id"], words=words)
     arrays = tensors(config, seed, ones=kind == "tiny")
     if kind == "tiny":
+        if architecture.endswith("Model"):  # has no head, and names without the beginning that tells it from one
+            arrays = {name.removeprefix("model."): array for name, array in arrays.items()}
+        if labels:
+            score = np.random.default_rng(seed).standard_normal((len(labels), config["hidden_size"]))
+            arrays["score.weight"] = score.astype(ml_dtypes.bfloat16)
+            if architecture.endswith("ForTokenClassification"):
+                arrays["score.bias"] = np.zeros(len(labels), ml_dtypes.bfloat16)
         write_safetensors(folder / "model.safetensors", arrays)
         return folder
     names = list(arrays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import tokenizers
 
@@ -20,13 +21,15 @@ TEMPLATE = """\
 """
 
 
-def write_tokenizer(folder: pathlib.Path, end: int, pad: int) -> None:
+def write_tokenizer(folder: pathlib.Path, end: int, pad: int, words: Sequence[str] = ()) -> None:
     """Writes tokenizer.json and tokenizer_config.json into `folder`.
 
-    end  id of `<|im_end|>`, which ends an answer
-    pad  id of `<|endoftext|>`, the padding token
+    end    id of `<|im_end|>`, which ends an answer
+    pad    id of `<|endoftext|>`, the padding token
+    words  further tokens, which no text is encoded to; their ids begin at 259
     """
     vocabulary = {byte: i for i, byte in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {word: 259 + i for i, word in enumerate(words)}
     vocabulary |= {"<|im_start|>": 256, "<think>": 257, "</think>": 258, "<|endoftext|>": pad, "<|im_end|>": end}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

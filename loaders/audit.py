@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..models.decoder import CausalLM
+from ..models.heads import check_causal_lm
 from ..policies.blocks import Block, block_amax, expand, split_blocks
 from ..policies.dtypes import largest
 from ..policies.errors import InvalidTokens
@@ -157,8 +158,10 @@ def audit(
 
     Raises:
       InvalidTokens: tokens that do not fit the model, or neither or both of tokens and text.
+      UnsupportedTask: a model without a language-model head.
     """
     model = load_model(model) if isinstance(model, (str, os.PathLike)) else model
+    check_causal_lm(model.config.task, "audit")
     source = model.config.source
     given = token_ids(tokens, text, None if source is None else source.parent)
     ids, mask = token_windows(given, attention_mask, model.config.vocab_size)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from ..models.config import DecoderConfig, Quantization
+from ..models.heads import Task
 from ..policies.dtypes import dtype_name, is_activation, is_narrow
 from ..policies.errors import InvalidCheckpoint, MissingFile, named, shown
 from ..policies.formats import Format
@@ -23,7 +24,7 @@ from ..policies.resolved import pair_problems
 from ..policies.trees import ArrayInfo
 from .families import family_of, read_config
 from .families.family import Family
-from .families.names import prefixes, reason_left_out
+from .families.names import WITHOUT_HEAD, prefixes, reason_left_out
 from .families.quantization import SCALE_SUFFIX
 from .fields import Fields
 from .json_file import read_json
@@ -116,15 +117,18 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise MissingFile(f"{folder}: there is no such folder. Pass one with config.json and model.safetensors.")
-    config = _config(folder)
-    tensors, left_out, problems = _match(_tensors(folder), config)
+    config, found = _config(folder), _tensors(folder)
+    if config.task == "causal_lm" and prefixes(found) == WITHOUT_HEAD and "lm_head.weight" not in found:
+        # A saved `…Model`, such as Qwen3-Embedding, whose config.json names `…ForCausalLM`.
+        config = dataclasses.replace(config, task="feature_extraction")
+    tensors, left_out, problems = _match(found, config)
     problems += map(str, pair_problems(_infos(tensors, config), Policy()))
     if problems:
         lines = [f"  {problem}" for problem in problems[:20]]
         more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
         tensor = "1 tensor is" if len(problems) == 1 else f"{len(problems)} tensors are"
         heading = f"{folder}: {tensor} not what config.json describes."
-        raise InvalidCheckpoint("\n".join([heading, *lines, *more, _remedy(folder, config)]))
+        raise InvalidCheckpoint("\n".join([heading, *lines, *more, _remedy(problems, found, config)]))
     _cross_check(folder, config, tensors)
     if config.dtype is None:
         stored = tensors["embed_tokens/embedding"].dtype
@@ -132,11 +136,23 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(folder, config, tensors, left_out)
 
 
-def _remedy(folder: pathlib.Path, config: DecoderConfig) -> str:
-    """The last line of the error about tensors that do not fit config.json."""
-    names, implemented = read_json(folder / CONFIG).get("architectures"), family_of(config).architecture
-    if isinstance(names, list) and names and implemented not in names:
-        return f"  config.json names the architecture {named(str(names[0]))}, and only {implemented} is implemented."
+def _remedy(problems: list[str], tensors: Mapping[str, Tensor], config: DecoderConfig) -> str:
+    """The last line of the error about `tensors` that do not fit config.json."""
+    architecture, score = family_of(config).architecture, tensors.get("score.weight")
+    if not all(re.match(r"\w+: (\S*lm_head|score)\.", problem) for problem in problems):
+        return "  Download the folder again, or correct config.json."
+    if score is not None and config.head != "score":
+        task: Task = "token_classification" if "score.bias" in tensors else "sequence_classification"
+        return (
+            f'  score.weight is the head of a classifier: set architectures in config.json to ["{architecture(task)}"].'
+        )
+    if score is not None and score.shape[:1] != (len(config.id2label),):
+        return "  Set id2label or num_labels in config.json to the classes of score.weight, or download the file again."
+    if config.head == "lm_head":
+        return (
+            "  A head that is tied to the embedding has no tensor: set tie_word_embeddings in config.json to true. For "
+            f'a model without a head, set architectures to ["{architecture("feature_extraction")}"].'
+        )
     return "  Download the folder again, or correct config.json."
 
 

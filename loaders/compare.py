@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from ..models.decoder import CausalLM
 from ..models.generation import generate
+from ..models.heads import check_causal_lm
 from ..policies.errors import InvalidTokens
 from ..policies.plan import count, human_bytes, plan
 from ..policies.policy import Policy
@@ -143,6 +144,7 @@ def compare(
 
     Raises:
       InvalidTokens: fewer than two tokens, no policy, or neither or both of tokens and text.
+      UnsupportedTask: a model without a language-model head.
       Errors of `load_model`.
     """
     if isinstance(policies, (str, os.PathLike, Policy)):
@@ -153,6 +155,7 @@ def compare(
     for name, policy in by_name.items():
         model = load_model(path, policy)
         first = first or model
+        check_causal_lm(model.config.task, "compare")
         windows = token_windows(ids, None, model.config.vocab_size)
         if windows[0].shape[1] < 2:
             break

@@ -40,7 +40,7 @@ def export(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> Export:
         `quantization_config` can describe.
     """
     names = _names(config, stored)
-    quantization = _quantization(stored, names, config.quantization)
+    quantization = _quantization(stored, names, config)
     suffix = SCALE_SUFFIX[(quantization or Quantization()).method]
     names |= {scale_path(path): f"{name}{suffix}" for path, name in names.items()}
     groups = [
@@ -73,8 +73,8 @@ def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, 
     if unnamed := [path for path in stored if path not in expected.keys() | scales]:
         count = "1 parameter" if len(unnamed) == 1 else f"{len(unnamed)} parameters"
         raise UnsupportedExport(
-            f"a {family.architecture} checkpoint has no name for {count}: {', '.join(unnamed[:5])}. Merge added "
-            "parameters into the model's kernels first."
+            f"a {family.architecture(config.task)} checkpoint has no name for {count}: {', '.join(unnamed[:5])}. Merge "
+            "added parameters into the model's kernels first."
         )
     for path, (_, shape) in expected.items():
         if path not in stored or stored[path].shape != shape:
@@ -86,9 +86,9 @@ def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, 
 
 
 def _quantization(
-    stored: Mapping[str, ArrayInfo], names: Mapping[str, str], source: Quantization | None
+    stored: Mapping[str, ArrayInfo], names: Mapping[str, str], config: DecoderConfig
 ) -> Quantization | None:
-    """The quantization of the narrow kernels; `source` is that of the checkpoint they come from.
+    """The quantization of the narrow kernels, in the layout of the checkpoint that `config` comes from if possible.
 
     Raises:
       UnsupportedExport: formats that no `quantization_config` can describe.
@@ -119,9 +119,9 @@ def _quantization(
         )
     plain = [name for path, name in names.items() if path.endswith("/kernel") and path in stored and path not in narrow]
     # transformers gives a tied model a head of its own, and quantises it unless it is listed.
-    tied = () if "lm_head/kernel" in names else ("lm_head",)
+    tied = ("lm_head",) if config.task == "causal_lm" and config.head is None else ()
     not_converted = (*tied, *(name.removesuffix(".weight") for name in plain))
-    return Quantization(blocks[0], not_converted, _method(blocks[0], source))
+    return Quantization(blocks[0], not_converted, _method(blocks[0], config.quantization))
 
 
 def _method(block: Block, source: Quantization | None) -> Method:

@@ -14,6 +14,7 @@ from .generation import (
     generate_with_logprobs,
     prefill,
 )
+from .heads import last_token
 from .layers import Embedding, Linear, RMSNorm
 from .llama import Llama, LlamaConfig
 from .qwen2 import Qwen2, Qwen2Config
@@ -47,6 +48,7 @@ __all__ = [
     "extend_prefix",
     "generate",
     "generate_with_logprobs",
+    "last_token",
     "prefill",
     "tensor_parallel",
 ]

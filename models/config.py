@@ -10,7 +10,8 @@ import numpy as np
 
 from ..policies.blocks import Block
 from ..policies.dtypes import as_dtype, is_narrow
-from ..policies.errors import UnsupportedConfig
+from ..policies.errors import UnsupportedConfig, shown
+from .heads import CLASSIFICATION, TASKS, Task
 from .rope import RopeScaling
 
 Method = Literal["fp8", "compressed-tensors"]
@@ -42,6 +43,8 @@ class DecoderConfig:
     quantization  None for an unquantised checkpoint
     eos_token_id  ids that end a generation
     pad_token_id  id that fills a row after its end
+    task          what the model computes from its last hidden states
+    id2label      names of the classes by id, for classification
     source        the config.json it was read from; ignored when configs are compared
     """
 
@@ -62,16 +65,19 @@ class DecoderConfig:
     quantization: Quantization | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    task: Task = "causal_lm"
+    id2label: tuple[str, ...] = ()
     source: pathlib.Path | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Normalises `dtype`, `eos_token_id` and `windows`, and checks sizes against each other.
+        """Normalises `dtype`, `eos_token_id`, `windows` and `id2label`, and checks fields against each other.
 
         Raises:
-          UnsupportedConfig: sizes that do not fit together.
+          UnsupportedConfig: sizes that do not fit together, or a task and labels that do not.
         """
         object.__setattr__(self, "dtype", None if self.dtype is None else as_dtype(self.dtype))
         object.__setattr__(self, "eos_token_id", tuple(map(int, np.atleast_1d(self.eos_token_id))))
+        object.__setattr__(self, "id2label", tuple(self.id2label))
         if all(window is None for window in self.windows):
             object.__setattr__(self, "windows", ())
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -93,6 +99,22 @@ class DecoderConfig:
                 f"{type(self).__name__}: windows has length {len(self.windows)}, expected num_hidden_layers, "
                 f"{self.num_hidden_layers}."
             )
+        if self.task not in TASKS:
+            raise UnsupportedConfig(
+                f"{type(self).__name__}: task must be one of {', '.join(TASKS)}, found {shown(self.task)}."
+            )
+        if bool(self.id2label) != (self.task in CLASSIFICATION):
+            raise UnsupportedConfig(
+                f"{type(self).__name__}: id2label has {len(self.id2label)} labels for the task {self.task}. Labels are "
+                "for classification, which needs one at least."
+            )
+
+    @property
+    def head(self) -> Literal["lm_head", "score"] | None:
+        """The module of the head; None for a head that is tied to the embedding, and for a model without one."""
+        if self.task in CLASSIFICATION:
+            return "score"
+        return "lm_head" if self.task == "causal_lm" and not self.tie_word_embeddings else None
 
     def use_bias(self, projection: str) -> bool:
         """Whether a projection, such as "q_proj" or "down_proj", has a bias."""

@@ -24,6 +24,7 @@ from ..policies.store import store
 from ..policies.trees import variables_by_path
 from . import rope, taps
 from .config import DecoderConfig
+from .heads import check_causal_lm, last_token
 from .kv_cache import EMPTY, KVCache, LayerCache, token_positions
 from .layers import Embedding, Linear, RMSNorm, scope_of
 from .summary import ModelSummary, summarise
@@ -85,11 +86,11 @@ class CausalLM(Protocol):
 
 
 class Decoder(nnx.Module):
-    """A causal language model under a policy: `model(input_ids, attention_mask)` returns logits.
+    """A decoder under a policy; `model(input_ids, attention_mask)` returns the outputs of its task, such as logits.
 
-    config  its shape
+    config  its shape and its task
     policy  anything `get_policy` accepts; None stores parameters in float32 and computes in the config's dtype
-    linear  class of all projections and of an untied head, for LoRA and the like: called as
+    linear  class of all projections and of a head that is not tied, for LoRA and the like: called as
             `linear(in_features, out_features, use_bias=…, policy=…, rngs=…)`
     rngs    random keys for the initial parameters; None: parameters are shapes, to be filled later
 
@@ -127,24 +128,47 @@ class Decoder(nnx.Module):
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, policy=scope.at("norm"), rngs=rngs)
-        head = None
-        if not config.tie_word_embeddings:
-            head = linear(config.hidden_size, config.vocab_size, use_bias=False, policy=scope.at("lm_head"), rngs=rngs)
-        self.lm_head = nnx.data(head)
+
+        def head(name: str, out: int, use_bias: bool) -> nnx.Module | None:
+            if config.head != name:
+                return None
+            return linear(config.hidden_size, out, use_bias=use_bias, policy=scope.at(name), rngs=rngs)
+
+        self.lm_head = nnx.data(head("lm_head", config.vocab_size, use_bias=False))
+        # transformers has a bias for the classes of tokens only.
+        self.score = nnx.data(head("score", len(config.id2label), use_bias=config.task == "token_classification"))
         if not isinstance(policy, Scope):
             resolve(scope.policy, self)  # raises an error for a rule that decides nothing
 
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> jax.Array:
-        """Logits (b, t, vocabulary) in the policy's output dtype, or else the activations' dtype.
+        """The outputs of the model's task, in the policy's output dtype, or else the activations' dtype.
 
         input_ids       (b, t) int32
         attention_mask  (b, t), nonzero for real tokens, anywhere in a row; None: all are real
 
+        By `config.task`:
+          causal_lm                (b, t, vocabulary)  logits
+          token_classification     (b, t, classes)     logits; `config.id2label` has the names of the classes
+          sequence_classification  (b, classes)        logits, from the last real token of each row
+          feature_extraction       (b, t, hidden)      hidden states after the last norm
+
         Raises:
           InvalidTokens: shapes or dtypes that do not fit, ids outside the vocabulary.
         """
+        if self.config.task == "feature_extraction":
+            return self.last_hidden_state(input_ids, attention_mask)
         hidden, _ = self.hidden(input_ids, attention_mask)
+        if self.config.task == "sequence_classification":
+            hidden = last_token(hidden, attention_mask)
         return self.logits(hidden)
+
+    def last_hidden_state(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> jax.Array:
+        """Hidden states (b, t, hidden) after the last norm, as `last_hidden_state` in transformers, for every task.
+
+        Arguments, dtype and errors are those of a call.
+        """
+        hidden, _ = self.hidden(input_ids, attention_mask)
+        return taps.tap("norm", self.norm(hidden)).astype(self.output)
 
     def observe(
         self,
@@ -154,7 +178,7 @@ class Decoder(nnx.Module):
         capture: str | Iterable[str] = (),
         intervene: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The logits of a call, and the captured intermediate values by path.
+        """The outputs of a call, and the captured intermediate values by path.
 
         capture    patterns of paths: `embed_tokens`, `layers/3` (the stream after the layer), `layers/3/self_attn` and
                    `layers/3/mlp` (their additions to the stream), `layers/*/self_attn/weights` (b, heads, t, t), `norm`
@@ -167,9 +191,9 @@ class Decoder(nnx.Module):
         """
         values = taps.Taps(capture, intervene)
         with taps.using(values):
-            logits = self(input_ids, attention_mask)
+            outputs = self(input_ids, attention_mask)
         values.check()
-        return logits, values.captured
+        return outputs, values.captured
 
     def hidden(
         self,
@@ -216,10 +240,15 @@ class Decoder(nnx.Module):
             return super().__repr__()
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits (..., vocabulary) of hidden states (..., hidden): the last norm and the head."""
-        x = taps.tap("norm", self.norm(hidden))
-        logits = self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
-        return logits.astype(self.output)
+        """Logits (..., vocabulary or classes) of hidden states (..., hidden): the last norm and the head.
+
+        Raises:
+          UnsupportedTask: a model without a head.
+        """
+        if self.config.task == "feature_extraction":
+            check_causal_lm(self.config.task, "logits")
+        x, head = taps.tap("norm", self.norm(hidden)), self.score if self.lm_head is None else self.lm_head
+        return (self.embed_tokens.attend(x) if head is None else head(x)).astype(self.output)
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache for `slots` tokens of each of `batch` rows, in the policy's `kv_cache` dtype."""

@@ -20,8 +20,8 @@ def tensor_parallel(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedShardin
     """{pattern: sharding} for tensor parallelism over the last axis of `mesh` (Megatron-LM, arXiv:1909.08053).
 
     q_proj, k_proj, v_proj, gate_proj and up_proj are split along their output axis, o_proj and down_proj along their
-    input axis, the embedding and the head along the vocabulary. Norms, and parameters that cannot be divided evenly
-    among the devices, are replicated.
+    input axis, the embedding and `lm_head` along the vocabulary. Norms, `score`, and parameters that cannot be divided
+    evenly among the devices, are replicated.
     """
     mesh, axis = _auto(mesh), mesh.axis_names[-1]
     count = mesh.shape[axis]

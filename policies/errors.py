@@ -87,6 +87,10 @@ class MissingFile(PerparamError, FileNotFoundError):
     """A file or folder does not exist."""
 
 
+class UnsupportedTask(PerparamError, TypeError):
+    """A function needs another head than the model has."""
+
+
 class InvalidTokens(PerparamError, ValueError):
     """Token ids or an attention mask are not valid for the model."""
 

@@ -1,7 +1,9 @@
 """A small Qwen3 tokenizer for tests: byte-level, with Qwen3's splitting and special tokens, but about 480 tokens."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -23,13 +25,13 @@ WORDS = (
 ).split()
 
 
-def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def vocabulary(words: Iterable[str] = WORDS) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return ids by token, and merges: all bytes, and the prefixes of each word with and without a space before it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = {character: index for index, character in enumerate(alphabet)}
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     merges = []
-    for word in (space + word for word in WORDS for space in ("", " ")):
+    for word in (space + word for word in words for space in ("", " ")):
         ((text, _),) = byte_level.pre_tokenize_str(word)
         for end in range(2, len(text) + 1):
             if text[:end] not in tokens:
@@ -38,8 +40,9 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return tokens, merges
 
 
-def small_tokenizer() -> tokenizers.Tokenizer:
-    tokens, merges = vocabulary()
+def small_tokenizer(words: Iterable[str] = WORDS, append: str | None = None) -> tokenizers.Tokenizer:
+    """`append`: a special token after every text, as in Qwen3-Embedding."""
+    tokens, merges = vocabulary(words)
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=tokens, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -52,15 +55,20 @@ def small_tokenizer() -> tokenizers.Tokenizer:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in NOT_SPECIAL])
+    if append is not None:
+        appended = [(append, tokenizer.token_to_id(append))]
+        template = processors.TemplateProcessing(single=f"$A {append}", special_tokens=appended)
+        tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, template])
     return tokenizer
 
 
-def write_tokenizer(folder: Path, template: str | None = None) -> tokenizers.Tokenizer:
+def write_tokenizer(folder: Path, template: str | None = None, **options: Any) -> tokenizers.Tokenizer:
     """Write the tokenizer's files and generation_config.json into `folder`, as for Qwen3, and return the tokenizer.
 
     template  the chat template; None takes the one in `golden/chat`
+    options   of `small_tokenizer`
     """
-    tokenizer = small_tokenizer()
+    tokenizer = small_tokenizer(**options)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")

@@ -63,6 +63,18 @@ def test_the_page_on_generation_runs(capsys):
     assert len(names["answers"]) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_on_embeddings_runs(capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        names = run_blocks(ROOT / "docs" / "embeddings.md")
+    embedding, scores, label = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\(1, 32\) [01]", embedding)
+    assert scores == "(2,) float32"
+    assert label.split(" ", 1)[0] in names["labels"]
+    assert label.endswith("(1, 2)")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_on_loading_runs(capsys):
     with jax.numpy_dtype_promotion("standard"):

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...models.config import DecoderConfig
-from ...policies.errors import UnsupportedConfig, UnsupportedExport, shown
+from ...models.heads import Task
+from ...policies.errors import UnsupportedConfig, UnsupportedExport, named, shown
 from ..fields import Fields
 from ..json_file import read_json
 from .config_json import decoder_to_json, read_decoder
-from .family import Family
+from .family import SUFFIXES, Family
 from .llama import LLAMA
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
@@ -32,7 +33,7 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> DecoderCo
 
     Raises:
       MissingFile, InvalidCheckpoint: no such file, not JSON, or a field of the wrong type.
-      UnsupportedConfig: a model type, field or value that is not implemented, by name.
+      UnsupportedConfig: an architecture, field or value that is not implemented, by name.
     """
     if isinstance(source, Mapping):
         return _read(Fields("config.json", source))
@@ -48,7 +49,7 @@ def config_to_json(config: DecoderConfig) -> dict[str, Any]:
     """
     family = family_of(config)
     fields = {
-        "architectures": [family.architecture],
+        "architectures": [family.architecture(config.task)],
         "model_type": family.model_type,
         **decoder_to_json(config),
         **family.write(config),
@@ -63,7 +64,8 @@ def config_to_json(config: DecoderConfig) -> dict[str, Any]:
     ]
     if lost:
         raise UnsupportedExport(
-            f"{', '.join(lost)}: the config.json of {family.architecture} cannot hold {getattr(config, lost[0])!r}."
+            f"{', '.join(lost)}: the config.json of {family.architecture(config.task)} cannot hold "
+            f"{getattr(config, lost[0])!r}."
         )
     return written
 
@@ -82,10 +84,27 @@ def family_of(config: DecoderConfig) -> Family:
 
 
 def _read(fields: Fields) -> DecoderConfig:
-    model_type = fields.get("model_type", str)
+    family, task = _family_and_task(fields)
+    return family.config(**read_decoder(fields, family, task), **family.read(fields))
+
+
+def _family_and_task(fields: Fields) -> tuple[Family, Task]:
+    """The family that `model_type` names, and the task that `architectures` names, a causal LM by default."""
+    model_type, named_ones = fields.get("model_type", str), fields.get("architectures", list, [])
     family = FAMILIES.get(model_type or "")
-    if family is None:
-        raise fields.unsupported(
-            f"model_type {shown(model_type)} is not implemented. Implemented: {', '.join(sorted(FAMILIES))}."
-        )
-    return family.config(**read_decoder(fields, family), **family.read(fields))
+    if family is not None and not named_ones:
+        return family, "causal_lm"
+    if family is not None:
+        for task in SUFFIXES:
+            if family.architecture(task) in named_ones:
+                return family, task
+    found = f"model_type {shown(model_type)}"
+    if named_ones:
+        found = f"{named(str(named_ones[0]))} ({found})"
+    first, *others = SUFFIXES.values()
+    names = [each.name for each in FAMILIES.values()]
+    raise fields.unsupported(
+        f"{found} is not supported. Supported: "
+        f"{', '.join(f'{name}{first}' for name in names)}, and {', '.join(f'…{each}' for each in others)} of the same "
+        "families."
+    )

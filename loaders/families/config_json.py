@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...models.config import DecoderConfig
+from ...models.heads import CLASSIFICATION, Task
 from ...policies.dtypes import as_dtype, is_activation, is_narrow
 from ...policies.errors import UnknownDtype, UnsupportedExport, named, shown
 from ..fields import Fields
@@ -17,14 +18,15 @@ from .family import Family
 from .quantization import quantization_to_json, read_quantization
 from .rope import read_rope, rope_to_json
 
-# Accepted and unused: fields for training, for transformers itself or for a tokenizer.
+# Accepted and unused: fields for training, for transformers itself or for a tokenizer. Two are read all the same:
+# `architectures` tells the task, `id2label` the classes of a classifier.
 _CHANGES_NOTHING = frozenset(
     """
-    architectures _attn_implementation_autoset attention_dropout auto_map bos_token_id chunk_size_feed_forward do_sample
-    id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id max_length max_sequence_length
-    name_or_path _name_or_path output_attentions output_hidden_states problem_type return_dict temperature
-    tokenizer_class top_k top_p torchscript transformers.js_config transformers_version unsloth_fixed unsloth_version
-    use_bfloat16 use_cache
+    architectures _attn_implementation_autoset attention_dropout auto_map bos_token_id chunk_size_feed_forward
+    classifier_dropout do_sample id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id
+    max_length max_sequence_length name_or_path _name_or_path output_attentions output_hidden_states problem_type
+    return_dict temperature tokenizer_class top_k top_p torchscript transformers.js_config transformers_version
+    unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
 _ONLY: Mapping[str, Any] = {
@@ -32,13 +34,14 @@ _ONLY: Mapping[str, Any] = {
     "hidden_act": "silu",
     "pruned_heads": {},
     "tie_encoder_decoder": False,
+    "token_classification_bias": True,
 }
 """Fields of which one value is implemented, for every family."""
 
 _IMPLEMENTED = frozenset(
     """
     dtype eos_token_id head_dim hidden_size intermediate_size max_position_embeddings model_type
-    num_attention_heads num_hidden_layers num_key_value_heads pad_token_id quantization_config rms_norm_eps
+    num_attention_heads num_hidden_layers num_key_value_heads num_labels pad_token_id quantization_config rms_norm_eps
     rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype vocab_size
     """.split()
 )
@@ -46,10 +49,12 @@ _IMPLEMENTED = frozenset(
 WINDOWS = frozenset({"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"})
 """The fields that `read_windows` implements."""
 
-_MOST_LAYERS = 1000  # far above any model; a damaged config must not take minutes
+# Far above any model; a damaged config must not take minutes.
+_MOST_LAYERS = 1000
+_MOST_LABELS = 100_000
 
 
-def read_decoder(config: Fields, family: Family) -> dict[str, Any]:
+def read_decoder(config: Fields, family: Family, task: Task) -> dict[str, Any]:
     """The arguments of a `DecoderConfig` that all families share.
 
     Raises:
@@ -90,6 +95,8 @@ def read_decoder(config: Fields, family: Family) -> dict[str, Any]:
         "quantization": read_quantization(config),
         "eos_token_id": config.token_ids("eos_token_id"),
         "pad_token_id": next(iter(config.token_ids("pad_token_id")), None),
+        "task": task,
+        "id2label": _labels(config) if task in CLASSIFICATION else (),
     }
 
 
@@ -112,6 +119,8 @@ def decoder_to_json(config: DecoderConfig) -> dict[str, Any]:
         "torch_dtype": config.dtype and config.dtype.name,
         "eos_token_id": config.eos_token_id[0] if len(config.eos_token_id) == 1 else list(config.eos_token_id) or None,
         "pad_token_id": config.pad_token_id,
+        "id2label": {str(i): label for i, label in enumerate(config.id2label)} or None,
+        "label2id": {label: i for i, label in enumerate(config.id2label)} or None,
         "quantization_config": quantization_to_json(config.quantization),
     }
 
@@ -166,6 +175,23 @@ def unused_fields(source: pathlib.Path | None) -> dict[str, Any]:
     if source is None or not source.is_file():
         return {}
     return {name: value for name, value in read_json(source).items() if name in _CHANGES_NOTHING}
+
+
+def _labels(config: Fields) -> tuple[str, ...]:
+    """The names of the classes by id; without id2label, those that transformers gives them."""
+    given = config.get("id2label", dict)
+    count = config.size("num_labels", 2 if given is None else max(len(given), 1))
+    if count > _MOST_LABELS:
+        raise config.invalid(f"num_labels: expected at most {_MOST_LABELS}, found {count}.")
+    if given is None:
+        return tuple(f"LABEL_{i}" for i in range(count))
+    labels = [given.get(str(i)) for i in range(count)]
+    if len(given) != count or not all(isinstance(label, (str, int)) for label in labels):
+        raise config.invalid(
+            f"id2label: expected a name for each of the ids 0 to {count - 1}, the classes of the head, found "
+            f"{shown(given)}."
+        )
+    return tuple(map(str, labels))
 
 
 def _layers(config: Fields) -> int:

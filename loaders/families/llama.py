@@ -20,7 +20,7 @@ def _write(config: LlamaConfig) -> dict[str, Any]:
 
 LLAMA = Family(
     model_type="llama",
-    architecture="LlamaForCausalLM",
+    name="Llama",
     model=Llama,
     names=decoder_names(),
     fields=frozenset({"attention_bias", "mlp_bias"}),

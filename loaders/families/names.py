@@ -13,7 +13,7 @@ from typing import Literal
 
 from ...models.config import DecoderConfig
 
-Axis = Literal["vocabulary", "hidden", "intermediate", "queries", "keys", "head"]
+Axis = Literal["vocabulary", "hidden", "intermediate", "queries", "keys", "head", "classes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,9 @@ _MLP = (
 )
 _HEAD = (
     norm("model.norm", "hidden"),
-    Entry("lm_head.weight", "lm_head/kernel", ("vocabulary", "hidden"), lambda config: not config.tie_word_embeddings),
+    Entry("lm_head.weight", "lm_head/kernel", ("vocabulary", "hidden"), lambda config: config.head == "lm_head"),
+    Entry("score.weight", "score/kernel", ("classes", "hidden"), lambda config: config.head == "score"),
+    Entry("score.bias", "score/bias", ("classes",), lambda config: config.task == "token_classification"),
 )
 
 
@@ -85,10 +87,12 @@ def axis_sizes(config: DecoderConfig) -> dict[Axis, int]:
         "queries": config.num_attention_heads * config.head_dim,
         "keys": config.num_key_value_heads * config.head_dim,
         "head": config.head_dim,
+        "classes": len(config.id2label),
     }
 
 
-PREFIXES = (("model.", ""), ("", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."))
+WITHOUT_HEAD = ("", "")
+PREFIXES = (("model.", ""), WITHOUT_HEAD, ("model.language_model.", ""), ("language_model.model.", "language_model."))
 """Prefixes of the names of the body and of the head: in published files, in those of a model without its head, and in
 those of language models that were part of a multimodal model."""
 
@@ -99,10 +103,12 @@ def prefixes(names: Container[str]) -> tuple[str, str]:
 
 
 def expected_tensors(
-    table: Sequence[Entry], config: DecoderConfig, prefixes: tuple[str, str] = PREFIXES[0]
+    table: Sequence[Entry], config: DecoderConfig, prefixes: tuple[str, str] | None = None
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """`{name in the checkpoint: (path, shape)}` of every tensor of a model, without the scales."""
+    """`{name in the checkpoint: (path, shape)}` of every tensor of a model; see `Family.tensors`."""
     sizes, tensors = axis_sizes(config), {}
+    if prefixes is None:
+        prefixes = WITHOUT_HEAD if config.task == "feature_extraction" else PREFIXES[0]
     for in_layers, group in itertools.groupby(table, key=lambda entry: "{i}" in entry.name):
         present = [entry for entry in group if entry.present(config)]
         for i, entry in itertools.product(range(config.num_hidden_layers if in_layers else 1), present):
@@ -114,8 +120,8 @@ def expected_tensors(
 
 def reason_left_out(name: str, config: DecoderConfig) -> str | None:
     """The reason why the model has no parameter for a tensor, if its config explains that; else None."""
-    if config.tie_word_embeddings and re.search(r"lm_head\.weight(_scale(_inv)?)?$", name):
-        return "the head is tied to the embedding"
+    if config.head != "lm_head" and re.search(r"lm_head\.weight(_scale(_inv)?)?$", name):
+        return "the head is tied to the embedding" if config.task == "causal_lm" else "the model has no such head"
     if name.endswith("rotary_emb.inv_freq"):
         return "frequencies are computed from rope_theta"
     return None

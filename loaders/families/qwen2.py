@@ -17,7 +17,7 @@ def _read(config: Fields) -> dict[str, Any]:
 
 QWEN2 = Family(
     model_type="qwen2",
-    architecture="Qwen2ForCausalLM",
+    name="Qwen2",
     model=Qwen2,
     names=decoder_names(),
     fields=WINDOWS,

@@ -21,7 +21,7 @@ def _write(config: Qwen3Config) -> dict[str, Any]:
 
 QWEN3 = Family(
     model_type="qwen3",
-    architecture="Qwen3ForCausalLM",
+    name="Qwen3",
     model=Qwen3,
     names=decoder_names(
         norm("model.layers.{i}.self_attn.q_norm", "head"), norm("model.layers.{i}.self_attn.k_norm", "head")

@@ -72,18 +72,26 @@ class Tokenizer:
             )
         return number
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
         """Return the token ids of `text`, as `tokenizer(text)["input_ids"]` in transformers.
 
         Special tokens that are spelled out in the text become those tokens.
 
         add_special_tokens  add what the post-processor of tokenizer.json adds: BOS for Llama, nothing for Qwen3
+        max_length          cut off the end of the text, so that no more ids than these remain, added ones included;
+                            None keeps the whole text
 
         Raises:
           InvalidText: if `text` is not a string, or contains half of a surrogate pair.
           InvalidCheckpoint: if the package tokenizers fails.
         """
-        return self._encoding(text, add_special_tokens).ids
+        encoding = self._encoding(text, add_special_tokens)
+        ids, added = encoding.ids, encoding.special_tokens_mask  # 1 for the ids that the post-processor adds
+        if max_length is None or len(ids) <= max_length:
+            return ids
+        excess = len(ids) - max_length
+        end = len(added) - added[::-1].index(0) if 0 in added else 0  # of the text
+        return ids[: max(end - excess, 0)] + ids[end:]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the token ids of a prompt, with BOS exactly once if the checkpoint wants one.

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from ...policies.dtypes import dtype_name
 from ...policies.errors import InvalidTokens, count, shown
 from ..decoder import CausalLM
+from ..heads import check_causal_lm
 from ..kv_cache import EMPTY
 from ..tokens import checked_tokens
 from . import programs
@@ -136,8 +137,10 @@ def checked_prompts(
     """Ids and mask (batch, length) of prompts that can be continued.
 
     Raises:
+      UnsupportedTask: a model without a language-model head.
       InvalidTokens: a row without a real token, and as `checked_tokens`.
     """
+    check_causal_lm(model.config.task, "generation")
     ids, mask = map(np.asarray, checked_tokens(input_ids, attention_mask, model.config.vocab_size))
     if 0 in ids.shape:
         raise InvalidTokens(f"input_ids: expected integers of shape (batch, length), found {ids.dtype} {ids.shape}.")

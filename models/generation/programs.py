@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..decoder import CausalLM
+from ..heads import last_token
 from ..kv_cache import EMPTY, KVCache
 from .sampling import History, Kind, draw, process
 
@@ -89,9 +90,7 @@ def _process(
 ) -> Prefix:
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, ids, cache.length, axis=1)
     hidden, cache = model.hidden(ids, mask, cache, first=first)
-    last = ids.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return Prefix(cache, tokens, model.logits(hidden).astype(jnp.float32))
+    return Prefix(cache, tokens, model.logits(last_token(hidden, mask)).astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "logprobs"), donate_argnames=("cache", "tokens"))

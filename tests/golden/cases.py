@@ -20,6 +20,9 @@ class Case:
     new_form       of config.json: `dtype` and `rope_parameters`
     settings       fields that config.json adds or gives another value
     lengths        tokens of each prompt; shorter ones are padded
+    task           what the model is for; a folder of `tasks/` if that is not a causal language model
+    labels         names of the classes of a classifier
+    texts          "embed" or "rerank": the folder has a tokenizer as well, and the published code's results for texts
     """
 
     name: str
@@ -44,6 +47,9 @@ class Case:
     lengths: tuple[int, ...] = (11, 11)
     padding_side: str = "left"
     shards: int = 1
+    task: str = "causal_lm"
+    labels: tuple[str, ...] = ()
+    texts: str | None = None
 
 
 SHARED = {
@@ -136,7 +142,35 @@ CASES = (
     Case(name="llama_fp8_tensor", seed=2100, family="llama", strategy="tensor", scale_dtype=torch.float32,
          new_form=True, hidden=66, intermediate=80, heads=6, kv_heads=3, head_dim=16, vocab=177,
          settings={"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}),
+    Case(name="embedding_fp8", seed=2207, block=(16, 24), lengths=(7, 12, 4), task="feature_extraction", texts="embed",
+         hidden=48, intermediate=60, heads=4, kv_heads=2, head_dim=14, vocab=500,
+         settings={"rope_theta": 1000000, "max_position_embeddings": 512}),
+    Case(name="qwen2_model", seed=2311, family="qwen2", tied=True, lengths=(7, 12, 4), padding_side="right",
+         task="feature_extraction", hidden=40, intermediate=44, heads=4, kv_heads=2, vocab=61,
+         settings={"architectures": ["Qwen2Model"], "sliding_window": 4, "max_window_layers": 1}),
+    Case(name="reranker_fp8", seed=2400, tied=True, head_stored=False, block=(24, 16), texts="rerank",
+         hidden=40, intermediate=52, heads=4, kv_heads=2, head_dim=14, vocab=500,
+         settings={"rope_theta": 1000000, "max_position_embeddings": 512}),
+    Case(name="qwen3_sequence_fp8", seed=2506, tied=True, block=(16, 16), lengths=(7, 12, 4), padding_side="right",
+         task="sequence_classification", labels=("good", "bad", "neither"),
+         hidden=40, intermediate=44, heads=4, kv_heads=2, head_dim=14, vocab=61),
+    Case(name="llama_sequence", seed=2601, family="llama", lengths=(7, 12, 4), task="sequence_classification",
+         labels=("LABEL_0", "LABEL_1"), hidden=40, intermediate=44, heads=4, kv_heads=2, vocab=61),
+    Case(name="qwen2_token_fp8", seed=2709, family="qwen2", block=(16, 24), lengths=(7, 12, 4),
+         task="token_classification", labels=("O", "B-PER", "I-PER"),
+         hidden=40, intermediate=52, heads=4, kv_heads=2, vocab=61,
+         settings={"sliding_window": 4, "max_window_layers": 1}),
 )  # fmt: skip
+
+SUFFIXES = {
+    "causal_lm": "ForCausalLM", "feature_extraction": "Model", "sequence_classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+}  # fmt: skip
+
+
+def reference_class(case: Case) -> str:
+    """The name of transformers' class; config.json of Qwen3-Embedding names another one, `Qwen3ForCausalLM`."""
+    return f"{case.family.capitalize()}{SUFFIXES[case.task]}"
 
 
 def published_config(case: Case) -> dict:
@@ -153,6 +187,10 @@ def published_config(case: Case) -> dict:
         config["max_window_layers"] = case.layers
     if case.family != "qwen2" and not case.new_form:
         config["rope_scaling"] = None
+    if case.labels:
+        config["architectures"] = [reference_class(case)]
+        config["id2label"] = {str(number): label for number, label in enumerate(case.labels)}
+        config["label2id"] = {label: number for number, label in enumerate(case.labels)}
     config |= case.settings
     if case.block:
         quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}

@@ -3,14 +3,17 @@
     python tests/golden/make.py [case ...]
 
 needs torch and transformers; a CPU is enough. Every case of `cases.py`, or of those that the arguments name, becomes a
-folder beside this file: a checkpoint in the published layout (`config.json` and safetensors) and `expected.npz`, which
-holds
+folder beside this file, or in `tasks/`: a checkpoint in the published layout (`config.json` and safetensors) and
+`expected.npz`, which holds
 
     input_ids, attention_mask    int32 [batch, time]
     logits_f32                   float32 [batch, time, vocab], the model run in float32
     logits_bf16                  the same with weights and activations in bfloat16, stored as float32
     greedy                       int32 [batch, GREEDY_TOKENS], the float32 greedy continuation of every row
     greedy_margin                the smallest gap between the two best logits on the greedy path
+
+Cases of another task have `outputs_f32` and `outputs_bf16` instead of logits and tokens: the logits of classes, or the
+hidden states after the last norm. Cases with texts have a tokenizer and `texts.json`; see `texts.py`.
 
 Attention is eager, FP8 weights are dequantised in float32, positions count the attended tokens, and logits at padded
 positions are set to zero. `VERSIONS.json` names the library versions. With those versions, a second run on the same
@@ -29,9 +32,10 @@ import numpy as np
 import safetensors
 import torch
 import transformers
-from cases import CASES, Case, published_config
+from cases import CASES, Case, published_config, reference_class
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from texts import results_of_texts
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 GOLDEN = Path(__file__).parent
 GREEDY_TOKENS = 8
@@ -86,9 +90,9 @@ def is_scale(name: str) -> bool:
 
 def random_checkpoint(rng: np.random.Generator, case: Case, config: dict) -> Tensors:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config(config))
+        model = getattr(transformers, reference_class(case))(model_config(config))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if case.tied:
+    if case.tied and case.task == "causal_lm":
         del shapes["lm_head.weight"]
     tensors = {}
     for name, shape in shapes.items():
@@ -108,7 +112,7 @@ def random_checkpoint(rng: np.random.Generator, case: Case, config: dict) -> Ten
             else:
                 values = rng.normal(size=shape) / math.sqrt(shape[1])
             tensors[name] = torch.from_numpy(values).to(case.plain_dtype)
-    if case.tied and case.head_stored:
+    if case.tied and case.task == "causal_lm" and case.head_stored:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     return tensors
 
@@ -141,7 +145,7 @@ def save_checkpoint(folder: Path, tensors: Tensors, shards: int) -> None:
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def reference_model(config: dict, tensors: Tensors, dtype: torch.dtype) -> PreTrainedModel:
+def reference_model(case: Case, config: dict, tensors: Tensors, dtype: torch.dtype) -> PreTrainedModel:
     """The transformers model of a checkpoint, FP8 weights dequantised in float32 and then rounded to `dtype`."""
     block = config.get("quantization_config", {}).get("weight_block_size")
     weights = {}
@@ -151,7 +155,7 @@ def reference_model(config: dict, tensors: Tensors, dtype: torch.dtype) -> PreTr
             weights[name] = dequantise(tensor, scales[0], block)
         elif not is_scale(name):
             weights[name] = tensor.float()
-    model_class = getattr(transformers, config["architectures"][0])  # the Auto class wants a folder
+    model_class = getattr(transformers, reference_class(case))  # the Auto class wants a folder
     model, loading = model_class.from_pretrained(
         None,
         config=model_config(config),
@@ -205,7 +209,8 @@ def check_settings(config: dict, model: PreTrainedModel) -> None:
     assert model.config.model_type == config["model_type"]
     head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     rope, theta = rope_settings(config)
-    rotary = model.model.rotary_emb
+    body = getattr(model, "model", model)
+    rotary = body.rotary_emb
     assert rotary.rope_type == rope["rope_type"]
     assert rotary.inv_freq.dtype == torch.float32
     assert torch.allclose(rotary.inv_freq, expected_frequencies(rope, theta, head_dim), rtol=1e-5, atol=0)
@@ -217,7 +222,7 @@ def check_settings(config: dict, model: PreTrainedModel) -> None:
     biases["o_proj"] = config.get("attention_bias", False)
     biases |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), config.get("mlp_bias", False))
     first_sliding = config["max_window_layers"] if config.get("use_sliding_window") else config["num_hidden_layers"]
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(body.layers):
         window = getattr(layer.self_attn, "sliding_window", None)
         assert window == (config["sliding_window"] if number >= first_sliding else None)
         assert layer.self_attn.head_dim == head_dim
@@ -225,7 +230,8 @@ def check_settings(config: dict, model: PreTrainedModel) -> None:
         assert layer.input_layernorm.variance_epsilon == config["rms_norm_eps"]
         projections = {name: module for name, module in layer.named_modules() if name.endswith("_proj")}
         assert {name.split(".")[1]: module.bias is not None for name, module in projections.items()} == biases
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == config["tie_word_embeddings"]
+    if hasattr(model, "lm_head"):
+        assert (model.lm_head.weight is body.embed_tokens.weight) == config["tie_word_embeddings"]
     assert model.config._attn_implementation == "eager"
 
 
@@ -245,11 +251,13 @@ def misreadings(config: dict, tensors: Tensors) -> Iterator[tuple[str, dict, Ten
         yield "use_sliding_window", config | {"use_sliding_window": not config["use_sliding_window"]}, tensors
 
 
-def compute_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def compute_outputs(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Logits, or hidden states after the last norm: of every token, or of every row."""
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     with torch.no_grad():
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits
-    return logits.float().masked_fill(attention_mask[:, :, None] == 0, 0.0)
+        results = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+    outputs = (results.logits if "logits" in results else results.last_hidden_state).float()
+    return outputs if outputs.ndim == 2 else outputs.masked_fill(attention_mask[:, :, None] == 0, 0.0)
 
 
 def continue_greedily(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -271,41 +279,46 @@ def make_case(case: Case) -> None:
     config = published_config(case)
     tensors = random_checkpoint(rng, case, config)
     input_ids, attention_mask = random_prompts(rng, case)
-
-    model = reference_model(config, tensors, torch.float32)
-    logits = compute_logits(model, input_ids, attention_mask)
-    logits_bf16 = compute_logits(reference_model(config, tensors, torch.bfloat16), input_ids, attention_mask)
     rows = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
-    greedy, margins = zip(*(continue_greedily(model, row) for row in rows), strict=True)
+    if case.task == "sequence_classification":  # takes the last token of a row that is not pad_token_id
+        assert all(row[-1] != config["pad_token_id"] for row in rows), f"{case.name}: choose another seed"
 
-    margin = min(margins)
-    deviation = logits[attention_mask.bool()].std().item()
-    assert margin > NOTICEABLE * deviation, f"{case.name}: margin {margin}, choose another seed"
-    assert all(len(row.unique()) >= GREEDY_TOKENS // 2 for row in greedy), f"{case.name}: choose another seed"
+    model = reference_model(case, config, tensors, torch.float32)
+    outputs = compute_outputs(model, input_ids, attention_mask)
+    in_bf16 = compute_outputs(reference_model(case, config, tensors, torch.bfloat16), input_ids, attention_mask)
+    deviation = (outputs if outputs.ndim == 2 else outputs[attention_mask.bool()]).std().item()
     for name, *misread in misreadings(config, tensors):
-        changed = reference_model(*misread, torch.float32)
-        difference = (compute_logits(changed, input_ids, attention_mask) - logits).abs().max()
+        changed = reference_model(case, *misread, torch.float32)
+        difference = (compute_outputs(changed, input_ids, attention_mask) - outputs).abs().max()
         assert difference > NOTICEABLE * deviation, f"{case.name}: {name} hardly matters"
 
-    folder = GOLDEN / case.name
+    kind, more = "outputs", {}
+    if case.task == "causal_lm":
+        greedy, margins = zip(*(continue_greedily(model, row) for row in rows), strict=True)
+        margin = min(margins)
+        assert margin > NOTICEABLE * deviation, f"{case.name}: margin {margin}, choose another seed"
+        assert all(len(row.unique()) >= GREEDY_TOKENS // 2 for row in greedy), f"{case.name}: choose another seed"
+        kind, more = "logits", {"greedy": torch.stack(greedy).numpy().astype(np.int32), "greedy_margin": margin}
+
+    folder = GOLDEN / ("tasks" if case.task != "causal_lm" or case.texts else "") / case.name
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     write_json(folder / "config.json", config)
     save_checkpoint(folder, tensors, case.shards)
+    if case.texts:
+        more |= results_of_texts(case.texts, model, folder)
     np.savez_compressed(
         folder / "expected.npz",
         input_ids=input_ids.numpy().astype(np.int32),
         attention_mask=attention_mask.numpy().astype(np.int32),
-        logits_f32=logits.numpy(),
-        logits_bf16=logits_bf16.numpy(),
-        greedy=torch.stack(greedy).numpy().astype(np.int32),
-        greedy_margin=margin,
+        **{f"{kind}_f32": outputs.numpy(), f"{kind}_bf16": in_bf16.numpy()},
+        **more,
     )
     size = sum(path.stat().st_size for path in folder.iterdir())
-    rounding = (logits_bf16 - logits).abs().max().item() / deviation
+    rounding = (in_bf16 - outputs).abs().max().item() / deviation
+    margin = f"greedy margin {more['greedy_margin'] / deviation:.4f} std, " if "greedy_margin" in more else ""
     print(
-        f"{case.name:32}{size:9,} bytes, logits std {deviation:.3f}, greedy margin {margin / deviation:.4f} std, "
-        f"bfloat16 off by up to {rounding:.4f} std"
+        f"{case.name:32}{size:9,} bytes, {kind} std {deviation:.3f}, {margin}bfloat16 off by up to {rounding:.4f} std"
     )
 
 

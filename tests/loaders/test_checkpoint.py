@@ -324,8 +324,10 @@ def test_quantised_modules_without_quantization_config_warn(folder):
 
 
 def test_a_config_that_is_not_implemented_is_refused_with_its_file(folder):
-    write(folder, fields(model_type="gemma"), tensors(fields()))
-    assert f"{folder / 'config.json'}: model_type 'gemma' is not implemented" in refusal(folder, UnsupportedConfig)
+    write(folder, fields(model_type="gemma", architectures=["GemmaForCausalLM"]), tensors(fields()))
+    assert f"{folder / 'config.json'}: GemmaForCausalLM (model_type 'gemma') is not supp" in refusal(
+        folder, UnsupportedConfig
+    )
 
 
 # What the checkpoint adds to config.json.

@@ -250,8 +250,13 @@ def test_quantization_says_block_and_exceptions():
 # What is refused: by name, with the file, and with what is known.
 
 UNSUPPORTED = {
-    "model_type": ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not implemented. Implemented: .*qwen3"),
-    "no model_type": ({"model_type": None}, "model_type None is not implemented"),
+    "model_type": ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not supported"),
+    "no model_type": ({"model_type": None}, "model_type None is not supported. Supported: .*Qwen3ForCausalLM, and …M"),
+    "another family": (
+        {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]},
+        r"GemmaForCausalLM \(model_type 'gemma'\) is not supported",
+    ),
+    "an architecture": ({"architectures": ["Qwen3ForQuestionAnswering"]}, "Qwen3ForQuestionAnswering .* is not supp"),
     "an unknown field": ({"logit_scale": 2.0}, "fields that are not implemented: logit_scale = 2.0"),
     "two unknown fields": ({"b": 1, "a": 0}, r"not implemented: a = 0, b = 1\. Remove them if they change nothing"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not implemented. Implemented: 'silu'"),
@@ -290,6 +295,7 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, what):
     assert isinstance(caught.value, ValueError)
 
 
+CLASSES = {"architectures": ["Qwen3ForSequenceClassification"]}
 WRONG = {
     "a size that is missing": ({"hidden_size": None}, "hidden_size is missing"),
     "a size that is text": ({"hidden_size": "1024"}, "hidden_size: expected int, found '1024'"),
@@ -329,6 +335,12 @@ WRONG = {
     "a size beyond all integers": ({"vocab_size": 10**30}, "vocab_size: expected a positive integer"),
     "an epsilon that is negative": ({"rms_norm_eps": -1e-6}, "rms_norm_eps: expected a positive number, found -1e-06"),
     "a pad that is text": ({"pad_token_id": "0"}, "pad_token_id: expected token ids, found '0'"),
+    "architectures that are text": ({"architectures": "Qwen3ForCausalLM"}, "architectures: expected list, found 'Qw"),
+    "a label without a name": (CLASSES | {"id2label": {"0": "a", "2": "b"}}, "id2label: expected a name .* 0 to 1"),
+    "a label that is a list": (CLASSES | {"id2label": {"0": []}}, r"id2label: expected a name .*, found {'0': \[\]}"),
+    "no label": (CLASSES | {"id2label": {}}, "id2label: expected a name for each of the ids 0 to 0"),
+    "labels that contradict": (CLASSES | {"id2label": {"0": "a"}, "num_labels": 2}, "id2label: expected a name"),
+    "more labels than any model": (CLASSES | {"num_labels": 10**9}, "num_labels: expected at most 100000"),
     "quantisation that is text": ({"quantization_config": "fp8"}, "quantization_config: expected dict, found 'fp8'"),
 }
 for field, value in {"weight_block_size": [128], "modules_to_not_convert": [1]}.items():
