@@ -14,6 +14,7 @@ from .loaders import (
     load_params,
     load_tokenizer,
     save_model,
+    save_params,
     stream_text,
 )
 from .models import Linear, Sampling, generate
@@ -62,6 +63,7 @@ __all__ = [
     "load_tokenizer",
     "quantize",
     "save_model",
+    "save_params",
     "scaled_matmul",
     "stream_text",
     "training",

@@ -106,6 +106,8 @@ def audit(
     policy: PolicyLike,
     tokens: ArrayLike,
     attention_mask: ArrayLike | None = None,
+    *,
+    revision: str | None = None,
 ) -> Audit:
     """The error that `policy` causes, relative to the same parameters dequantised and computed in float32.
 
@@ -113,10 +115,11 @@ def audit(
     policy          anything `get_policy` accepts
     tokens          (batch, length) token ids to compare logits on
     attention_mask  (batch, length), nonzero for real tokens; None: all are real
+    revision        branch, tag or commit of a repository on the hub
 
     Holds two models in memory at once: in float32 and under the policy.
     """
-    model = load_model(model) if isinstance(model, (str, os.PathLike)) else model
+    model = load_model(model, revision=revision) if isinstance(model, (str, os.PathLike)) else model
     ids, mask = checked_tokens(tokens, attention_mask, model.config.vocab_size)
     if not mask.any():
         raise InvalidTokens(f"tokens: expected real tokens of shape (batch, length), found {ids.shape} with none.")

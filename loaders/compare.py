@@ -151,13 +151,18 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
 
 def compare(
-    path: str | os.PathLike[str], policies: Mapping[str, PolicyLike] | Sequence[PolicyLike], tokens: ArrayLike
+    path: str | os.PathLike[str],
+    policies: Mapping[str, PolicyLike] | Sequence[PolicyLike],
+    tokens: ArrayLike,
+    *,
+    revision: str | None = None,
 ) -> Comparison:
     """Accuracy, size and speed of a checkpoint under each policy, relative to the first one.
 
     path      a folder or a name on the hub, as for `load_model`
     policies  anything `get_policy` accepts: a mapping from names, or a sequence
     tokens    (count,) ids of a text
+    revision  branch, tag or commit of the repository on the hub
 
     At most two models are in memory at a time.
 
@@ -173,7 +178,7 @@ def compare(
         raise InvalidTokens(f"expected two token ids or more, and a policy, found {ids.shape} and {len(by_name)}.")
     first, rows = None, []
     for name, policy in by_name.items():
-        model = load_model(path, policy)
+        model = load_model(path, policy, revision=revision)
         first = first or model
         checked_tokens(ids[None], None, model.config.vocab_size)
         costs = plan(resolve(get_policy(policy), model))

@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -78,15 +78,19 @@ def convert_checkpoint(
     folder: str | os.PathLike[str],
     policy: PolicyLike = None,
     *,
+    revision: str | None = None,
     max_shard_size: int | str = "5GB",
     progress: bool | None = None,
 ) -> pathlib.Path:
-    """Saves the checkpoint in the folder `source` with the storage formats of `policy`; returns the new folder.
+    """Saves the checkpoint `source` in a new folder with the storage formats of `policy`; returns the new folder.
+
+    source    a folder or the name of a repository on the hub, as for `load_model`
+    revision  branch, tag or commit of the repository
 
     The result is that of `load_model` and `save_model`, but only a few slabs of rows are in memory at a time.
-    Arguments and errors are those of these two functions.
+    Other arguments and errors are those of these two functions.
     """
-    policy, checkpoint = get_policy(policy), open_checkpoint(source)
+    policy, checkpoint = get_policy(policy), open_checkpoint(source, revision=revision, progress=progress)
     if os.path.realpath(source) == os.path.realpath(folder):
         raise InvalidCheckpoint(f"{folder}: a checkpoint cannot be converted into its own folder. Choose another one.")
     resolved = resolve(policy, checkpoint.tree)
@@ -127,12 +131,7 @@ def _write(
         policy.dump(work / POLICY)
         bar = Progress(f"saving {pathlib.Path(folder).name}", sum(param.current.bytes for param in params), progress)
         with Writer(work, in_shards(contents.groups, limit)) as writer, bar:
-
-            def work_on(param: ResolvedParam, report: Callable[[int], None]) -> None:
-                run(param, sources, {path: _Sink(writer, contents.names[path]) for path in param.stored}, report)
-
-            for _ in in_turn(params, work_on, bar):
-                pass
+            write_params(writer, params, sources, contents.names, bar)
     return pathlib.Path(folder)
 
 
@@ -165,6 +164,22 @@ def _is_checkpoint_file(name: str) -> bool:
     return name in (CONFIG, GENERATION, INDEX, POLICY, *TOKENIZER) or bool(
         re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name)
     )
+
+
+def write_params(
+    writer: Writer,
+    params: Iterable[ResolvedParam],
+    sources: Mapping[str, Source],
+    names: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """Writes parameters and their scales in their storage formats, from `sources` by path, as the tensors `names`."""
+
+    def work_on(param: ResolvedParam, report: Callable[[int], None]) -> None:
+        run(param, sources, {path: _Sink(writer, names[path]) for path in param.stored}, report)
+
+    for _ in in_turn(params, work_on, progress):
+        pass
 
 
 @dataclasses.dataclass(frozen=True)
