@@ -175,11 +175,15 @@ def _own_path(name: str) -> str:
 
 def _path(name: str, tensors: Mapping[str, Tensor]) -> str:
     """The path of a tensor. The scales `….weight_scale` of compressed-tensors have that of `….weight_scale_inv`."""
-    kernel = tensors.get(name.removesuffix("_scale"))
-    is_scale = kernel is not None and kernel.name != name and is_narrow(kernel.dtype) and len(kernel.shape) == 2
-    if is_scale and is_activation(tensors[name].dtype):
-        return scale_path(_own_path(kernel.name))
-    return _own_path(name)
+    kernel = tensors.get(name.removesuffix("_scale")) if name.endswith("_scale") else None
+    if (
+        kernel is None
+        or not is_narrow(kernel.dtype)
+        or len(kernel.shape) != 2
+        or not is_activation(tensors[name].dtype)
+    ):
+        return _own_path(name)
+    return scale_path(_own_path(kernel.name))
 
 
 def _block_of(tensors: Mapping[str, Tensor], path: str, block: Block | None) -> Block | None:

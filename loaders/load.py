@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from ..models.decoder import Decoder, assemble
 from ..models.sharding import shardings
 from ..policies.formats import ScaledArray
@@ -98,11 +96,11 @@ def load_params(
 
 def _load(
     checkpoint: Checkpoint | BareCheckpoint, resolved: Resolved, layout: Any, progress: bool | None
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """{path: array} of all parameters and scales, in the order of the checkpoint's tree."""
     stored = resolved.stored
     where = shardings(layout, checkpoint.config, stored)
-    loaded: dict[str, jax.Array] = {}
+    loaded: dict[str, Any] = {}
 
     def work(param: ResolvedParam, report: Callable[[int], None]) -> dict[str, Placement]:
         sinks = {path: Placement(info.shape, info.dtype, where[path]) for path, info in param.stored.items()}

@@ -6,6 +6,7 @@ import concurrent.futures
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from ..policies.errors import MissingFile
 from .safetensors.reader import Tensor, tensors_of
@@ -50,8 +51,8 @@ def _part(url: str, start: int, count: int) -> tuple[bytes, int]:
 
     wanted = {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
     options = {"headers": {**build_hf_headers(), **wanted}, "timeout": _TIMEOUT}
-    session = get_session()
-    # httpx, or requests before huggingface_hub 1.0; streamed, so that a server that ignores the range sends no file.
+    # Of httpx, or of requests before huggingface_hub 1.0. Streamed, so that no server can send a whole file.
+    session: Any = get_session()
     if callable(session.stream):
         request = session.stream("GET", url, **options)
     else:

@@ -84,10 +84,9 @@ def save_params(
     ]
     blocks = {names[path]: block for path, block in _blocks(resolved, infos).items()}
     bar = Progress(f"saving {pathlib.Path(folder).name}", sum(info.bytes for info in infos.values()), progress)
-    with new_folder(folder, _is_file_of_params) as work:
-        with Writer(work, in_shards(groups, limit), blocks) as writer, bar:
-            sources = {path: ArrayRows(path, array) for path, array in arrays.items()}
-            write_params(writer, resolved.params.values(), sources, names, bar)
+    sources = {path: ArrayRows(path, array) for path, array in arrays.items()}
+    with new_folder(folder, _is_file_of_params) as work, Writer(work, in_shards(groups, limit), blocks) as writer, bar:
+        write_params(writer, resolved.params.values(), sources, names, bar)
     return pathlib.Path(folder)
 
 
@@ -131,9 +130,9 @@ def _refuse_other_leaves(tree: Any) -> None:
     else:
         return
     if others:
+        more = f" and {len(others) - 5} more" if others[5:] else ""
         raise UnsupportedExport(
-            f"{', '.join(map(named, others[:5]))}{f' and {len(others) - 5} more' if others[5:] else ''}: not parameters,"
-            f" and would be lost. {remedy}."
+            f"{', '.join(map(named, others[:5]))}{more}: not parameters, and would be lost. {remedy}."
         )
 
 
