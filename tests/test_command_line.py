@@ -243,7 +243,7 @@ def test_what_jax_cannot_do_is_one_paragraph(folder, capsys, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand much more")
 
-    monkeypatch.setattr("perparam.__main__.generate", fail)
+    monkeypatch.setattr("perparam.commands.generate.generate", fail)
     assert main(["generate", folder, "--tokens", "1"]) == 2
     assert capsys.readouterr().err == "perparam: error: JAX could not run this: RESOURCE_EXHAUSTED: out of memory\n"
 

@@ -30,7 +30,7 @@ def imported_layers(path):
         for name in names:
             name = tuple(part for part in name if part)
             if name[0] == "perparam":
-                yield name[1] if len(name) > 1 and name[1] in (*LAYERS, "examples") else "face"
+                yield name[1] if len(name) > 1 and name[1] in (*LAYERS, "commands", "examples") else "face"
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -92,7 +92,7 @@ def ring(imports):
     return next((r for r in map(visit, sorted(imports)) if r), None)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", [*LAYERS, "commands"])
 def test_no_modules_import_each_other(layer):
     imports = {path: set(modules_imported(path, layer)) - {path} for path in (ROOT / layer).rglob("*.py")}
     assert sum(map(len, imports.values())) > len(imports) / 2
@@ -139,7 +139,7 @@ def test_policies_name_no_module_of_any_model():
 
 def test_the_package_list_is_the_folders():
     folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("*/**/__init__.py")}
-    folders = {folder for folder in folders if folder.parts[0] in (*LAYERS, "examples")}
+    folders = {folder for folder in folders if folder.parts[0] in (*LAYERS, "commands", "examples")}
     expected = {"perparam"} | {".".join(("perparam", *folder.parts)) for folder in folders}
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == expected
 
@@ -169,11 +169,11 @@ def test_the_wheel_holds_exactly_the_package(tmp_path):
     subprocess.run(build, check=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    shipped = ("policies/", "models/", "loaders/", "examples/")
+    shipped = ("policies/", "models/", "loaders/", "commands/", "examples/")
     expected = {
         f"perparam/{file}"
         for file in files
-        if file in ("__init__.py", "__main__.py", "chat.py", "generation.py", "training.py", "py.typed")
+        if file in ("__init__.py", "__main__.py", "generation.py", "training.py", "py.typed")
         or (file.startswith(shipped) and file.endswith((".py", ".yaml")))
     }
     assert held == expected

@@ -10,7 +10,7 @@ from small_tokenizer import small_tokenizer, write_tokenizer
 
 import perparam
 from perparam import Sampling, load_tokenizer
-from perparam import chat as conversation
+from perparam.commands import conversation
 
 ANSWERS = {
     "hello": ("Ġworld", "Ġthere", "<|im_end|>"),

@@ -11,7 +11,7 @@ from small_tokenizer import change_json, write_tokenizer
 
 import perparam
 from perparam import Sampling, load_tokenizer
-from perparam import chat as conversation
+from perparam.commands import conversation
 from perparam.loaders import Completion
 from perparam.models.generation import programs
 from perparam.models.kv_cache import EMPTY

@@ -8,7 +8,7 @@ import sys
 import pytest
 from chatting import DIM, PLAIN, SUMMARY, dimmed
 
-from perparam import chat as conversation
+from perparam.commands import conversation
 
 
 class Talk:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from chatting import DIM, PLAIN, Screen, dimmed
 
-from perparam import chat as conversation
+from perparam.commands import conversation
 
 
 def shown(pieces, opened=False, colour=True):

@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from .loaders import Completion, Tokenizer, stream_text
-from .models import CausalLM, Prefix, Sampling, extend_prefix, prefill
-from .policies import PerparamError
-from .policies.targets import peak_memory
+from ..loaders import Completion, Tokenizer, stream_text
+from ..models import CausalLM, Prefix, Sampling, extend_prefix, prefill
+from ..policies import PerparamError
+from ..policies.targets import peak_memory
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

@@ -1,0 +1,39 @@
+"""`perparam plan`: what a policy does to each parameter, from the headers of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..loaders import Checkpoint, open_checkpoint
+from ..policies import get_policy
+from ..policies.plan import plan
+from ..policies.resolved import resolve
+from .options import add_checkpoint, add_policy
+
+SUMMARY = "Print the storage and compute format of each parameter; reads no weights."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    add_checkpoint(parser, hub=False)
+    add_policy(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON with one line per row, for diffs")
+    parser.add_argument(
+        "--target", metavar="TARGET", help="add the matmul implementations on a device: here, cpu, cuda, cuda:9.0, …"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the plan."""
+    checkpoint = open_checkpoint(options.checkpoint)
+    table = plan(resolve(get_policy(options.policy), checkpoint.tree), options.target)
+    print(table.to_json() if options.json else table, end="" if options.json else "\n")
+    if not options.json:
+        print_left_out(checkpoint)
+
+
+def print_left_out(checkpoint: Checkpoint) -> None:
+    """Prints which tensors of a checkpoint are not read, and why."""
+    for reason in dict.fromkeys(checkpoint.left_out.values()):
+        names = [name for name, each in checkpoint.left_out.items() if each == reason]
+        print(f"left out: {', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}, since {reason}")
