@@ -23,6 +23,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints the audit."""
-    model = load_model(options.checkpoint)
+    model = load_model(options.checkpoint, revision=options.revision)
     tokens = options.tokens or np.random.default_rng(0).integers(0, model.config.vocab_size, 64).tolist()
     print(audit(model, options.policy, [tokens]))

@@ -27,8 +27,8 @@ def run(options: argparse.Namespace) -> None:
     tokens = options.tokens
     if tokens is None:
         text = TEXT if options.text is None else read_text(options.text)
-        tokens = load_tokenizer(options.checkpoint).encode(text)
-    comparison = compare(options.checkpoint, options.policy, tokens)
+        tokens = load_tokenizer(options.checkpoint, options.revision).encode(text)
+    comparison = compare(options.checkpoint, options.policy, tokens, revision=options.revision)
     print(comparison)
     if options.plot is not None:
         comparison.plot(options.plot)

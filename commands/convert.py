@@ -18,7 +18,7 @@ SUMMARY = "Convert a checkpoint to the storage formats of a policy."
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    add_checkpoint(parser, hub=False)
+    add_checkpoint(parser)
     add_policy(parser)
     parser.add_argument("folder", metavar="DST", help="the new folder; an old checkpoint there is replaced")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a file; default: 5GB")
@@ -27,7 +27,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Writes the new checkpoint, or prints what would be written."""
-    checkpoint, policy = open_checkpoint(options.checkpoint), get_policy(options.policy)
+    policy, weights = get_policy(options.policy), not options.dry_run
+    checkpoint = open_checkpoint(options.checkpoint, revision=options.revision, weights=weights)
     resolved = resolve(policy, checkpoint.tree)
     costs = plan(resolved)
     if options.dry_run:
@@ -38,6 +39,6 @@ def run(options: argparse.Namespace) -> None:
         print(f"would write {human_bytes(sum(sizes.values()))} to {options.folder} in {files}")
         return
     start = time.perf_counter()
-    folder = convert_checkpoint(options.checkpoint, options.folder, policy, max_shard_size=options.max_shard_size)
+    folder = convert_checkpoint(checkpoint.folder, options.folder, policy, max_shard_size=options.max_shard_size)
     took = time.perf_counter() - start
     print(f"{folder}: {human_bytes(costs.total_bytes)} from {human_bytes(costs.total_bytes_before)} in {took:.1f} s")

@@ -176,12 +176,8 @@ def _own_path(name: str) -> str:
 def _path(name: str, tensors: Mapping[str, Tensor]) -> str:
     """The path of a tensor. The scales `….weight_scale` of compressed-tensors have that of `….weight_scale_inv`."""
     kernel = tensors.get(name.removesuffix("_scale")) if name.endswith("_scale") else None
-    if (
-        kernel is None
-        or not is_narrow(kernel.dtype)
-        or len(kernel.shape) != 2
-        or not is_activation(tensors[name].dtype)
-    ):
+    is_kernel = kernel is not None and is_narrow(kernel.dtype) and len(kernel.shape) == 2
+    if kernel is None or not is_kernel or not is_activation(tensors[name].dtype):
         return _own_path(name)
     return scale_path(_own_path(kernel.name))
 
