@@ -6,6 +6,7 @@ from .checkpoint import Checkpoint, CheckpointWarning, open_checkpoint
 from .compare import Comparison, compare
 from .families import config_to_json, read_config
 from .infer import infer_policy
+from .libraries import ExportWarning
 from .load import load_model, load_params
 from .save import convert_checkpoint, save_model
 from .save_params import save_params
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointWarning",
     "Comparison",
     "Completion",
+    "ExportWarning",
     "Tokenizer",
     "audit",
     "checkpoint_tree",
