@@ -73,11 +73,7 @@ def _misread_grid(kernels: _Kernels) -> list[str]:
 
 def _part_of_fused(kernels: _Kernels) -> list[str]:
     """Wide kernels that vLLM merges with quantised ones."""
-    return sorted(
-        path
-        for path in kernels.wide
-        if any(other in kernels.narrow for other in _fused_with(path)) and _fused_with(path)
-    )
+    return sorted(path for path in kernels.wide if any(other in kernels.narrow for other in _fused_with(path)))
 
 
 def _fused_with(path: str) -> list[str]:
@@ -90,6 +86,7 @@ def _fused_with(path: str) -> list[str]:
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections that vLLM merges into one (packed_modules_mapping of its models)."""
 
+_SPELLED = {"transformers": "transformers", "vllm": "vLLM"}
 _FP8 = "model_executor/layers/quantization/fp8.py"
 _UTILS = "model_executor/layers/quantization/utils"
 
@@ -163,7 +160,9 @@ def check_library(contents: Export, stored: Mapping[str, ArrayInfo], library: Li
         failed = [(each, paths) for each in CONDITIONS[library] if (paths := each.failing(kernels))]
         if failed:
             lines = [f"  it needs {each.needs} ({each.source}): {_some(paths, shapes)}" for each, paths in failed]
-            heading = f"{library} cannot load this checkpoint, with kernels in blocks of {_text(kernels.block)}:"
+            heading = (
+                f"{_SPELLED[library]} cannot load this checkpoint, with kernels in blocks of {_text(kernels.block)}:"
+            )
             of_blocks = any("blocks" in each.needs for each, _ in failed)
             remedy = _remedy(kernels, {path for _, paths in failed for path in paths}, wide, of_blocks)
             raise UnsupportedExport("\n".join([heading, *lines, remedy]))
@@ -174,10 +173,11 @@ def check_library(contents: Export, stored: Mapping[str, ArrayInfo], library: Li
     }
     failing = dict.fromkeys(path for paths in by_program.values() for path in paths)
     if failing:
-        programs = " and ".join(program for program, paths in by_program.items() if paths)
+        programs = " and ".join(_SPELLED[program] for program, paths in by_program.items() if paths)
+        remedy = _remedy(kernels, set(failing), wide, of_blocks=True)
         warnings.warn(
             f"blocks of {_text(kernels.block)} do not divide the sides of {_some(list(failing), shapes)}. "
-            f"{programs} cannot load this checkpoint; perparam can.\n{_remedy(kernels, set(failing), wide, of_blocks=True)}",
+            f"{programs} cannot load this checkpoint; perparam can.\n{remedy}",
             ExportWarning,
             stacklevel=4,
         )
