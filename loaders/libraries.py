@@ -97,6 +97,11 @@ CONDITIONS: dict[str, tuple[_Condition, ...]] = {
             "transformers 5.24, integrations/finegrained_fp8.py, Fp8Dequantize",
             _misread_grid,
         ),
+        _Condition(
+            "blocks that divide the input axis of a kernel",
+            "compressed-tensors 0.20, quantization/utils/helpers.py, compute_dynamic_scales_and_zp",
+            lambda kernels: kernels.not_divided(1) if kernels.method != "fp8" else [],
+        ),
     ),
     "vllm": (
         _Condition(
@@ -186,13 +191,16 @@ def check_library(contents: Export, stored: Mapping[str, ArrayInfo], library: Li
 def _remedy(kernels: _Kernels, failing: set[str], wide: str, of_blocks: bool) -> str:
     """The last lines of an error: blocks that would do, and the rules that leave kernels wide."""
     sides = [size for shape in kernels.narrow.values() for size in shape]
-    block = next((side for side in (128, 64, 32, 16) if not any(size % side for size in sides)), None)
-    square = f"with block: [{block}, {block}], or " if block is not None and kernels.block != (block, block) else ""
-    rows = "with block: [1, -1] (a scale for each row), or " if of_blocks else ""
+    square = next((side for side in (128, 64, 32, 16) if not any(size % side for size in sides)), None)
+    blocks = [[square, square]] if square is not None and kernels.block != (square, square) else []
+    ways = [f"block: {block}" for block in blocks] + ["block: [1, -1] (a scale for each row)"] if of_blocks else []
     fused = {other for path in failing for other in _fused_with(path) if other in kernels.narrow}
-    patterns = dict.fromkeys(re.sub(r"(?<=/)\d+(?=/)", "*", path) for path in kernels.narrow if path in failing | fused)
-    rules = "\n".join(f"    {pattern}: {wide}" for pattern in patterns)
-    return f"  Save under a policy {square if of_blocks else ''}{rows}with these rules first:\n  params:\n{rules}"
+    paths = [path for path in kernels.narrow if path in failing | fused]
+    if of_blocks and len(paths) == len(kernels.narrow):  # rules for all of them would leave none to quantise
+        return f"  Save under a policy with {' or '.join(ways)}."
+    ways.append("these rules first:\n  params:")
+    rules = dict.fromkeys(re.sub(r"(?<=/)\d+(?=/)", "*", path) for path in paths)
+    return "\n".join([f"  Save under a policy with {', or '.join(ways)}", *(f"    {rule}: {wide}" for rule in rules)])
 
 
 def _some(paths: list[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
