@@ -45,10 +45,6 @@ def checkpoint_folder(
     except PerparamError:
         raise
     except Exception as error:
-        from huggingface_hub import errors
-
-        if isinstance(error, errors.EntryNotFoundError):
-            raise _without(repo, absent) from error
         raise _failure(repo, revision, error, f", and the cache lacks {_listed(absent)}") from error
 
 
@@ -122,9 +118,12 @@ def _snapshot(repo: str, revision: str | None, weights: bool, required: Sequence
         files = [*required, *(shard_names(folder) if weights else [])]
         if not offline:
             if absent := [file for file in files if file not in remote_files]:
-                raise _without(repo, absent)
+                raise MissingFile(
+                    f"{repo}: has no {_listed(absent)} on the hub. Choose a model with safetensors files, not pickles."
+                )
             # The same commit, since the branch may have moved in the meantime; escaped, since these are patterns.
-            snapshot_download(repo, revision=folder.name, allow_patterns=[glob.escape(file) for file in files])
+            if files:
+                snapshot_download(repo, revision=folder.name, allow_patterns=[glob.escape(file) for file in files])
         if absent := [file for file in files if not (folder / file).is_file()]:
             missing = f", and the cache lacks {_listed(absent)}"
             raise ConnectionError("the connection was lost")
@@ -140,13 +139,6 @@ def _snapshot(repo: str, revision: str | None, weights: bool, required: Sequence
 
 def _listed(files: Sequence[str]) -> str:
     return ", ".join(files[:5]) + (f" and {len(files) - 5} more" if files[5:] else "")
-
-
-def _without(repo: str, files: Sequence[str]) -> MissingFile:
-    """The error that the hub has no such files."""
-    return MissingFile(
-        f"{repo}: has no {_listed(files)} on the hub. Choose a model with safetensors files, not pickles."
-    )
 
 
 def _failure(repo: str, revision: str | None, error: Exception, missing: str = "") -> MissingFile:

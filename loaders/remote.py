@@ -21,7 +21,7 @@ def remote_headers(repo: str, commit: str, files: Sequence[str]) -> dict[str, di
 
     Raises:
       InvalidCheckpoint: a header that `read_header` refuses.
-      MissingFile: a hub that does not send parts of files.
+      MissingFile: no such file, or a hub that does not send parts of files.
       Errors of huggingface_hub and of its HTTP library.
     """
     with concurrent.futures.ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="perparam") as pool:
@@ -29,10 +29,15 @@ def remote_headers(repo: str, commit: str, files: Sequence[str]) -> dict[str, di
 
 
 def _header(repo: str, commit: str, file: str) -> dict[str, Tensor]:
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import errors, hf_hub_url
 
     url = hf_hub_url(repo, file, revision=commit)
-    beginning, size = _part(url, 0, 8)
+    try:
+        beginning, size = _part(url, 0, 8)
+    except errors.EntryNotFoundError as error:
+        raise MissingFile(
+            f"{repo}: has no {file} on the hub. Choose a model with safetensors files, not pickles."
+        ) from error
     place = 0
 
     def read(count: int) -> bytes:

@@ -67,8 +67,10 @@ def test_the_page_on_generation_runs(capsys):
 def test_the_page_on_loading_runs(capsys):
     with jax.numpy_dtype_promotion("standard"):
         names = run_blocks(ROOT / "docs" / "loading.md")
-    spec, files = capsys.readouterr().out.splitlines()
+    spec, files, *summary, own = capsys.readouterr().out.splitlines()
     assert spec == "P('tensor',)"
+    assert summary[0] == "2 parameters and 1 grid of scales: 1 cast, 1 made, 1 quantised"
+    assert own == "float8_e4m3fn (2, 3)"
     assert files == "['config.json', 'model.safetensors', 'policy.yaml', 'tokenizer.json', 'tokenizer_config.json']"
     assert perparam.load_model(names["small"], names["small"] / "policy.yaml").config.quantization is not None
 
