@@ -16,6 +16,7 @@ from .loaders import (
     load_tokenizer,
     rerank,
     save_model,
+    save_params,
     stream_text,
 )
 from .models import Linear, Sampling, generate
@@ -66,6 +67,7 @@ __all__ = [
     "quantize",
     "rerank",
     "save_model",
+    "save_params",
     "scaled_matmul",
     "stream_text",
     "training",

@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints the audit."""
-    model = load_model(options.checkpoint)
+    model = load_model(options.checkpoint, revision=options.revision)
     given = tokens_or_text(options)
     if options.tokens is None and options.text is None:
         given["tokens"] = np.random.default_rng(0).integers(0, model.config.vocab_size, 64)

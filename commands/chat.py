@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Chats until the input ends."""
-    model = load_model(options.checkpoint, options.policy)
+    model = load_model(options.checkpoint, options.policy, revision=options.revision)
     check_causal_lm(model.config.task, "chat")
     Chat(
         model,

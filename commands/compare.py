@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     given = tokens_or_text(options)
     if options.tokens is None and options.text is None:
         given["text"] = TEXT
-    comparison = compare(options.checkpoint, options.policy, **given)
+    comparison = compare(options.checkpoint, options.policy, **given, revision=options.revision)
     print_report(comparison, options)
     if options.plot is not None:
         comparison.plot(options.plot)

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     if output is not None and (output.suffix != ".npy" or not output.parent.is_dir()):
         options.usage_error(f"--output: expected a .npy file in an existing folder, found {options.output}")
     texts = texts_of(options)
-    model = load_model(options.checkpoint, options.policy)
+    model = load_model(options.checkpoint, options.policy, revision=options.revision)
     tokenizer = load_tokenizer(folder_of(model))
     found = embed(model, tokenizer, texts, instruction=options.instruction, dimensions=options.dimensions)
     if output is None:

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     """Prints the continuation, and the time it took on stderr."""
     if options.stop and options.tokens is not None:
         options.usage_error("--stop needs a prompt as text, not --tokens")
-    model = load_model(options.checkpoint, options.policy)
+    model = load_model(options.checkpoint, options.policy, revision=options.revision)
     drawn = {"sampling": sampling(options, model), "key": options.seed}
     if options.tokens is not None:
         tokens = generate(model, [options.tokens], max_new_tokens=options.max_new_tokens, **drawn)

@@ -11,7 +11,6 @@ from ..models import CausalLM
 from ..policies.errors import PerparamError
 from ..policies.tables import Report
 
-_FOLDER = "a folder with config.json and safetensors files"
 _POLICY = "a YAML file, a preset (f32, bf16, fp8_weight_only, fp8_dynamic), a dtype, or params=…,compute=…,output=…"
 
 
@@ -19,10 +18,11 @@ class OptionError(PerparamError, ValueError):
     """The value of an option of the command line cannot be used."""
 
 
-def add_checkpoint(parser: argparse.ArgumentParser, hub: bool = True) -> None:
-    """Adds the argument CHECKPOINT; `hub`: it may name a repository."""
-    text = f"{_FOLDER}, or the name of a repository on the Hugging Face hub" if hub else _FOLDER
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument CHECKPOINT and the option `--revision`."""
+    text = "a folder with config.json and safetensors files, or the name of a repository on the Hugging Face hub"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository; default: main")
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:

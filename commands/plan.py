@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
-from ..loaders import Checkpoint, open_checkpoint
+from ..loaders import BareCheckpoint, Checkpoint, open_parameters
 from ..policies import get_policy
 from ..policies.plan import plan
 from ..policies.resolved import resolve
@@ -15,9 +16,12 @@ SUMMARY = "Print the storage and compute format of each parameter; reads no weig
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    add_checkpoint(parser, hub=False)
+    add_checkpoint(parser)
     add_policy(parser)
     add_table(parser)
+    parser.add_argument(
+        "--bare", action="store_true", default=None, help="use the names in the files, not those of perparam's model"
+    )
     parser.add_argument(
         "--target", metavar="TARGET", help="add the matmul implementations on a device: here, cpu, cuda, cuda:9.0, …"
     )
@@ -25,10 +29,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints the plan."""
-    checkpoint = open_checkpoint(options.checkpoint)
+    checkpoint = open_parameters(options.checkpoint, revision=options.revision, weights=False, bare=options.bare)
     table = plan(resolve(get_policy(options.policy), checkpoint.tree), options.target)
     print_report(table, options)
-    if not options.json:
+    if isinstance(checkpoint, BareCheckpoint):
+        note = f"The paths are the names in the files, since {checkpoint.reason}."
+        print(note, file=sys.stderr if options.json else None)
+    elif not options.json:
         print_left_out(checkpoint)
 
 

@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Prints the documents with their scores."""
     documents = texts_of(options)
-    model = load_model(options.checkpoint, options.policy)
+    model = load_model(options.checkpoint, options.policy, revision=options.revision)
     tokenizer = load_tokenizer(folder_of(model))
     scores = rerank(model, tokenizer, options.query, documents, instruction=options.instruction)
     for place in sorted(range(len(documents)), key=lambda i: -scores[i]):

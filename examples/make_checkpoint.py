@@ -2,7 +2,7 @@
 
     python -m perparam.examples.make_checkpoint FOLDER [demo | tiny]
 
-`demo` has ragged blocks of different magnitudes, BF16 scales and two shards.
+`demo` has blocks of different magnitudes, BF16 scales and two shards; transformers and vLLM can load it.
 `tiny` has a hidden size of 32 and blocks of 128, so that each kernel has one scale, and all scales are 1. Beside the
 causal language model, it can be an embedding model or a classifier.
 """
@@ -44,8 +44,8 @@ _COMMON = {
 }
 DEMO = _COMMON | {
     "head_dim": 64,
-    "hidden_size": 320,
-    "intermediate_size": 704,
+    "hidden_size": 384,
+    "intermediate_size": 640,
     "num_attention_heads": 6,
     "num_hidden_layers": 4,
     "num_key_value_heads": 2,

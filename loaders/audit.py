@@ -145,6 +145,7 @@ def audit(
     attention_mask: ArrayLike | None = None,
     *,
     text: str | None = None,
+    revision: str | None = None,
 ) -> Audit:
     """The error that `policy` causes, relative to the same parameters dequantised and computed in float32.
 
@@ -153,6 +154,7 @@ def audit(
     tokens          (length,) or (batch, length) ids to compare logits on; rows are cut into windows of 256 tokens
     attention_mask  the same shape, nonzero for real tokens; None: all are real
     text            a text instead of tokens, for the checkpoint's tokenizer
+    revision        branch, tag or commit of a repository on the hub
 
     Holds two models in memory at once: in float32 and under the policy.
 
@@ -160,7 +162,7 @@ def audit(
       InvalidTokens: tokens that do not fit the model, or neither or both of tokens and text.
       UnsupportedTask: a model without a language-model head.
     """
-    model = load_model(model) if isinstance(model, (str, os.PathLike)) else model
+    model = load_model(model, revision=revision) if isinstance(model, (str, os.PathLike)) else model
     check_causal_lm(model.config.task, "audit")
     source = model.config.source
     given = token_ids(tokens, text, None if source is None else source.parent)

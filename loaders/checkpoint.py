@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from ..models.config import DecoderConfig, Quantization
 from ..models.heads import Task
 from ..policies.dtypes import dtype_name, is_activation, is_narrow
-from ..policies.errors import InvalidCheckpoint, MissingFile, named, shown
+from ..policies.errors import InvalidCheckpoint, named
 from ..policies.formats import Format
 from ..policies.paths import is_scale, scale_path
 from ..policies.policy import Policy
@@ -27,9 +26,11 @@ from .families.family import Family
 from .families.names import WITHOUT_HEAD, prefixes, reason_left_out
 from .families.quantization import SCALE_SUFFIX
 from .fields import Fields
+from .hub import checkpoint_folder
 from .json_file import read_json
-from .layout import CONFIG, GENERATION, INDEX, WHOLE
-from .safetensors.reader import Tensor, read_header
+from .layout import CONFIG, GENERATION
+from .safetensors.reader import Tensor
+from .shards import Headers, read_tensors
 
 
 class CheckpointWarning(UserWarning):
@@ -64,25 +65,31 @@ class Checkpoint:
     @property
     def tree(self) -> CheckpointTree:
         """`infos` as nested mappings, with the config."""
-        tree = CheckpointTree(self.config)
-        for path, info in self.infos.items():
+        return CheckpointTree.of(self.infos, self.config)
+
+
+class CheckpointTree(dict[str, Any]):
+    """The parameters of a checkpoint as nested mappings of `ArrayInfo`.
+
+    config  the model's config, from which a plan takes the dtype of activations and the bytes of the cache; None for
+            parameters without a model
+    """
+
+    def __init__(self, config: DecoderConfig | None):
+        super().__init__()
+        self.config = config
+
+    @staticmethod
+    def of(infos: Mapping[str, ArrayInfo], config: DecoderConfig | None) -> CheckpointTree:
+        """The tree of `infos`, by path."""
+        tree = CheckpointTree(config)
+        for path, info in infos.items():
             *parents, name = path.split("/")
             node: dict[str, Any] = tree
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[name] = info
         return tree
-
-
-class CheckpointTree(dict[str, Any]):
-    """The parameters of a checkpoint as nested mappings of `ArrayInfo`.
-
-    config  the model's config, from which a plan takes the dtype of activations and the bytes of the cache
-    """
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.config = config
 
 
 def _flatten(tree: CheckpointTree) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
@@ -107,28 +114,39 @@ def _infos(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Ar
     }
 
 
-def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint in `folder`, in Hugging Face layout; reads headers, not weights.
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    progress: bool | None = None,
+    weights: bool = True,
+) -> Checkpoint:
+    """The checkpoint in a folder in Hugging Face layout, or on the hub; reads headers, not weights.
+
+    path, revision, progress  as for `load_model`
+    weights                   False: of a repository on the hub only headers are fetched, and its tensors have no data
 
     Raises:
       MissingFile, InvalidCheckpoint, UnsupportedConfig: one error lists all tensors that are missing, unused, of the
         wrong shape or dtype, or without their scales.
     """
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise MissingFile(f"{folder}: there is no such folder. Pass one with config.json and model.safetensors.")
-    config, found = _config(folder), _tensors(folder)
-    if config.task == "causal_lm" and prefixes(found) == WITHOUT_HEAD and "lm_head.weight" not in found:
+    return checkpoint_in(*checkpoint_folder(path, revision, progress=progress, weights=weights))
+
+
+def checkpoint_in(folder: pathlib.Path, headers: Headers | None = None) -> Checkpoint:
+    """The checkpoint in `folder`; see `open_checkpoint`, and `read_tensors` for `headers`."""
+    config, in_files = _config(folder), read_tensors(folder, headers)
+    if config.task == "causal_lm" and prefixes(in_files) == WITHOUT_HEAD and "lm_head.weight" not in in_files:
         # A saved `…Model`, such as Qwen3-Embedding, whose config.json names `…ForCausalLM`.
         config = dataclasses.replace(config, task="feature_extraction")
-    tensors, left_out, problems = _match(found, config)
+    tensors, left_out, problems = _match(in_files, config)
     problems += map(str, pair_problems(_infos(tensors, config), Policy()))
     if problems:
         lines = [f"  {problem}" for problem in problems[:20]]
         more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
         tensor = "1 tensor is" if len(problems) == 1 else f"{len(problems)} tensors are"
         heading = f"{folder}: {tensor} not what config.json describes."
-        raise InvalidCheckpoint("\n".join([heading, *lines, *more, _remedy(problems, found, config)]))
+        raise InvalidCheckpoint("\n".join([heading, *lines, *more, _remedy(problems, in_files, config)]))
     _cross_check(folder, config, tensors)
     if config.dtype is None:
         stored = tensors["embed_tokens/embedding"].dtype
@@ -156,15 +174,6 @@ def _remedy(problems: list[str], tensors: Mapping[str, Tensor], config: DecoderC
     return "  Download the folder again, or correct config.json."
 
 
-def checkpoint_tree(folder: str | os.PathLike[str]) -> CheckpointTree:
-    """The parameters of a checkpoint as nested mappings of `ArrayInfo` (shape and format), for `Policy.explain`.
-
-    Raises:
-      As `open_checkpoint`.
-    """
-    return open_checkpoint(folder).tree
-
-
 def _config(folder: pathlib.Path) -> DecoderConfig:
     return generation_ids(folder, read_config(folder / CONFIG))
 
@@ -180,48 +189,6 @@ def generation_ids(folder: pathlib.Path, config: DecoderConfig) -> DecoderConfig
         eos_token_id=eos or config.eos_token_id,
         pad_token_id=pad[0] if pad else config.pad_token_id,
     )
-
-
-def _tensors(folder: pathlib.Path) -> dict[str, Tensor]:
-    """{name in the checkpoint: tensor} of model.safetensors, or of the shards that the index lists."""
-    if (folder / WHOLE).is_file():
-        return read_header(folder / WHOLE)
-    if not (folder / INDEX).is_file():
-        raise MissingFile(f"{folder}: contains neither {WHOLE} nor {INDEX}. Is the download complete?")
-    weights = weight_map(folder / INDEX)
-    files = sorted(set(weights.values()))
-    if absent := [file for file in files if not (folder / file).is_file()]:
-        raise MissingFile(
-            f"{folder}: {len(absent)} of {len(files)} shards {'is' if len(absent) == 1 else 'are'} missing: "
-            f"{', '.join(absent[:5])}. Complete the download."
-        )
-    shards = {file: read_header(folder / file) for file in files}
-    wrong = [f"{named(name)} (not in {file})" for name, file in weights.items() if name not in shards[file]]
-    if wrong:
-        raise InvalidCheckpoint(
-            f"{folder / INDEX}: lists tensors that are not in their file: {', '.join(wrong[:5])}. Download it again."
-        )
-    return {name: tensor for file in files for name, tensor in shards[file].items() if weights.get(name, file) == file}
-
-
-def weight_map(index: pathlib.Path) -> dict[str, str]:
-    """{tensor name: file name}, as `model.safetensors.index.json` lists them.
-
-    Raises:
-      MissingFile: there is no such file.
-      InvalidCheckpoint: not a valid index, or a value that is not the name of a safetensors file in the same folder.
-    """
-    weights = read_json(index).get("weight_map")
-    if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
-        raise InvalidCheckpoint(f"{index}: weight_map is not a mapping from tensors to files. Download it again.")
-    for file in set(weights.values()):
-        # Names, not paths: an index must not reach outside its folder.
-        if not re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", file, re.ASCII):
-            raise InvalidCheckpoint(
-                f"{index}: {shown(file)} is not the name of a safetensors file in this folder. Do not use this "
-                "checkpoint."
-            )
-    return weights
 
 
 def _match(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:

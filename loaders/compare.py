@@ -132,6 +132,7 @@ def compare(
     tokens: ArrayLike | None = None,
     *,
     text: str | None = None,
+    revision: str | None = None,
 ) -> Comparison:
     """Accuracy, size and speed of a checkpoint under each policy, relative to the first one.
 
@@ -139,6 +140,7 @@ def compare(
     policies  anything `get_policy` accepts: a mapping from names, or a sequence
     tokens    (length,) or (batch, length) ids; rows are cut into windows of 256 tokens
     text      a text instead of tokens, for the checkpoint's tokenizer
+    revision  branch, tag or commit of the repository on the hub
 
     At most two models are in memory at a time. On a terminal, stderr shows the progress.
 
@@ -150,10 +152,10 @@ def compare(
     if isinstance(policies, (str, os.PathLike, Policy)):
         policies = [policies]
     by_name = policies if isinstance(policies, Mapping) else {_name(i, each): each for i, each in enumerate(policies)}
-    ids = token_ids(tokens, text, path)
+    ids = token_ids(tokens, text, path, revision)
     first, rows = None, []
     for name, policy in by_name.items():
-        model = load_model(path, policy)
+        model = load_model(path, policy, revision=revision)
         first = first or model
         check_causal_lm(model.config.task, "compare")
         windows = token_windows(ids, None, model.config.vocab_size)

@@ -1,4 +1,5 @@
-"""`local_folder`: a checkpoint's folder on this machine, downloaded from the Hugging Face hub if necessary."""
+"""`local_folder`: a checkpoint's folder on this machine, downloaded from the Hugging Face hub if necessary, and
+`checkpoint_folder`: the same, with or without the weights."""
 
 from __future__ import annotations
 
@@ -8,17 +9,52 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Sequence
 
 from ..policies.errors import InvalidCheckpoint, MissingFile, PerparamError
-from .checkpoint import weight_map
-from .layout import CONFIG, GENERATION, INDEX, TOKENIZER, WHOLE
+from .layout import CONFIG, GENERATION, INDEX, TOKENIZER
+from .remote import remote_headers
+from .safetensors.reader import Tensor
+from .shards import shard_names
 
 _SMALL = [CONFIG, GENERATION, INDEX, *TOKENIZER]
 _NAME = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?", re.ASCII)
 
 
+def checkpoint_folder(
+    path: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    progress: bool | None = None,
+    weights: bool = True,
+    required: Sequence[str] = (CONFIG,),
+) -> tuple[pathlib.Path, dict[str, dict[str, Tensor]]]:
+    """The folder of a checkpoint, and the headers of those safetensors files that are not in it, by file name.
+
+    weights  False: of a repository on the hub, the headers of the files that are not in the cache are fetched
+
+    Other arguments and errors are those of `local_folder`.
+    """
+    folder = local_folder(path, revision, progress=progress, weights=weights, required=required)
+    if weights or os.path.isdir(path):
+        return folder, {}
+    repo = os.fspath(path)
+    absent = [file for file in shard_names(folder) if not (folder / file).is_file()]
+    try:
+        return folder, remote_headers(repo, folder.name, absent)
+    except PerparamError:
+        raise
+    except Exception as error:
+        raise _failure(repo, revision, error, f", and the cache lacks {_listed(absent)}") from error
+
+
 def local_folder(
-    path: str | os.PathLike[str], revision: str | None = None, *, progress: bool | None = None, weights: bool = True
+    path: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    progress: bool | None = None,
+    weights: bool = True,
+    required: Sequence[str] | None = None,
 ) -> pathlib.Path:
     """The folder `path`, or the folder in huggingface_hub's cache with the repository of that name, after a download.
 
@@ -27,6 +63,8 @@ def local_folder(
     revision  branch, tag or commit of the repository; None: the main branch
     progress  whether to show huggingface_hub's progress bars; None: only if stderr is a terminal
     weights   False: download the config and the tokenizer only
+    required  files that a repository must have, besides the weights; None: the config with the weights, the tokenizer
+              without them
 
     Raises:
       MissingFile: `path` is neither of the two, or a file is not in the cache and cannot be downloaded: there is no
@@ -45,6 +83,8 @@ def local_folder(
             f"{text}: neither a folder nor a name on the hub. Pass an existing folder, such as './qwen3', or a name as "
             "a string, such as 'Qwen/Qwen3-8B'."
         )
+    if required is None:
+        required = [CONFIG] if weights else [TOKENIZER[0]]
     # Imported only here, since the import takes a third of a second.
     from huggingface_hub import constants, utils
 
@@ -54,10 +94,10 @@ def local_folder(
         if not (show or utils.are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None):
             utils.disable_progress_bars()
             afterwards.callback(utils.enable_progress_bars)
-        return _snapshot(text, revision, weights)
+        return _snapshot(text, revision, weights, required)
 
 
-def _snapshot(repo: str, revision: str | None, weights: bool) -> pathlib.Path:
+def _snapshot(repo: str, revision: str | None, weights: bool, required: Sequence[str]) -> pathlib.Path:
     """The folder of a repository in the cache, after a download of the files that are not there."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -75,19 +115,17 @@ def _snapshot(repo: str, revision: str | None, weights: bool) -> pathlib.Path:
         offline = hub_error is not None
         snapshot = snapshot_download(repo, revision=revision, allow_patterns=_SMALL, local_files_only=offline)
         folder = pathlib.Path(snapshot)
-        whole = (folder / WHOLE).is_file() or not (folder / INDEX).is_file()
-        shards = [WHOLE] if whole else sorted(set(weight_map(folder / INDEX).values()))
-        files = [CONFIG, *shards] if weights else [TOKENIZER[0]]
+        files = [*required, *(shard_names(folder) if weights else [])]
         if not offline:
             if absent := [file for file in files if file not in remote_files]:
                 raise MissingFile(
-                    f"{repo}: has no {', '.join(absent[:5])} on the hub. Choose a model with safetensors files, not "
-                    "pickles."
+                    f"{repo}: has no {_listed(absent)} on the hub. Choose a model with safetensors files, not pickles."
                 )
             # The same commit, since the branch may have moved in the meantime; escaped, since these are patterns.
-            snapshot_download(repo, revision=folder.name, allow_patterns=[glob.escape(file) for file in files])
+            if files:
+                snapshot_download(repo, revision=folder.name, allow_patterns=[glob.escape(file) for file in files])
         if absent := [file for file in files if not (folder / file).is_file()]:
-            missing = f", and the cache lacks {', '.join(absent)}"
+            missing = f", and the cache lacks {_listed(absent)}"
             raise ConnectionError("the connection was lost")
     except PerparamError:
         raise
@@ -97,6 +135,10 @@ def _snapshot(repo: str, revision: str | None, weights: bool) -> pathlib.Path:
             missing = f": {str(error).partition('. ')[0]}"
         raise _failure(repo, revision, hub_error or error, missing) from (hub_error or error)
     return folder
+
+
+def _listed(files: Sequence[str]) -> str:
+    return ", ".join(files[:5]) + (f" and {len(files) - 5} more" if files[5:] else "")
 
 
 def _failure(repo: str, revision: str | None, error: Exception, missing: str = "") -> MissingFile:

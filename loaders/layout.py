@@ -5,6 +5,8 @@ GENERATION = "generation_config.json"
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 POLICY = "policy.yaml"
+BLOCKS = "perparam.blocks"
+"""Key in the metadata of a safetensors file: the blocks of its scaled pairs, as JSON by name."""
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from ..models.decoder import Decoder, assemble
 from ..models.sharding import shardings
+from ..policies.formats import ScaledArray
+from ..policies.paths import scale_path
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
+from .bare import BareCheckpoint, open_parameters, warn_if_guessed
 from .checkpoint import Checkpoint, open_checkpoint
-from .hub import local_folder
 from .placement import Placement
 from .progress import Progress
 from .safetensors.reader import Tensor
@@ -52,7 +52,7 @@ def load_model(
       InvalidSharding: an axis that cannot be divided evenly among its devices.
       InvalidScale: scales that are not positive finite numbers.
     """
-    checkpoint = open_checkpoint(local_folder(path, revision, progress=progress))
+    checkpoint = open_checkpoint(path, revision=revision, progress=progress)
     resolved = resolve(get_policy(policy), checkpoint.tree)
     parameters = _load(checkpoint, resolved, sharding, progress)
     return assemble(checkpoint.family.model, checkpoint.config, resolved, parameters)
@@ -65,21 +65,42 @@ def load_params(
     sharding: Any = None,
     revision: str | None = None,
     progress: bool | None = None,
-) -> dict[str, jax.Array]:
-    """The parameters of a checkpoint as a dict by path, `{"layers/0/mlp/up_proj/kernel": …}`, without a model.
+    bare: bool | None = None,
+    scaled: bool = False,
+) -> dict[str, Any]:
+    """The parameters of any safetensors checkpoint as a dict by path, without a model.
 
-    The scales of a narrow kernel have a path of their own, such as "layers/0/mlp/up_proj/scale_inv". Arguments and
-    errors are those of `load_model`.
+    path    a safetensors file, or a folder or a name on the hub as for `load_model`
+    bare    which paths the parameters have. False: those of perparam's model, `{"layers/0/mlp/up_proj/kernel": …}`.
+            True: the names in the files, with "/" for ".": `{"encoder/layer/0/output/dense/weight": …}`. None: those
+            of the model if config.json has a `model_type` that is implemented, and else the names in the files; a
+            warning says so if there is a config.json
+    scaled  whether a narrow parameter is one `ScaledArray`, which includes its block; else its scales have a path of
+            their own, such as "layers/0/mlp/up_proj/scale_inv" or "encoder/layer/0/output/dense/weight_scale_inv"
+
+    Other arguments and errors are those of `load_model`. 64-bit integers are NumPy arrays, unless `jax_enable_x64` is
+    on, since JAX would truncate them. `save_params` is the inverse.
     """
-    checkpoint = open_checkpoint(local_folder(path, revision, progress=progress))
-    return _load(checkpoint, resolve(get_policy(policy), checkpoint.tree), sharding, progress)
+    checkpoint = open_parameters(path, revision=revision, progress=progress, bare=bare)
+    warn_if_guessed(checkpoint, bare)
+    resolved = resolve(get_policy(policy), checkpoint.tree)
+    loaded = _load(checkpoint, resolved, sharding, progress)
+    if not scaled:
+        return loaded
+    pairs = {
+        path: ScaledArray(loaded[path], loaded.pop(scale_path(path)), format)
+        for path, format in resolved.formats.items()
+    }
+    return {**loaded, **pairs}
 
 
-def _load(checkpoint: Checkpoint, resolved: Resolved, layout: Any, progress: bool | None) -> dict[str, jax.Array]:
+def _load(
+    checkpoint: Checkpoint | BareCheckpoint, resolved: Resolved, layout: Any, progress: bool | None
+) -> dict[str, Any]:
     """{path: array} of all parameters and scales, in the order of the checkpoint's tree."""
     stored = resolved.stored
     where = shardings(layout, checkpoint.config, stored)
-    loaded: dict[str, jax.Array] = {}
+    loaded: dict[str, Any] = {}
 
     def work(param: ResolvedParam, report: Callable[[int], None]) -> dict[str, Placement]:
         sinks = {path: Placement(info.shape, info.dtype, where[path]) for path, info in param.stored.items()}
@@ -94,7 +115,7 @@ def _load(checkpoint: Checkpoint, resolved: Resolved, layout: Any, progress: boo
     return {path: loaded[path] for path in stored}
 
 
-def in_file_order(checkpoint: Checkpoint, resolved: Resolved) -> list[ResolvedParam]:
+def in_file_order(checkpoint: Checkpoint | BareCheckpoint, resolved: Resolved) -> list[ResolvedParam]:
     """The parameters in the order of their data, so that each file is read from beginning to end."""
 
     def place(param: ResolvedParam) -> tuple[Any, int]:

@@ -26,7 +26,8 @@ class Placement:
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None = None):
         self.shape, self.dtype, self.sharding = shape, dtype, sharding
         self._devices: dict[jax.Device | None, Box] = {None: tuple((0, size) for size in shape)}
-        if sharding is not None:
+        self._only_host = jax.dtypes.canonicalize_dtype(dtype) != dtype
+        if sharding is not None and not self._only_host:
             places = sharding.addressable_devices_indices_map(shape)
             self._devices = {device: box_of(index or (), shape) for device, index in places.items()}
         self._slices = {box: _empty(box, dtype) for box in self._devices.values()}
@@ -59,8 +60,14 @@ class Placement:
                 columns = tuple(slice(*side) for side in rest)
                 array[low - first : high - first] = rows[(slice(low - start, high - start), *columns)]
 
-    def array(self) -> jax.Array:
-        """The array; all rows must have been written, and none may be written after this call."""
+    def array(self) -> jax.Array | np.ndarray:
+        """The array; all rows must have been written, and none may be written after this call.
+
+        A 64-bit array stays on the host while JAX has no 64-bit dtypes.
+        """
+        if self._only_host:
+            (array,) = self._slices.values()
+            return array
         if self.sharding is None:
             (array,) = self._slices.values()
             result = jax.device_put(array)

@@ -38,8 +38,8 @@ class ArrayRows:
         Raises:
           UnsupportedExport: an array with parts on devices of other processes.
         """
-        if not isinstance(self.array, jax.Array):
-            return np.asarray(self.array)[start:stop]
+        if not isinstance(self.array, jax.Array) or not self.shape:
+            return np.asarray(self.array)[start:stop] if self.shape else np.asarray(self.array)
         if not self.array.is_fully_addressable:
             raise UnsupportedExport(f"{self.path}: is stored on devices of other processes. Gather it first.")
         shards = {box_of(shard.index, self.shape): shard.data for shard in self.array.addressable_shards}

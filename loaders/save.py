@@ -8,13 +8,14 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+from flax import nnx
 
 from ..models.config import DecoderConfig
 from ..models.decoder import CausalLM
-from ..policies.errors import InvalidCheckpoint, InvalidPolicy
+from ..policies.errors import InvalidCheckpoint, InvalidPolicy, UnsupportedExport
 from ..policies.policy import Policy
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
@@ -27,6 +28,7 @@ from .families.config_json import unused_fields
 from .infer import describe
 from .json_file import read_json
 from .layout import CONFIG, GENERATION, INDEX, POLICY, TOKENIZER
+from .libraries import Library, check_library
 from .load import in_file_order
 from .progress import Progress
 from .rows import ArrayRows
@@ -39,15 +41,18 @@ def save_model(
     folder: str | os.PathLike[str],
     policy: PolicyLike = None,
     *,
+    for_library: Library | None = None,
     max_shard_size: int | str = "5GB",
     progress: bool | None = None,
 ) -> pathlib.Path:
-    """Saves `model` as a checkpoint that transformers, vLLM and `load_model` can read; returns the folder.
+    """Saves `model` as a checkpoint in Hugging Face layout, which `load_model` reads; returns the folder.
 
     folder          replaced as a whole, after all files are written; a folder with files that are not a checkpoint's
                     is an error
     policy          anything `get_policy` accepts; its storage formats are applied to the files. None: the formats of
                     the model, bit for bit
+    for_library     "transformers" or "vllm": refuse what that library cannot load; see `loaders/libraries.py`. None:
+                    warn if blocks do not divide the sides of kernels, which these two cannot load
     max_shard_size  bytes of a file, or text such as "5GB"
     progress        whether to show a progress bar on stderr; None: only if that is a terminal
 
@@ -57,11 +62,17 @@ def save_model(
 
     Raises:
       UnsupportedExport: the layout cannot describe the parameters: it has narrow kernels in e4m3 with one block size,
-        and no other narrow parameters. Nothing is written then.
+        and no other narrow parameters; or `for_library` cannot load them; or `model` is no model of perparam.
+        Nothing is written then.
       SaveFailed: the disk is full, or another error of the file system; the folder is then unchanged.
       UnmatchedRule, ShadowedRule: a rule of the policy that decides nothing.
       InvalidSize: a `max_shard_size` that is not a size.
     """
+    if not isinstance(model, nnx.Module) or not isinstance(getattr(model, "config", None), DecoderConfig):
+        raise UnsupportedExport(
+            f"save_model: expected a model of perparam, such as load_model returns, found {type(model).__name__}. Save "
+            "other parameters, such as Flax variables, with perparam.save_params(tree, folder)."
+        )
     policy = get_policy(policy)
     resolved = resolve(policy, model)
     sources = {path: ArrayRows(path, array) for path, array in parameters(model).items()}
@@ -70,7 +81,7 @@ def save_model(
         dtype, saved_policy = policy.activations or model.config.dtype or dtype, policy
     config = dataclasses.replace(model.config, dtype=dtype)
     params = list(resolved.params.values())
-    return _write(folder, config, params, sources, saved_policy, size_in_bytes(max_shard_size), progress)
+    return _write(folder, config, params, sources, saved_policy, size_in_bytes(max_shard_size), progress, for_library)
 
 
 def convert_checkpoint(
@@ -78,31 +89,39 @@ def convert_checkpoint(
     folder: str | os.PathLike[str],
     policy: PolicyLike = None,
     *,
+    revision: str | None = None,
+    for_library: Library | None = None,
     max_shard_size: int | str = "5GB",
     progress: bool | None = None,
 ) -> pathlib.Path:
-    """Saves the checkpoint in the folder `source` with the storage formats of `policy`; returns the new folder.
+    """Saves the checkpoint `source` in a new folder with the storage formats of `policy`; returns the new folder.
+
+    source    a folder or the name of a repository on the hub, as for `load_model`
+    revision  branch, tag or commit of the repository
 
     The result is that of `load_model` and `save_model`, but only a few slabs of rows are in memory at a time.
-    Arguments and errors are those of these two functions.
+    Other arguments and errors are those of these two functions.
     """
-    policy, checkpoint = get_policy(policy), open_checkpoint(source)
+    policy, checkpoint = get_policy(policy), open_checkpoint(source, revision=revision, progress=progress)
     if os.path.realpath(source) == os.path.realpath(folder):
         raise InvalidCheckpoint(f"{folder}: a checkpoint cannot be converted into its own folder. Choose another one.")
     resolved = resolve(policy, checkpoint.tree)
     config = dataclasses.replace(checkpoint.config, dtype=policy.activations or checkpoint.config.dtype)
     params, sources = in_file_order(checkpoint, resolved), checkpoint.tensors
-    return _write(folder, config, params, sources, policy, size_in_bytes(max_shard_size), progress)
+    return _write(folder, config, params, sources, policy, size_in_bytes(max_shard_size), progress, for_library)
 
 
-def shard_sizes(checkpoint: Checkpoint, resolved: Resolved, max_shard_size: int | str) -> dict[str, int]:
+def shard_sizes(
+    checkpoint: Checkpoint, resolved: Resolved, max_shard_size: int | str, for_library: Library | None = None
+) -> dict[str, int]:
     """{file name: bytes of data} of the safetensors files that `convert_checkpoint` would write.
 
     Raises:
       UnsupportedExport: the layout cannot describe the parameters; see `save_model`.
     """
-    groups = export(checkpoint.config, resolved.stored).groups
-    shards = in_shards(groups, size_in_bytes(max_shard_size))
+    contents = export(checkpoint.config, resolved.stored)
+    check_library(contents, resolved.stored, for_library)
+    shards = in_shards(contents.groups, size_in_bytes(max_shard_size))
     return {file: sum(map(tensor_bytes, tensors.values())) for file, tensors in shards.items()}
 
 
@@ -114,10 +133,12 @@ def _write(
     policy: Policy,
     limit: int,
     progress: bool | None,
+    for_library: Library | None,
 ) -> pathlib.Path:
     """Writes a checkpoint with `params` in their order, from `sources` by path; returns the folder."""
     stored = {path: info for param in params for path, info in param.stored.items()}
     contents = export(config, stored)
+    check_library(contents, stored, for_library)
     config = contents.config
     policy = policy if _still_applies(policy, stored) else describe(stored, config)
     with new_folder(folder, _is_checkpoint_file) as work:
@@ -127,12 +148,7 @@ def _write(
         policy.dump(work / POLICY)
         bar = Progress(f"saving {pathlib.Path(folder).name}", sum(param.current.bytes for param in params), progress)
         with Writer(work, in_shards(contents.groups, limit)) as writer, bar:
-
-            def work_on(param: ResolvedParam, report: Callable[[int], None]) -> None:
-                run(param, sources, {path: _Sink(writer, contents.names[path]) for path in param.stored}, report)
-
-            for _ in in_turn(params, work_on, bar):
-                pass
+            write_params(writer, params, sources, contents.names, bar)
     return pathlib.Path(folder)
 
 
@@ -165,6 +181,22 @@ def _is_checkpoint_file(name: str) -> bool:
     return name in (CONFIG, GENERATION, INDEX, POLICY, *TOKENIZER) or bool(
         re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name)
     )
+
+
+def write_params(
+    writer: Writer,
+    params: Iterable[ResolvedParam],
+    sources: Mapping[str, Source],
+    names: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """Writes parameters and their scales in their storage formats, from `sources` by path, as the tensors `names`."""
+
+    def work_on(param: ResolvedParam, report: Callable[[int], None]) -> None:
+        run(param, sources, {path: _Sink(writer, names[path]) for path in param.stored}, report)
+
+    for _ in in_turn(params, work_on, progress):
+        pass
 
 
 @dataclasses.dataclass(frozen=True)

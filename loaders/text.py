@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from ..models.decoder import CausalLM
 from ..models.generation import CHUNK, GREEDY, Generated, GenerationConfig, Prefix, Sampling, decode
 from ..policies.errors import InvalidCheckpoint, InvalidText
+from .hub import local_folder
 from .json_file import read_json
 from .layout import GENERATION
 from .tokenizer import Tokenizer
@@ -37,18 +37,20 @@ class Completion:
     arrived: tuple[float, float] = dataclasses.field(default=(0.0, 0.0), compare=False)
 
 
-def sampling_defaults(folder: str | os.PathLike[str]) -> Sampling:
+def sampling_defaults(path: str | os.PathLike[str], *, revision: str | None = None) -> Sampling:
     """The sampling that a checkpoint's generation_config.json recommends; greedy without that file.
+
+    path, revision  as for `load_model`; of a repository on the hub, no weights are downloaded
 
     Its temperature, top_k, top_p, min_p and repetition_penalty are read; other settings are ignored.
 
     Raises:
       InvalidCheckpoint, InvalidSampling: for fields of the wrong type or out of range.
     """
-    path = pathlib.Path(folder) / GENERATION
-    if not path.is_file():
+    file = local_folder(path, revision, weights=False, required=[]) / GENERATION
+    if not file.is_file():
         return GREEDY
-    fields = read_json(path)
+    fields = read_json(file)
     kinds = {
         "temperature": float, "top_p": float, "min_p": float, "repetition_penalty": float, "top_k": int,
     }  # fmt: skip
@@ -57,7 +59,7 @@ def sampling_defaults(folder: str | os.PathLike[str]) -> Sampling:
         value = fields.get(name)
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-                raise InvalidCheckpoint(f"{path}: {name}: expected a number, found {value!r}.")
+                raise InvalidCheckpoint(f"{file}: {name}: expected a number, found {value!r}.")
             values[name] = value
     if fields.get("do_sample", False) is not True:
         return Sampling(temperature=0.0, repetition_penalty=values.get("repetition_penalty", 1.0))

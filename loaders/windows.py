@@ -15,20 +15,22 @@ WINDOW = 256
 """Most tokens of a window; no window sees the one before it, so that memory does not grow with the text."""
 
 
-def token_ids(tokens: ArrayLike | None, text: str | None, folder: str | os.PathLike[str] | None) -> ArrayLike:
-    """The ids of a text under the tokenizer in `folder`, or else `tokens`; exactly one of the two is given.
+def token_ids(
+    tokens: ArrayLike | None, text: str | None, path: str | os.PathLike[str] | None, revision: str | None = None
+) -> ArrayLike:
+    """The ids of a text under the tokenizer of the checkpoint `path`, or else `tokens`; exactly one of the two is given.
 
     Raises:
-      InvalidTokens: neither or both are given; a text without a folder.
+      InvalidTokens: neither or both are given; a text without a checkpoint.
       Errors of `load_tokenizer`.
     """
     if text is None and tokens is not None:
         return tokens
     if text is None or tokens is not None:
         raise InvalidTokens(f"expected tokens or text, found {'neither' if text is None else 'both'}.")
-    if folder is None:
+    if path is None:
         raise InvalidTokens("text: the model was not loaded from a folder with a tokenizer. Pass tokens.")
-    return load_tokenizer(folder).encode(text)
+    return load_tokenizer(path, revision).encode(text)
 
 
 def token_windows(

@@ -53,11 +53,12 @@ def _auto_sharding(sharding: Sharding) -> Sharding:
     return NamedSharding(_auto(sharding.mesh), sharding.spec, memory_kind=sharding.memory_kind)
 
 
-def shardings(layout: Any, config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, Sharding | None]:
+def shardings(layout: Any, config: DecoderConfig | None, stored: Mapping[str, ArrayInfo]) -> dict[str, Sharding | None]:
     """{path: sharding} of all parameters and scales in `stored`; None: JAX's default device.
 
     layout  None, a `Sharding` for all, a `Mesh` (see `tensor_parallel`), or {pattern: sharding}: the first pattern that
             matches decides, "default" is for all other parameters, which are replicated without it
+    config  the model's config, which a Mesh needs; None for parameters without a model
     stored  {path: shape and format}
 
     Scales are sharded as their kernel; see `scales_sharding`.
@@ -69,6 +70,10 @@ def shardings(layout: Any, config: DecoderConfig, stored: Mapping[str, ArrayInfo
     if layout is None:
         return dict.fromkeys(stored)
     if isinstance(layout, Mesh):
+        if config is None:
+            raise InvalidSharding(
+                "sharding: a Mesh needs a model, and these parameters have none. Pass {pattern: NamedSharding, …}."
+            )
         layout = tensor_parallel(config, layout)
     if isinstance(layout, Sharding):
         layout = {"default": layout}

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,6 +32,10 @@ class Hub:
     """X-Error-Code by the beginning of the path; or "down" for 503, or "cut" for half a file."""
     requests: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     """Method and path, in turn."""
+    sent: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Bytes of each file that were sent, by name."""
+    ranges: bool = True
+    """Whether it sends parts of files, as the real one does."""
 
     def add(self, repo: str, folder: Path, revision: str = "main", **more: bytes) -> str:
         """The commit under which `revision` of `repo` now has the files of the folder and `more`."""
@@ -50,8 +55,8 @@ class Hub:
             if how == "GET" and "/resolve/" in path
         )
 
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body."""
+    def answer(self, path: str, part: str | None = None) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body; `part` is the Range that was asked for."""
         refused = next((code for start, code in self.refusals.items() if path.startswith(start)), None)
         if refused not in (None, "cut"):
             return _error(refused)
@@ -74,7 +79,14 @@ class Hub:
         headers = {"ETag": f'"{_digest(content)}"', "X-Repo-Commit": commit, "Content-Length": str(len(content))}
         if refused == "cut":
             return 200, {**headers, "Connection": "close"}, content[: len(content) // 2]
-        return 200, headers, content
+        if part is None or not self.ranges:
+            return 200, headers, content
+        first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", part).groups())
+        body, whole = content[first : last + 1], len(content)
+        if not body:
+            return 416, {"Content-Range": f"bytes */{whole}"}, b""
+        headers |= {"Content-Length": str(len(body)), "Content-Range": f"bytes {first}-{first + len(body) - 1}/{whole}"}
+        return 206, headers, body
 
 
 @contextlib.contextmanager
@@ -88,13 +100,16 @@ def serve() -> Iterator[Hub]:
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((self.command, path))
-            status, headers, body = hub.answer(path)
+            status, headers, body = hub.answer(path, self.headers["Range"])
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(body)
+                if "/resolve/" in path:
+                    file = path.rpartition("/")[2]
+                    hub.sent[file] = hub.sent.get(file, 0) + len(body)
 
         do_HEAD = do_GET  # noqa: N815
 

@@ -1,7 +1,7 @@
 """What the tests of the hub share: file names, ways to lose the network, and what `local_folder` refuses."""
 
+import importlib
 import json
-import sys
 
 import pytest
 from huggingface_hub import constants
@@ -40,7 +40,7 @@ def unplugged(monkeypatch):
 
 def bars_of_environment(monkeypatch, disabled):
     # What HF_HUB_DISABLE_PROGRESS_BARS sets.
-    for module in (constants, sys.modules["huggingface_hub.utils.tqdm"]):
+    for module in (constants, importlib.import_module("huggingface_hub.utils.tqdm")):
         monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", disabled)
 
 

@@ -203,7 +203,7 @@ def test_the_demo_runs(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["plan", "nowhere"], "nowhere: there is no such folder"),
+        (["plan", "./nowhere"], "./nowhere: neither a folder nor a name on the hub"),
         (["plan", "FOLDER", "--policy", "fp8_dynamc"], "Did you mean 'fp8_dynamic'"),
         (["audit", "FOLDER", "--tokens", "99999"], "outside the vocabulary of 2048"),
         (["generate", "LAYER", "--prompt", "hello"], "tokenizer.json"),

@@ -10,13 +10,16 @@ import dataclasses
 import math
 import os
 import pathlib
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from ...policies.blocks import Block, as_block
 from ...policies.dtypes import as_dtype
 from ...policies.errors import InvalidCheckpoint, MissingFile, UnknownDtype, shown
 from ..json_file import LARGEST, parse_object
+from ..layout import BLOCKS
 
 ALIGNMENT = 64
 """In bytes; XLA's CPU backend uses a buffer with this alignment without a copy."""
@@ -35,6 +38,7 @@ class Tensor:
     dtype       of the array
     offset      position of the data in the file, in bytes
     file_bytes  length of the file when its header was read
+    block       the block of its scales, if the file's metadata has it
     """
 
     name: str
@@ -43,6 +47,7 @@ class Tensor:
     dtype: np.dtype
     offset: int
     file_bytes: int
+    block: Block | None = None
 
     @property
     def bytes(self) -> int:
@@ -95,15 +100,25 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if path.exists() and not path.is_file():  # opening a pipe would block
             raise _damaged(path, "not a regular file")
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header, start = _header(path, file, size)
+            return tensors_of(path, file.read, os.fstat(file.fileno()).st_size)
     except FileNotFoundError as error:
         raise MissingFile(f"{path}: there is no such file. Is the download complete?") from error
     except OSError as error:
         raise InvalidCheckpoint(f"{path}: cannot be read: {error}.") from error
+
+
+def tensors_of(path: pathlib.Path, read: Callable[[int], bytes], size: int) -> dict[str, Tensor]:
+    """{name: tensor} of a safetensors file; see `read_header`.
+
+    path  of the file, for errors and for the tensors
+    read  returns the next bytes of the file, at most as many as it is asked for; only the header is read
+    size  length of the file in bytes
+    """
+    header, start = _header(path, read, size)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _damaged(path, f"__metadata__: expected a mapping from text to text, found {shown(metadata)}")
+    blocks = _blocks(path, metadata.get(BLOCKS, "{}"))
     entries = [_entry(path, name, entry, size) for name, entry in header.items()]
     end, tensors = 0, {}
     for (first, last), tensor in sorted(entries, key=lambda entry: entry[0]):
@@ -112,7 +127,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             where = f"{shown(tensor.name)} is at bytes {first} to {last}"
             raise _damaged(path, f"{where}, which {what} (it ends at {end})")
         end = last
-        tensors[tensor.name] = dataclasses.replace(tensor, offset=start + first)
+        tensors[tensor.name] = dataclasses.replace(tensor, offset=start + first, block=blocks.get(tensor.name))
     if start + end != size:
         raise _damaged(path, f"the header describes {start + end} bytes, the file has {size}")
     return tensors
@@ -129,18 +144,26 @@ def _damaged(path: pathlib.Path, text: str) -> InvalidCheckpoint:
     return InvalidCheckpoint(f"{path}: {text}. The file is damaged or incomplete: fetch it again.")
 
 
-def _header(path: pathlib.Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+def _header(path: pathlib.Path, read: Callable[[int], bytes], size: int) -> tuple[dict[str, Any], int]:
     """The JSON header, and the offset of the data in bytes."""
     if size < 8:
         raise _damaged(path, f"a safetensors file begins with eight bytes of length, this one has {size} bytes")
-    length = int.from_bytes(file.read(8), "little")
+    length = int.from_bytes(read(8), "little")
     if length > min(size - 8, LARGEST):
         claim = f"the header has a length of {length} bytes, the file has {size - 8} after its first eight"
         raise _damaged(path, f"{claim}, and the limit is {LARGEST >> 20} MiB")
     try:
-        return parse_object(file.read(length)), 8 + length
+        return parse_object(read(length)), 8 + length
     except ValueError as error:
         raise _damaged(path, f"the header: {error}") from error
+
+
+def _blocks(path: pathlib.Path, text: str) -> dict[str, Block]:
+    """{tensor name: block} in the metadata that perparam writes."""
+    try:
+        return {name: as_block(block) for name, block in parse_object(text.encode()).items()}
+    except (ValueError, TypeError) as error:
+        raise _damaged(path, f"{BLOCKS} in __metadata__: {error}") from error
 
 
 def _entry(path: pathlib.Path, name: str, entry: Any, size: int) -> tuple[tuple[int, int], Tensor]:

@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -18,8 +18,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from ...policies.blocks import Block
 from ...policies.errors import InvalidSize, SaveFailed, shown
-from ..layout import INDEX, WHOLE
+from ..layout import BLOCKS, INDEX, WHOLE
 
 NAMES = {
     np.dtype(np.float32): "F32",
@@ -27,7 +28,17 @@ NAMES = {
     np.dtype(ml_dtypes.bfloat16): "BF16",
     np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
 }
-"""Names in safetensors files of the dtypes that checkpoints are saved in."""
+"""Names in safetensors files of the dtypes that models are saved in."""
+
+ALL_NAMES = NAMES | {
+    np.dtype(getattr(ml_dtypes, name, name)): short
+    for name, short in {
+        "float64": "F64", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0", "int64": "I64", "int32": "I32",
+        "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+        "complex64": "C64",
+    }.items()
+}  # fmt: skip
+"""Names of all dtypes that are read and written."""
 
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _UNITS = {
@@ -96,13 +107,14 @@ class Writer:
 
     folder  exists, without these files
     shards  {file name: tensors}
+    blocks  {tensor name: block} for the metadata; `Tensor.block` has it again
 
     Raises:
       OSError: the disk is full, or another error of the file system, here and in `write` and `close`.
     """
 
-    def __init__(self, folder: pathlib.Path, shards: dict[str, Tensors]):
-        self._folder, self._shards = folder, shards
+    def __init__(self, folder: pathlib.Path, shards: dict[str, Tensors], blocks: Mapping[str, Block] | None = None):
+        self._folder, self._shards, self._blocks = folder, shards, blocks or {}
         self._places: dict[str, tuple[int, int]] = {}
         self._files: list[int] = []
         with contextlib.ExitStack() as stack:
@@ -125,13 +137,16 @@ class Writer:
             places[name] = end
             offsets = [end, end + tensor_bytes(tensor)]
             header[name] = {
-                "dtype": NAMES[np.dtype(tensor.dtype)],
+                "dtype": ALL_NAMES[np.dtype(tensor.dtype)],
                 "shape": list(tensor.shape),
                 "data_offsets": offsets,
             }
             end = offsets[1]
         # transformers refuses files without this format in their metadata.
-        text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+        metadata = {"format": "pt"}
+        if blocks := {name: self._blocks[name] for name in header if name in self._blocks}:
+            metadata[BLOCKS] = json.dumps(blocks)
+        text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % 64)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         self._files.append(file)

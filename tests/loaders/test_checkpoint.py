@@ -75,7 +75,7 @@ def test_headers_are_enough_for_a_tree_and_a_plan(folder, monkeypatch):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    assert "there is no such folder. Pass one with config.json" in refusal(tmp_path / "absent", MissingFile)
+    assert "neither a folder nor a name on the hub. Pass an existing" in refusal(tmp_path / "absent", MissingFile)
 
 
 def test_a_folder_without_config_is_refused(folder):

@@ -21,6 +21,7 @@ from checkpoints import F8, fields, relative_error, tensors, write
 
 import perparam
 from perparam import Policy
+from perparam.examples.make_checkpoint import make_checkpoint
 
 pytestmark = pytest.mark.torch
 
@@ -106,6 +107,10 @@ def saved(tmp_path_factory):
         folder = perparam.save_model(perparam.load_model(source), top / str(i), case.policy, max_shard_size=case.shards)
         job = {"folder": str(folder), "dtype": case.dtype, "ids": IDS.tolist(), "result": str(top / f"{i}.npz")}
         jobs.append((name, job))
+    demo = make_checkpoint(top / "demo")
+    jobs.append(
+        ("demo", {"folder": str(demo), "dtype": "float32", "ids": IDS.tolist(), "result": str(top / "demo.npz")})
+    )
     script = pathlib.Path(__file__).parent / "transformers_logits.py"
     python = os.environ.get("PERPARAM_TORCH_PYTHON", sys.executable)
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
@@ -137,3 +142,10 @@ def test_transformers_takes_scales_for_the_kernels_that_have_them(saved, name):
     assert set(theirs["quantised"].tolist()) == narrow
     policy = perparam.get_policy(CASES[name].policy)
     assert bool(narrow) == (policy.block is not None or name == "fp8 as it is")
+
+
+def test_the_demo_checkpoint_loads_in_transformers_with_the_same_logits(saved):
+    folder, theirs = saved["demo"]
+    ours = checkpoints.logits(perparam.load_model(folder, Policy(compute="f32", output="f32")), IDS)
+    assert relative_error(ours, theirs["logits"]) <= FLOAT32_ERROR
+    assert len(theirs["quantised"]) == 4 * 7

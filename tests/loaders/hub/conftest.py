@@ -17,8 +17,9 @@ def served():
 @pytest.fixture
 def hub(served, monkeypatch, tmp_path):
     """The hub that huggingface_hub talks to, with nothing in it, and an empty cache in `tmp_path`."""
-    for kept in (served.repos, served.revisions, served.refusals, served.requests):
+    for kept in (served.repos, served.revisions, served.refusals, served.requests, served.sent):
         kept.clear()
+    served.ranges = True
     to(monkeypatch, served.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
