@@ -317,8 +317,8 @@ class TestErrors:
             apply(Net(), policy, init(Net(), {"params": stored}, KEY, X), X)
         message = str(caught.value)
         assert "kernel: computing in f8_e4m3fn (rule 'kernel') needs a layer that quantises its activations" in message
-        assert "and this module has no argument `policy`. Write bf16 or null in compute, " in message
-        assert "or build the module from perparam.models.Linear" in message
+        assert "and code without perparam multiplies wide arrays. Write bf16 or null in compute, " in message
+        assert "or use perparam.models.Linear or perparam.scaled_matmul." in message
 
     def test_a_rule_that_decides_nothing_is_refused_by_both(self):
         with pytest.raises(UnmatchedRule, match="'up/kernal'"):

@@ -348,7 +348,7 @@ class TestErrors:
     def test_a_narrow_compute_dtype_is_refused_with_the_remedy(self):
         with pytest.raises(
             UnsupportedCast,
-            match=r"computing in f8_e4m3fn .* has no argument `policy`. Write bf16 or null in compute, or build",
+            match=r"computing in f8_e4m3fn .*quantises its activations.*Write bf16 or null in compute, or use perparam",
         ):
             apply(Net, {"compute": {"kernel": "f8_e4m3fn", "default": "bf16"}}, init(Net, None, KEY), X)
 
