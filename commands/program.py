@@ -99,9 +99,10 @@ def _failed(text: str) -> int:
 
 def _unexpected(error: Exception) -> int:
     """Prints an error of JAX in one line, any other one with its traceback."""
-    in_jax = f"{os.sep}jax{os.sep}" in traceback.extract_tb(error.__traceback__)[-1].filename
-    if isinstance(error, (jax.errors.JaxRuntimeError, MemoryError)) or (isinstance(error, RuntimeError) and in_jax):
-        lines = str(error).splitlines() or [type(error).__name__]  # no such device, not enough memory
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    in_jax = f"{os.sep}jax{os.sep}" in last.filename and isinstance(error, (RuntimeError, AssertionError))
+    if in_jax or isinstance(error, (jax.errors.JaxRuntimeError, MemoryError)):  # no such device, not enough memory
+        lines = str(error).splitlines() or [f"{type(error).__name__} {last.line or ''}".strip()]
         return _failed(f"JAX could not run this: {lines[0]}")
     traceback.print_exception(error)
     print("perparam: internal error: please report it with the lines above and the command.", file=sys.stderr)

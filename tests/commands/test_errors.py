@@ -74,13 +74,22 @@ def test_a_closed_output_is_named(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == "perparam: error: standard output is closed\n"
 
 
-def test_an_error_of_jax_is_one_line(folder, capsys, monkeypatch):
-    def fail(*_, **__):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand much more")
+def no_memory():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand much more")
 
-    monkeypatch.setattr("perparam.commands.generate.generate", fail)
-    assert main(["generate", folder, "--tokens", "1"]) == 2
-    assert capsys.readouterr().err == "perparam: error: JAX could not run this: RESOURCE_EXHAUSTED: out of memory\n"
+
+def no_backend():  # as jax fails with JAX_PLATFORMS=cuda where there is no plugin
+    exec(compile("assert not 'a backend'", "/lib/jax/_src/xla_bridge.py", "exec"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "text"),
+    [(no_memory, "RESOURCE_EXHAUSTED: out of memory"), (no_backend, "AssertionError")],
+)
+def test_an_error_of_jax_is_one_line(failure, text, folder, capsys, monkeypatch):
+    monkeypatch.setattr("perparam.commands.plan.open_checkpoint", lambda *_: failure())
+    assert main(["plan", folder]) == 2
+    assert capsys.readouterr().err == f"perparam: error: JAX could not run this: {text}\n"
 
 
 def test_an_internal_error_has_its_traceback_and_is_not_put_down_to_jax(folder, capsys, monkeypatch):
