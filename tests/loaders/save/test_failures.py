@@ -137,7 +137,7 @@ def test_weights_that_became_infinite_are_refused(bf16, tmp_path):
 def test_a_source_that_is_cut_short_meanwhile_is_refused(tmp_path, monkeypatch):
     source = write(tmp_path / "source", fields(), tensors(fields()))
     checkpoint = open_checkpoint(source)
-    monkeypatch.setattr("perparam.loaders.save.open_checkpoint", lambda _: checkpoint)
+    monkeypatch.setattr("perparam.loaders.save.open_checkpoint", lambda _, **__: checkpoint)
     with open(source / "model.safetensors", "r+b") as file:
         file.truncate(50_000)
     with pytest.raises(InvalidCheckpoint, match=re.escape(str(source))):
