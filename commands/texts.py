@@ -21,4 +21,4 @@ def texts_of(options: argparse.Namespace) -> list[str]:
     """The texts that a command line gives."""
     if not options.lines:
         return options.texts
-    return [line for file in options.texts for line in read_text(file).removesuffix("\n").split("\n")]
+    return [line for file in options.texts for line in read_text("--lines", file).removesuffix("\n").split("\n")]

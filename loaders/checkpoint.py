@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any

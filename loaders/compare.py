@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike
 from ..models.decoder import CausalLM
 from ..models.generation import generate
 from ..models.heads import check_causal_lm
-from ..policies.errors import InvalidTokens
-from ..policies.plan import count, human_bytes, plan
+from ..policies.errors import InvalidTokens, count
+from ..policies.plan import human_bytes, plan
 from ..policies.policy import Policy
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import resolve
