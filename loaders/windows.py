@@ -18,7 +18,7 @@ WINDOW = 256
 def token_ids(
     tokens: ArrayLike | None, text: str | None, path: str | os.PathLike[str] | None, revision: str | None = None
 ) -> ArrayLike:
-    """The ids of a text under the tokenizer of the checkpoint `path`, or else `tokens`; exactly one of the two is given.
+    """The ids of a text under the tokenizer of the checkpoint `path`, or else `tokens`; one of the two is given.
 
     Raises:
       InvalidTokens: neither or both are given; a text without a checkpoint.
