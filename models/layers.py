@@ -108,13 +108,14 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """y (..., out) of x (..., in), in the activations' dtype: the policy's, or else that of x."""
         x = x.astype(self.activations or x.dtype)
-        return self._biased(block_matmul(x, self.kernel, self.scale_inv, self.compute))
+        result = None if self.bias is None else F32
+        return self._biased(block_matmul(x, self.kernel, self.scale_inv, self.compute, result), x.dtype)
 
-    def _biased(self, y: jax.Array) -> jax.Array:
+    def _biased(self, y: jax.Array, dtype: np.dtype) -> jax.Array:
+        """The product y plus any bias, in `dtype`; y is float32 with a bias, so that only the sum is rounded."""
         if self.bias is None:
-            return y
-        bias = saturating_cast(self.bias[...], self.bias_compute or y.dtype)
-        return (y.astype(bias.dtype) + bias).astype(y.dtype)
+            return y.astype(dtype)
+        return (y + saturating_cast(self.bias[...], self.bias_compute or dtype).astype(y.dtype)).astype(dtype)
 
     def _launch_key(self) -> tuple[Any, ...] | None:
         """Equal for projections of the same x that one kernel launch can compute; None for a layer that cannot join."""
@@ -132,8 +133,9 @@ def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
     first = linears[0]
     kernels = [pair(layer.kernel, layer.scale_inv) for layer in linears if layer.scale_inv is not None]
     x = x.astype(first.activations or x.dtype)
-    results = scaled_matmuls(x, kernels, compute=first.compute)
-    return tuple(layer._biased(y) for layer, y in zip(linears, results, strict=True))
+    result = None if all(layer.bias is None for layer in linears) else F32
+    products = scaled_matmuls(x, kernels, compute=first.compute, result=result)
+    return tuple(layer._biased(y, x.dtype) for layer, y in zip(linears, products, strict=True))
 
 
 def pair(kernel: nnx.Variable, scale_inv: nnx.Variable) -> ScaledArray:
@@ -142,9 +144,16 @@ def pair(kernel: nnx.Variable, scale_inv: nnx.Variable) -> ScaledArray:
     return ScaledArray(kernel[...], scale_inv[...], format)
 
 
-def block_matmul(x: jax.Array, kernel: nnx.Variable, scale_inv: Narrow | None, compute: Format | None) -> jax.Array:
+def block_matmul(
+    x: jax.Array,
+    kernel: nnx.Variable,
+    scale_inv: Narrow | None,
+    compute: Format | None,
+    result: np.dtype | None = None,
+) -> jax.Array:
     """`scaled_matmul` of x and a kernel's variables."""
-    return scaled_matmul(x, kernel[...] if scale_inv is None else pair(kernel, scale_inv), compute=compute)
+    array = kernel[...] if scale_inv is None else pair(kernel, scale_inv)
+    return scaled_matmul(x, array, compute=compute, result=result)
 
 
 class Embedding(nnx.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..policies.errors import InvalidTokens
+from ..policies.errors import InvalidTokens, shown
 
 
 def checked_tokens(
@@ -18,15 +18,17 @@ def checked_tokens(
     """`(ids, mask)`, both (batch, length), int32 and bool; the ids of padding are 0, whatever they were.
 
     input_ids       (batch, length) integers
-    attention_mask  (batch, length), nonzero for real tokens; None: all are real
+    attention_mask  (batch, length) booleans or integers, nonzero for real tokens, or floats that are 0 or 1; None: all
+                    are real
 
     Raises:
-      InvalidTokens: shapes or dtypes that do not fit; ids of real tokens outside the vocabulary, except under jit.
+      InvalidTokens: shapes or dtypes that do not fit; ids of real tokens outside the vocabulary, and floats other than
+        0 and 1, except under jit.
     """
     ids = _array("input_ids", input_ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise InvalidTokens(f"input_ids: expected integers of shape (batch, length), found {ids.dtype} {ids.shape}.")
-    mask = np.ones(ids.shape, bool) if attention_mask is None else _array("attention_mask", attention_mask).astype(bool)
+    mask = np.ones(ids.shape, bool) if attention_mask is None else _mask(_array("attention_mask", attention_mask))
     if mask.shape != ids.shape:
         raise InvalidTokens(f"attention_mask: expected the shape of input_ids, {ids.shape}, found {mask.shape}.")
     if not isinstance(ids, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
@@ -43,6 +45,24 @@ def checked_tokens(
     return jnp.where(mask, jnp.asarray(ids, jnp.int32), 0), mask
 
 
+def _mask(values: Any) -> Any:
+    """`values` as booleans, (batch, length)."""
+    floating = jnp.issubdtype(values.dtype, jnp.floating)
+    if not (values.dtype == bool or jnp.issubdtype(values.dtype, jnp.integer) or floating):
+        raise InvalidTokens(
+            f"attention_mask: expected booleans or integers, nonzero for real tokens, found {values.dtype.name}."
+        )
+    # A mask that is added to scores has 0 for real tokens.
+    if floating and not isinstance(values, jax.core.Tracer):
+        other = values[(values != 0) & (values != 1)]
+        if other.size:
+            raise InvalidTokens(
+                f"attention_mask: expected 1 for real tokens and 0 for others, found {other[0]}. Pass booleans or "
+                "integers."
+            )
+    return values.astype(bool)
+
+
 def _array(name: str, values: ArrayLike) -> Any:
     """A traced array as it is, anything else in numpy."""
     if isinstance(values, jax.core.Tracer):
@@ -53,3 +73,5 @@ def _array(name: str, values: ArrayLike) -> Any:
         raise InvalidTokens(
             f"{name}: found rows of different length. Pad them, and mark the real tokens in attention_mask."
         ) from error
+    except TypeError as error:
+        raise InvalidTokens(f"{name}: expected an array of numbers, found {shown(values)}.") from error

@@ -59,7 +59,7 @@ def generate(
 ) -> jax.Array:
     """The new tokens after every prompt, `(batch * num_return_sequences, max_new_tokens)` int32.
 
-    input_ids             (batch, length) integers, or a `Prefix`, whose rows are cut off when its cache is full
+    input_ids             (batch, length) integers, or a `Prefix` with room for `max_new_tokens`
     attention_mask        (batch, length), nonzero for real tokens; prompts may be padded left or right; None: all real
     max_new_tokens        tokens to generate for each row; a row that ends earlier is filled with the config's
                           pad_token_id, or else with the first of `eos_token_id`, or else with 0
@@ -70,7 +70,8 @@ def generate(
     num_return_sequences  answers to each prompt, one after the other
 
     Raises:
-      InvalidTokens: ids outside the vocabulary, a row without a real token, shapes that do not fit.
+      InvalidTokens: ids outside the vocabulary, a row without a real token, shapes that do not fit, a `Prefix` without
+        room for `max_new_tokens`.
       InvalidSampling: a key or a bias that does not fit.
     """
     config = GenerationConfig(
@@ -146,6 +147,11 @@ def decode(
         if attention_mask is not None:
             raise InvalidTokens("attention_mask: expected None with a Prefix, whose cache knows its padding.")
         check_prefix(model, input_ids)
+        if config.max_new_tokens > input_ids.room:
+            raise InvalidTokens(
+                f"max_new_tokens: the cache of the prefix has room for {input_ids.room}, found "
+                f"{config.max_new_tokens}. Ask for fewer tokens, or pass a larger max_new_tokens to prefill."
+            )
         rows = input_ids.tokens.shape[0]
     else:
         rows = checked_prompts(model, input_ids, attention_mask)[0].shape[0]
@@ -175,9 +181,6 @@ def _parts(
     if count == 0:
         return
     prefix = prompt if isinstance(prompt, Prefix) else prefill(model, prompt, mask, max_new_tokens=count)
-    count = min(count, prefix.room)
-    if count == 0:
-        return
     start, yielded = int(prefix.cache.length), 0
     if config.num_return_sequences > 1:
         prefix = repeated(prefix, config.num_return_sequences)

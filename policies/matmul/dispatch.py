@@ -112,6 +112,7 @@ def describe(
     x: np.dtype,
     kernel: Format,
     compute: Format | None,
+    result: np.dtype | None = None,
 ) -> Call:
     """Returns the call of `scaled_matmul` for operands of these shapes and formats.
 
@@ -121,6 +122,7 @@ def describe(
     kernel        format of the kernel, complete if it is narrow; for a kernel that the call quantises, its block is
                   the default for `compute` formats without a block
     compute       format of `scaled_matmul`'s argument `compute`
+    result        dtype of the result; None: that of x
     """
     out_features, in_features = kernel_shape
     both_narrow = compute is not None and compute.narrow
@@ -138,7 +140,7 @@ def describe(
         kernel = dataclasses.replace(kernel, block=block_sides(kernel.block, (out_features, in_features)))
     else:
         kernel = Format(kernel.values)
-    return Call(rows, out_features, in_features, operand, kernel, weight, x)
+    return Call(rows, out_features, in_features, operand, kernel, weight, x if result is None else result)
 
 
 def matmul_plan(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from .. import dtypes
 from ..blocks import DEFAULT_BLOCK, Block, as_block, check_grid, grid_shape
@@ -37,6 +37,7 @@ def scaled_matmul(
     *,
     block: Block = DEFAULT_BLOCK,
     compute: Any = None,
+    result: DTypeLike | None = None,
 ) -> jax.Array:
     """Returns `x @ (kernel * scale_inv).T` in x's dtype, accumulated in float32.
 
@@ -44,7 +45,7 @@ def scaled_matmul(
     kernel     (out, in)   any float, or int8 with scales, in the layout of checkpoints; or a ScaledArray, which has
                            its scales and block
     scale_inv  (ceil(out/block[0]), ceil(in/block[1]))  multipliers of the blocks; None means 1
-    result     (..., out)  x's dtype
+    result     dtype of the product (..., out); None: x's dtype. float32 leaves the sums unrounded
 
     `compute` is the format of the operands in the product:
 
@@ -66,14 +67,19 @@ def scaled_matmul(
       UnsupportedCast: if shapes do not match or a dtype is not supported.
     """
     if not isinstance(kernel, ScaledArray):
-        return scaled_matmuls(x, [(kernel, scale_inv)], block=block, compute=compute)[0]
+        return scaled_matmuls(x, [(kernel, scale_inv)], block=block, compute=compute, result=result)[0]
     if scale_inv is not None or as_block(block) not in (DEFAULT_BLOCK, kernel.format.block):
         raise UnsupportedCast("a ScaledArray includes its scales and its block. Pass neither beside it.")
-    return scaled_matmuls(x, [kernel], compute=compute)[0]
+    return scaled_matmuls(x, [kernel], compute=compute, result=result)[0]
 
 
 def scaled_matmuls(
-    x: ArrayLike, pairs: Sequence[Pair | Any], *, block: Block = DEFAULT_BLOCK, compute: Any = None
+    x: ArrayLike,
+    pairs: Sequence[Pair | Any],
+    *,
+    block: Block = DEFAULT_BLOCK,
+    compute: Any = None,
+    result: DTypeLike | None = None,
 ) -> tuple[jax.Array, ...]:
     """Returns the `scaled_matmul` of one x with each of several kernels, which some devices compute in one launch.
 
@@ -86,7 +92,10 @@ def scaled_matmuls(
     format = None if compute is None else as_format(compute)
     _check_compute(format)
     kernels = tuple(_kernel(x, pair, block) for pair in pairs)
-    return _matmuls(x, kernels, block, format, here()) if kernels else ()
+    dtype = np.dtype(x.dtype) if result is None else dtypes.as_dtype(result)
+    if not dtypes.is_activation(dtype):
+        raise UnsupportedCast(f"result: expected f32, bf16 or f16, found {dtypes.dtype_name(dtype)}.")
+    return _matmuls(x, kernels, block, format, dtype, here()) if kernels else ()
 
 
 def _kernel(x: jax.Array, pair: Pair | Any, block: Block) -> Kernel:
@@ -99,12 +108,13 @@ def _kernel(x: jax.Array, pair: Pair | Any, block: Block) -> Kernel:
     return kernel if scale_inv is None else scaled_array(kernel, scale_inv, block)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "compute", "target"))
+@functools.partial(jax.jit, static_argnames=("block", "compute", "result", "target"))
 def _matmuls(
     x: jax.Array,
     kernels: tuple[Kernel, ...],
     block: Block,
     compute: Format | None,
+    result: np.dtype,
     target: Target,
 ) -> tuple[jax.Array, ...]:
     """Returns the products for checked operands; compiled, so that calls with equal shapes are traced once."""
@@ -117,7 +127,7 @@ def _matmuls(
             ones = jnp.ones(grid_shape(kernel.shape, block), jnp.float32)
             kernel = ScaledArray(kernel, ones, stored_format(kernel.dtype, block, F32))
         format = kernel.format if isinstance(kernel, ScaledArray) else Format(kernel.dtype, block)
-        calls.append(describe(_static(rows.shape[0]), kernel.shape, x.dtype, format, compute))
+        calls.append(describe(_static(rows.shape[0]), kernel.shape, x.dtype, format, compute, result))
         arrays.append(kernel)
     group = _Group(tuple(calls), target)
     if all(call.weight is not None and not call.kernel.narrow for call in calls):
@@ -267,7 +277,8 @@ def _scaled_backward(group: _Group, residuals: Any, gradients: Any) -> Any:
     for call, gradient, kernel, operands in zip(
         group.calls, gradients, kernels, group.operands(like, kernels), strict=True
     ):
-        dx = dx + _gradient_of_x(call, gradient, operands)
+        # Of a float32 result of 16-bit activations too: dx is rounded to their dtype in any case.
+        dx = dx + _gradient_of_x(call, gradient.astype(x.dtype), operands)
         if isinstance(kernel, ScaledArray):
             dkernels.append(None)
             continue

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 from helpers import bits, reference_dequantize
 
-from perparam import Policy
+from perparam import Policy, scaled_matmul
 from perparam.models import Linear
+from perparam.models.layers import project
 from perparam.policies import Narrow
 
 WEIGHT_ONLY = Policy(params={"kernel": "f8_e4m3fn"}, compute="f32", block=(2, 2))
@@ -60,6 +61,25 @@ def test_a_bias_is_added_unscaled(bias_dtype):
     linear.bias[...] = jnp.asarray([1.0, -2.0, 0.5], linear.bias.dtype)
     assert linear.bias.dtype.name == {"f32": "float32", "bf16": "bfloat16"}[bias_dtype]
     assert bits(linear(X)) == bits(without + jnp.asarray([1.0, -2.0, 0.5]))
+
+
+@pytest.mark.parametrize("kernel", ["bf16", "f8_e4m3fn"])
+def test_a_bias_is_added_before_the_sum_is_rounded(kernel):
+    """As in torch: two roundings would have 1.3 times the error of one."""
+    policy = Policy(
+        {"kernel": kernel, "default": "bf16"}, "bf16" if kernel == "bf16" else {"bias": "bf16"}, block=(2, 2)
+    )
+    layers = [layer(policy, use_bias=True) for _ in range(2)]
+    x = jnp.asarray(X, jnp.bfloat16)
+    for linear, bias in zip(layers, ([1.0, -2.0, 0.5], [3.0, 0.25, -1.0]), strict=True):
+        linear.bias[...] = jnp.asarray(bias, jnp.bfloat16)
+    for linear, together in zip(layers, project(x, *layers), strict=True):
+        kernel = linear.kernel[...]
+        scales = None if linear.scale_inv is None else linear.scale_inv[...]
+        product = scaled_matmul(x, kernel, scales, block=(2, 2), result="f32")
+        expected = (product + linear.bias[...].astype(jnp.float32)).astype(jnp.bfloat16)
+        assert bits(linear(x)) == bits(together) == bits(expected)
+        assert bits(expected) != bits(product.astype(jnp.bfloat16) + linear.bias[...])
 
 
 def test_without_bias_there_is_none():

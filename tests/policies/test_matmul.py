@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import dtype, largest, reference_dequantize, reference_quantize
+from helpers import bits, dtype, largest, reference_dequantize, reference_quantize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -312,6 +312,23 @@ class TestMemory:
         assert not any(f"f32[{self.shape[0]},{self.shape[1]}]" in line for line in loops)
 
 
+@pytest.mark.parametrize("narrow", [True, False])
+def test_a_float32_result_is_unrounded_and_has_a_gradient_in_the_dtype_of_x(narrow):
+    x, kernel, scale_inv = inputs(3, 24).astype(ml_dtypes.bfloat16), inputs(6, 24), None
+    if narrow:
+        kernel, scale_inv = reference_quantize(kernel, FP8, (4, 8))
+
+    def product(x, result):
+        return scaled_matmul(x, kernel, scale_inv, block=(4, 8), result=result)
+
+    wide = product(x, "f32")
+    assert wide.dtype == np.float32
+    assert_product(wide, *operands(x, kernel, scale_inv, (4, 8), None))
+    assert bits(wide.astype(x.dtype)) == bits(product(x, None))
+    gradients = [jax.grad(lambda x, r=result: product(x, r).sum())(jnp.asarray(x)) for result in ("f32", None)]
+    assert bits(gradients[0]) == bits(gradients[1])
+
+
 class TestErrors:
     x, kernel, scale_inv = inputs(2, 9), np.ones((5, 9), ml_dtypes.float8_e4m3fn), np.ones((2, 3), np.float32)
 
@@ -346,6 +363,11 @@ class TestErrors:
     def test_integers_wider_than_int8_have_no_scales(self):
         with pytest.raises(UnsupportedCast, match="a kernel is a float, or int8 with scales, found int32"):
             scaled_matmul(self.x, np.ones((5, 9), np.int32), self.scale_inv, block=(4, 4))
+
+    @pytest.mark.parametrize("result", ["f8_e4m3fn", "int32"])
+    def test_a_result_dtype_that_is_no_wide_float(self, result):
+        with pytest.raises(UnsupportedCast, match="result: expected f32, bf16 or f16, found"):
+            scaled_matmul(self.x, self.kernel, self.scale_inv, block=(4, 4), result=result)
 
     @pytest.mark.parametrize("compute", ["int8", "int32", "f64"])
     def test_a_compute_dtype_nobody_computes_in(self, compute):

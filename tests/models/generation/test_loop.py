@@ -1,6 +1,9 @@
 """`generate` and `decode`: the tokens and log-probabilities of full passes, the ends of rows, parts, refusals."""
 
+import math
+
 import checkpoints
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -253,9 +256,15 @@ def test_decoding_no_tokens_yields_no_parts(model):
         ([[True, False]], None, "found bool"),
         ([[3, 4], [5]], None, "input_ids"),
         ([[3, 4]], [[1]], r"attention_mask: expected the shape of input_ids, \(1, 2\), found \(1, 1\)"),
+        ([[3, 4]], [["a", "b"]], "attention_mask: expected booleans or integers, nonzero for real tokens, found str32"),
+        ([[3, 4]], [[1, None]], "attention_mask: expected booleans or integers, nonzero for real tokens, found object"),
+        ([[3, 4]], [[1.0, math.nan]], "attention_mask: expected 1 for real tokens and 0 for others, found nan"),
+        ([[3, 4]], [[0.0, -1e9]], r"attention_mask: expected 1 .* found -1000000000\.0\. Pass booleans or integers"),
+        ([[3, 4]], jax.random.split(jax.random.key(0)), "attention_mask: expected an array of numbers"),
         ([[3, 4], [5, 6]], [[1, 1], [0, 0]], "row 1 has no real token, so there is nothing to continue"),
     ],
-    ids=["beyond", "negative", "one row", "empty rows", "no rows", "floats", "booleans", "ragged", "mask", "padding"],
+    ids=["beyond", "negative", "one row", "empty rows", "no rows", "floats", "booleans", "ragged", "mask",
+         "mask of text", "mask of objects", "mask with NaN", "mask to be added", "mask of keys", "padding"],
 )  # fmt: skip
 def test_prompts_that_make_no_sense_are_refused(model, ids, mask, match):
     with pytest.raises(InvalidTokens, match=match):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import relative_error
-from generating import FLOAT32_ERROR, IDS, MASK, NEW, PAD, WARM
+from generating import FLOAT32_ERROR, IDS, MASK, NEW, WARM
 
 from perparam import Policy, generate
 from perparam.generation import GenerationConfig, prefill
@@ -66,22 +66,21 @@ def test_a_prefix_can_be_extended(model, endless):
     assert_unchanged(first, before)
 
 
-def test_rows_are_cut_off_when_the_cache_is_full(model, endless):
+def test_more_tokens_than_the_cache_has_room_for_are_refused(model, endless):
     prefix = prefill(model, IDS, MASK, max_new_tokens=1)
     room = prefix.room
-    assert NEW <= room < 20
-    answer = generate_with_logprobs(model, prefix, None, GenerationConfig(20, eos_token_id=(), logprobs=3))
-    assert answer.tokens.shape == answer.logprobs.shape == (3, 20)
-    np.testing.assert_array_equal(answer.lengths, [room] * 3)
-    assert not answer.ended.any()
-    np.testing.assert_array_equal(answer.tokens[:, :NEW], endless)
-    assert (answer.tokens[:, room:] == PAD).all()
+    assert room >= NEW
+    tokens = generate(model, prefix, None, room, eos_token_id=())
+    np.testing.assert_array_equal(tokens[:, :NEW], endless)
+    match = rf"max_new_tokens: the cache of the prefix has room for {room}, found {room + 1}\. Ask for fewer tokens"
+    with pytest.raises(InvalidTokens, match=match):
+        generate(model, prefix, None, room + 1)
+    with pytest.raises(InvalidTokens, match=match):
+        decode(model, prefix, None, GenerationConfig(room + 1))  # before its first part is asked for
     full = prefill(model, IDS, MASK, max_new_tokens=0)
-    assert full.room == 0
-    answer = generate_with_logprobs(model, full, None, GenerationConfig(5, eos_token_id=(), logprobs=None))
-    np.testing.assert_array_equal(answer.tokens, np.full((3, 5), PAD))
-    np.testing.assert_array_equal(answer.lengths, [0] * 3)
-    assert not answer.ended.any()
+    with pytest.raises(InvalidTokens, match="has room for 0, found 1"):
+        generate(model, full, None, 1)
+    assert generate(model, full, None, 0).shape == (3, 0)
 
 
 def test_a_prefix_has_the_room_that_was_asked_for(model):
@@ -107,7 +106,7 @@ def test_an_extension_of_another_batch_is_refused(model):
     with pytest.raises(InvalidTokens, match=r"input_ids: the prefix has 3 rows, found 2\."):
         prefill(model, IDS[:2], MASK[:2], prefix=prefix)
     with pytest.raises(InvalidSampling, match="key: expected an integer or a JAX key, or one for each of 3 rows"):
-        generate(model, prefix, key=[1, 2])
+        generate(model, prefix, None, NEW, key=[1, 2])
 
 
 def test_buckets_are_few_and_at_most_half_larger_than_asked():
