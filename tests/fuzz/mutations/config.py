@@ -15,7 +15,7 @@ _FIELDS = (
     "model_type hidden_act hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim vocab_size max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters attention_bias "
     "tie_word_embeddings use_sliding_window sliding_window max_window_layers layer_types torch_dtype dtype "
-    "eos_token_id pad_token_id quantization_config use_qk_norm architectures id2label unknown_field"
+    "eos_token_id pad_token_id quantization_config use_qk_norm architectures id2label num_labels unknown_field"
 ).split()
 _QUANTIZATION = (
     "quant_method fmt activation_scheme weight_block_size modules_to_not_convert dequantize scale_fmt x"
