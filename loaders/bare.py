@@ -121,7 +121,7 @@ def _without_model(folder: pathlib.Path) -> str | None:
     if not (folder / CONFIG).is_file():
         return f"there is no {CONFIG}"
     kind = Fields(str(folder / CONFIG), read_json(folder / CONFIG)).get("model_type", str)
-    return None if kind in FAMILIES else f"model_type {shown(kind)} is not implemented"
+    return None if kind in FAMILIES else f"model_type {shown(kind)} is not supported"
 
 
 def _tensors(folder: pathlib.Path, headers: Headers) -> dict[str, Tensor]:

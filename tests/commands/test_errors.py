@@ -35,7 +35,7 @@ def test_a_typo_is_named_with_the_nearest_name(arguments, text, capsys):
     ("arguments", "text"),
     [
         (["plan", "FOLDER", "--policy", "bf17"], "--policy: 'bf17' is neither"),
-        (["plan", "FOLDER", "--policy", "params=i8"], "--policy: params: default: dtype 'i8' is ambiguous"),
+        (["plan", "FOLDER", "--policy", "params=i8"], "--policy: params: dtype 'i8' is ambiguous"),
         (["plan", "FOLDER", "--policy", "bad.yaml"], "--policy: bad.yaml:2: 'kernal' (params) matches none"),
         (["plan", "FOLDER", "--target", "gpu"], "--target: 'gpu' is not a target"),
         (["generate", "FOLDER", "--tokens", "1,99999"], "--tokens: input_ids[0, 1] is 99999"),
@@ -87,7 +87,7 @@ def no_backend():  # as jax fails with JAX_PLATFORMS=cuda where there is no plug
     [(no_memory, "RESOURCE_EXHAUSTED: out of memory"), (no_backend, "AssertionError")],
 )
 def test_an_error_of_jax_is_one_line(failure, text, folder, capsys, monkeypatch):
-    monkeypatch.setattr("perparam.commands.plan.open_checkpoint", lambda *_: failure())
+    monkeypatch.setattr("perparam.commands.plan.open_parameters", lambda *_, **__: failure())
     assert main(["plan", folder]) == 2
     assert capsys.readouterr().err == f"perparam: error: JAX could not run this: {text}\n"
 
@@ -96,7 +96,7 @@ def test_an_internal_error_has_its_traceback_and_is_not_put_down_to_jax(folder, 
     def fail(*_, **__):
         raise AssertionError("no such thing")
 
-    monkeypatch.setattr("perparam.commands.plan.open_checkpoint", fail)
+    monkeypatch.setattr("perparam.commands.plan.open_parameters", fail)
     assert main(["plan", folder]) == 1
     printed = capsys.readouterr().err
     assert "in fail" in printed

@@ -159,7 +159,7 @@ def test_one_row_may_be_flat_and_a_text_is_its_ids(plain, tmp_path, monkeypatch)
     model = perparam.load_model(plain)
     flat = perparam.audit(model, QUANTISE, IDS[1], MASK[1])
     assert (flat.kl, flat.tokens) == (perparam.audit(model, QUANTISE, IDS[1:], MASK[1:]).kl, 4)
-    monkeypatch.setattr(WINDOWS, "load_tokenizer", lambda folder: _Letters() if folder == plain else None)
+    monkeypatch.setattr(WINDOWS, "load_tokenizer", lambda path, revision: _Letters() if path == plain else None)
     assert perparam.audit(model, QUANTISE, text="abc").kl == perparam.audit(model, QUANTISE, [[1, 2, 3]]).kl
     with pytest.raises(InvalidTokens, match="expected tokens or text, found both"):
         perparam.audit(model, QUANTISE, [1], text="a")

@@ -121,17 +121,17 @@ def test_a_narrow_float_without_scales_is_refused(tmp_path):
 def test_a_model_that_is_not_implemented_is_read_by_its_names_with_a_warning(tmp_path):
     folder = folder_of(tmp_path / "bert", BERT, {"model_type": "bert"})
     for read in (perparam.load_params, perparam.checkpoint_tree, perparam.infer_policy):
-        with pytest.warns(CheckpointWarning, match=r"model_type 'bert' is not implemented\. The parameters have the"):
+        with pytest.warns(CheckpointWarning, match=r"model_type 'bert' is not supported\. The parameters have the"):
             read(folder)
         read(folder, bare=True)
-        with pytest.raises(UnsupportedConfig, match="model_type 'bert' is not implemented"):
+        with pytest.raises(UnsupportedConfig, match="model_type 'bert' is not supported"):
             read(folder, bare=False)
 
 
 @pytest.mark.parametrize("use", [perparam.load_model, lambda folder: perparam.convert_checkpoint(folder, "new")])
 def test_what_needs_a_model_never_reads_by_names(tmp_path, use):
     folder = folder_of(tmp_path / "bert", BERT, {"model_type": "bert"})
-    with pytest.raises(UnsupportedConfig, match="model_type 'bert' is not implemented"):
+    with pytest.raises(UnsupportedConfig, match="model_type 'bert' is not supported"):
         use(folder)
     (folder / "config.json").unlink()
     with pytest.raises(MissingFile, match=r"config\.json"):
@@ -159,7 +159,7 @@ def test_the_plan_says_which_names_it_has(tmp_path, capsys):
     assert main(["plan", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "encoder/layer/0/output/dense/weight" in printed
-    assert printed.endswith("The paths are the names in the files, since model_type 'bert' is not implemented.\n")
+    assert printed.endswith("The paths are the names in the files, since model_type 'bert' is not supported.\n")
     assert main(["plan", str(folder / "model.safetensors"), "--json"]) == 0
     captured = capsys.readouterr()
     assert len(json.loads(captured.out)["rows"]) == len(BERT)

@@ -489,9 +489,9 @@ def test_what_would_cost_much_is_refused_at_once(text):
         start = time.process_time()
         with pytest.raises((InvalidPolicy, UnknownDtype)) as caught:
             Policy.loads(COSTLY[text])
-        if (took := time.process_time() - start) < 1:
+        if (took := time.process_time() - start) < 2:
             break
-    assert took < 1
+    assert took < 2  # on a slow machine; the longest text that is read at all takes 0.7 s on a usual one
     assert len(str(caught.value)) < 2000
 
 
