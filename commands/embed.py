@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 
 import numpy as np
 
 from ..loaders import embed, load_model, load_tokenizer
-from .options import add_checkpoint, add_policy, folder_of
+from .options import OptionError, add_checkpoint, add_policy, folder_of, message
 from .texts import add_texts, texts_of
 
 SUMMARY = "Print the embeddings of texts, one a line, or write them to a .npy file."
@@ -27,15 +28,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Prints or writes the embeddings."""
     output = None if options.output is None else pathlib.Path(options.output)
-    if output is not None and (output.suffix != ".npy" or not output.parent.is_dir()):
-        options.usage_error(f"--output: expected a .npy file in an existing folder, found {options.output}")
+    if output is not None and (output.suffix != ".npy" or not os.access(output.parent, os.W_OK)):
+        options.usage_error(f"--output: expected a .npy file in a folder that can be written, found {options.output}")
     texts = texts_of(options)
     model = load_model(options.checkpoint, options.policy, revision=options.revision)
     tokenizer = load_tokenizer(folder_of(model))
-    found = embed(model, tokenizer, texts, instruction=options.instruction, dimensions=options.dimensions)
+    embeddings = embed(model, tokenizer, texts, instruction=options.instruction, dimensions=options.dimensions)
     if output is None:
-        for row in found:
+        for row in embeddings:
             print(*(f"{value:.6g}" for value in row))
     else:
-        np.save(output, found)
-        print(f"{output}: {found.shape[0]}×{found.shape[1]} float32")
+        try:
+            np.save(output, embeddings)
+        except OSError as error:
+            raise OptionError(f"--output: {message(error)}") from error
+        print(f"{output}: {embeddings.shape[0]}×{embeddings.shape[1]} float32")

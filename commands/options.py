@@ -74,6 +74,8 @@ def token_ids(text: str) -> list[int]:
 
 def read_text(option: str, file: str) -> str:
     """The text in the file that `option` names, or of standard input for `-`."""
+    if file == "-" and sys.stdin is None:
+        raise OptionError(f"{option}: standard input is closed.")
     try:
         return sys.stdin.read() if file == "-" else pathlib.Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -42,6 +42,7 @@ _CAUSES: dict[type[PerparamError], tuple[str, ...]] = {
 """The options whose value may have caused an error; the first one that is given is named."""
 
 
+_JAX = os.path.dirname(jax.__file__)
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -82,6 +83,7 @@ def _with_option(error: PerparamError, options: argparse.Namespace) -> str:
     """The message of an error, with the option that it is about in front."""
     text, given = str(error), {name for name, value in vars(options).items() if value not in (None, [])}
     name, _, rest = text.partition(":")
+    name = {"key": "seed"}.get(name, name)
     if name in given:  # an argument of a function, such as max_new_tokens
         return f"{_option(name)}:{rest}"
     names = next((names for kind, names in _CAUSES.items() if isinstance(error, kind)), ())
@@ -89,7 +91,7 @@ def _with_option(error: PerparamError, options: argparse.Namespace) -> str:
 
 
 def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return "--for" if name == "for_library" else f"--{name.replace('_', '-')}"
 
 
 def _failed(text: str) -> int:
@@ -100,7 +102,7 @@ def _failed(text: str) -> int:
 def _unexpected(error: Exception) -> int:
     """Prints an error of JAX in one line, any other one with its traceback."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    in_jax = f"{os.sep}jax{os.sep}" in last.filename and isinstance(error, (RuntimeError, AssertionError))
+    in_jax = isinstance(error, (RuntimeError, AssertionError)) and last.filename.startswith(_JAX)
     if in_jax or isinstance(error, (jax.errors.JaxRuntimeError, MemoryError)):  # no such device, not enough memory
         lines = str(error).splitlines() or [f"{type(error).__name__} {last.line or ''}".strip()]
         return _failed(f"JAX could not run this: {lines[0]}")

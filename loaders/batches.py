@@ -13,7 +13,7 @@ from flax import nnx
 from ..models.decoder import Decoder
 from ..models.generation.prefix import bucket
 from ..models.tokens import checked_tokens
-from ..policies.errors import InvalidText
+from ..policies.errors import InvalidText, UnsupportedTask
 from .tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192
@@ -67,8 +67,8 @@ def run_in_batches(
         ids, mask = np.zeros(batch.shape, np.int32), np.zeros(batch.shape, bool)
         for place, row in enumerate(batch.rows):
             ids[place, : len(rows[row])], mask[place, : len(rows[row])] = rows[row], True
-        found = program(graphdef, state, *checked_tokens(ids, mask, model.config.vocab_size))
-        results[list(batch.rows)] = np.asarray(found)[: len(batch.rows)]
+        outputs = program(graphdef, state, *checked_tokens(ids, mask, model.config.vocab_size))
+        results[list(batch.rows)] = np.asarray(outputs)[: len(batch.rows)]
     return results
 
 
@@ -84,6 +84,19 @@ def encoded(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list
             f"texts: text {rows.index([])} is empty, and the tokenizer adds no token to it. Leave it out."
         )
     return rows
+
+
+def check_arguments(function: str, model: Any, tokenizer: Any) -> None:
+    """Raises an error unless these are a model and its tokenizer.
+
+    Raises:
+      UnsupportedTask
+    """
+    if not isinstance(model, Decoder) or not isinstance(tokenizer, Tokenizer):
+        raise UnsupportedTask(
+            f"{function}: expected a model and its tokenizer, found {type(model).__name__} and "
+            f"{type(tokenizer).__name__}. Pass load_model(path) and load_tokenizer(path)."
+        )
 
 
 def checked_text(name: str, text: Any) -> str:
@@ -103,8 +116,7 @@ def listed(name: str, texts: Any) -> list[str]:
     Raises:
       InvalidText: anything else.
     """
-    found = [texts] if isinstance(texts, str) else list(texts) if hasattr(texts, "__iter__") else None
-    if found is None or not all(isinstance(text, str) for text in found):
-        wrong = texts if found is None else next(text for text in found if not isinstance(text, str))
-        raise InvalidText(f"{name}: expected texts, found {type(wrong).__name__}. Pass a list of strings.")
-    return found
+    items = [texts] if isinstance(texts, str) or not hasattr(texts, "__iter__") else list(texts)
+    if wrong := [text for text in items if not isinstance(text, str)]:
+        raise InvalidText(f"{name}: expected texts, found {type(wrong[0]).__name__}. Pass a list of strings.")
+    return items

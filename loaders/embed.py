@@ -14,7 +14,7 @@ from flax import nnx
 from ..models.decoder import Decoder
 from ..models.generation.config import checked_count
 from ..models.heads import last_token
-from .batches import BATCH_TOKENS, checked_text, encoded, listed, run_in_batches
+from .batches import BATCH_TOKENS, check_arguments, checked_text, encoded, listed, run_in_batches
 from .tokenizer import Tokenizer
 
 
@@ -42,9 +42,11 @@ def embed(
     batch changes an embedding by rounding only.
 
     Raises:
+      UnsupportedTask: not a model and its tokenizer.
       InvalidText: not texts, or a text without a token.
       InvalidTokens: a number out of range, or a tokenizer of another model.
     """
+    check_arguments("embed", model, tokenizer)
     texts, hidden = listed("texts", texts), model.config.hidden_size
     kept = hidden if dimensions is None else checked_count("dimensions", dimensions, 1, hidden)
     longest = min(checked_count("max_length", max_length, 1), model.config.max_position_embeddings)

@@ -15,7 +15,7 @@ from ..models.decoder import Decoder
 from ..models.generation.config import checked_count
 from ..models.heads import check_causal_lm, last_token
 from ..policies.errors import InvalidText, InvalidTokens
-from .batches import BATCH_TOKENS, checked_text, listed, run_in_batches
+from .batches import BATCH_TOKENS, check_arguments, checked_text, listed, run_in_batches
 from .tokenizer import Tokenizer
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -52,23 +52,25 @@ def rerank(
     against "no". Only the last token of a prompt gets logits.
 
     Raises:
-      UnsupportedTask: a model without a language-model head.
+      UnsupportedTask: not a model and its tokenizer, or a model without a language-model head.
       InvalidText: not texts, or no room for a document within `max_length`.
       InvalidTokens: a number out of range, or a tokenizer of another model.
     """
+    check_arguments("rerank", model, tokenizer)
     check_causal_lm(model.config.task, "rerank")
     query, instruction = checked_text("query", query), checked_text("instruction", instruction)
     documents = listed("documents", documents)
     longest = min(checked_count("max_length", max_length, 1), model.config.max_position_embeddings)
     checked_count("batch_tokens", batch_tokens, 1)
     before, after = (tokenizer.encode(text, add_special_tokens=False) for text in (_BEFORE, _AFTER))
+    question = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: "
     room = longest - len(before) - len(after)
-    if room < 1:
+    if room <= (taken := len(tokenizer.encode(question))):
         raise InvalidText(
-            f"max_length: the prompt around a document has {longest - room} tokens, which leaves no room for a "
-            f"document within {longest}."
+            f"max_length: the prompt around a document has {longest - room + taken} tokens with the query, which "
+            f"leaves no room for a document within {longest}. Shorten the query, or raise max_length."
         )
-    prompts = [f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}" for document in documents]
+    prompts = [f"{question}{document}" for document in documents]
     rows = [before + tokenizer.encode(prompt, max_length=room) + after for prompt in prompts]
     program = functools.partial(_logits_of, tokens=_answer_ids(tokenizer))
     no, yes = run_in_batches(program, model, rows, batch_tokens, 2).T

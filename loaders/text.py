@@ -69,7 +69,7 @@ def sampling_defaults(path: str | os.PathLike[str], *, revision: str | None = No
 def generate_text(
     model: CausalLM,
     tokenizer: Tokenizer,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] | Prefix,
     max_new_tokens: int = 256,
     *,
     stop: str | Sequence[str] = (),
@@ -81,7 +81,7 @@ def generate_text(
     """The model's answers to text prompts, `num_return_sequences` for each prompt, in order.
 
     prompts   text; for a chat, the output of `tokenizer.apply_chat_template`. The BOS token is added if the checkpoint
-              wants one and the text does not begin with it
+              wants one and the text does not begin with it. Or a `Prefix`, which is continued
     stop      strings that end an answer and are not part of its text
     logprobs  whether the answers have the log-probability of each token
 
@@ -90,7 +90,8 @@ def generate_text(
     Raises:
       InvalidTokens, InvalidSampling, InvalidText
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not isinstance(prompts, Prefix):
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     config = GenerationConfig(
         max_new_tokens,
         sampling=sampling,

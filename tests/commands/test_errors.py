@@ -1,5 +1,6 @@
 """What the command line prints where something is wrong: a typo, an output that fails, an error of perparam itself."""
 
+import os
 import sys
 
 import jax
@@ -41,6 +42,10 @@ def test_a_typo_is_named_with_the_nearest_name(arguments, text, capsys):
         (["generate", "FOLDER", "--tokens", "1,99999"], "--tokens: input_ids[0, 1] is 99999"),
         (["generate", "FOLDER", "--tokens", "1", "--top-p", "2"], "--top-p: expected a number from"),
         (["generate", "FOLDER", "--tokens", "1", "--max-new-tokens", "-1"], "--max-new-tokens: expected an integer"),
+        (
+            ["generate", "FOLDER", "--tokens", "1", "--temperature", "1", "--seed", "9" * 30],
+            "--seed: expected an integer",
+        ),
         (["generate", "FOLDER", "--file", "nowhere.txt"], "--file: nowhere.txt: No such file or directory"),
         (["compare", "FOLDER", "--policy", "f32", "--text", "latin1.txt"], "--text: latin1.txt: cannot be read as"),
         (
@@ -68,6 +73,12 @@ def test_a_full_output_is_named(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == "perparam: error: standard output: No space left on device\n"
 
 
+def test_a_closed_input_is_named(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["compare", folder, "--policy", "f32", "--text", "-"]) == 2
+    assert capsys.readouterr().err == "perparam: error: --text: standard input is closed.\n"
+
+
 def test_a_closed_output_is_named(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["plan", folder]) == 2
@@ -79,7 +90,7 @@ def no_memory():
 
 
 def no_backend():  # as jax fails with JAX_PLATFORMS=cuda where there is no plugin
-    exec(compile("assert not 'a backend'", "/lib/jax/_src/xla_bridge.py", "exec"))
+    exec(compile("assert not 'a backend'", f"{os.path.dirname(jax.__file__)}/_src/xla_bridge.py", "exec"))
 
 
 @pytest.mark.parametrize(

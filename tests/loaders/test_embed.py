@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import perparam
 from perparam import embed
 from perparam.loaders.batches import in_batches
-from perparam.policies.errors import InvalidText, InvalidTokens
+from perparam.policies.errors import InvalidText, InvalidTokens, UnsupportedTask
 
 FOLDER = GOLDEN / "tasks" / "embedding_fp8"
 ERROR = 1e-5
@@ -80,6 +80,13 @@ def test_a_text_is_cut_off_before_the_token_that_the_tokenizer_adds():
 def test_what_is_no_text_and_no_number_is_refused(texts, options, error, text):
     with pytest.raises(error, match=text):
         embed(*loaded(), texts, **options)
+
+
+def test_folders_in_place_of_a_model_and_a_tokenizer_are_refused():
+    model, tokenizer = loaded()
+    for pair in (("folder", tokenizer), (model, "folder"), (model, None)):
+        with pytest.raises(UnsupportedTask, match=r"Pass load_model\(path\) and load_tokenizer\(path\)"):
+            embed(*pair, TEXTS)
 
 
 def test_an_empty_text_needs_a_token_that_the_tokenizer_adds():

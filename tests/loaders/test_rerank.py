@@ -9,7 +9,7 @@ from checkpoints import GOLDEN, relative_error
 
 import perparam
 from perparam import rerank
-from perparam.policies.errors import InvalidText, InvalidTokens
+from perparam.policies.errors import InvalidText, InvalidTokens, UnsupportedTask
 
 FOLDER = GOLDEN / "tasks" / "reranker_fp8"
 ERROR = 1e-5
@@ -42,8 +42,12 @@ def test_what_is_no_text_is_refused():
         rerank(*loaded(), 1, TEXTS)
     with pytest.raises(InvalidText, match=r"instruction: expected one text, found list\. Pass a string for all texts"):
         rerank(*loaded(), QUERY, TEXTS, instruction=["a", "b"])
-    with pytest.raises(InvalidText, match=r"max_length: the prompt around a document has 133 tokens, .* within 9"):
+    with pytest.raises(InvalidText, match=r"around a document has [0-9]+ tokens with the query, .* within 9"):
         rerank(*loaded(), QUERY, TEXTS, max_length=9)
+    with pytest.raises(InvalidText, match=r"with the query, which leaves no room for a document within 300\. Shorten"):
+        rerank(*loaded(), "q " * 300, TEXTS, max_length=300)
+    with pytest.raises(UnsupportedTask, match=r"rerank: expected a model and its tokenizer, found str and Tokenizer\."):
+        rerank(str(FOLDER), loaded()[1], QUERY, TEXTS)
 
 
 def test_a_tokenizer_without_the_tokens_of_the_answers_is_refused():

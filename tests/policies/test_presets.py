@@ -14,7 +14,7 @@ from perparam import Policy, get_policy
 from perparam.policies import InvalidPolicy, MissingFile, UnknownDtype, preset_names
 
 FP8 = ("fp8_weight_only", "fp8_dynamic")
-EXEMPT = {"lm_head/kernel?": None, "**/gate/kernel?": None}
+EXEMPT = {"{lm_head,score}/kernel?": None, "**/gate/kernel?": None}
 
 
 class TestPresets:
@@ -51,6 +51,7 @@ class TestPresets:
         assert [(rule.key, rule.dtype) for rule in policy.params.rules[:2]] == list(EXEMPT.items())
         # The head and the router enter no narrow matmul either, whatever the rules for compute look like.
         assert policy.compute.dtype("lm_head/kernel") is None
+        assert policy.compute.dtype("score/kernel") is None
         assert policy.compute.dtype("layers/0/mlp/gate/kernel") is None
 
     @pytest.mark.parametrize("name", FP8)

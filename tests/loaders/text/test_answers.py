@@ -56,6 +56,7 @@ def test_a_prompt_is_answered_alike_alone_and_streamed(model, answers):
         pieces, found = run(stream_text(model, TOKENIZER, prompt, NEW, sampling=WARM, key=[2], chunk=5))
         assert "".join(pieces) == found.text == alone.text
         assert found == alone
+    assert generate_text(model, TOKENIZER, prefix, NEW, sampling=WARM, key=[2]) == [alone]
 
 
 def test_a_stop_string_ends_what_a_model_says(model, answers):
