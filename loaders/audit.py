@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -117,7 +117,7 @@ class Audit(Report):
         ]
         return Table(columns, lines)
 
-    def _legend(self) -> list[str]:
+    def _legend(self, columns: Collection[str]) -> list[str]:
         more = len(self._changed) - _SHOWN
         if not self._changed:
             return ["storage changes no parameter"]

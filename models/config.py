@@ -125,6 +125,8 @@ class DecoderConfig:
         return self.windows[layer] if self.windows else None
 
     def kv_bytes(self, dtype: np.dtype) -> int:
-        """Bytes of cached keys and values for each token in `dtype`, scales for each head included."""
+        """Bytes of cached keys and values for each token in `dtype`, with each head's scales; 0 unless `causal_lm`."""
+        if self.task != "causal_lm":
+            return 0
         scales = 4 if is_narrow(dtype) else 0
         return 2 * self.num_hidden_layers * self.num_key_value_heads * (self.head_dim * dtype.itemsize + scales)

@@ -84,9 +84,10 @@ def summarise(model: Decoder) -> ModelSummary:
         "parameters": f"{_count(stored.rows):,} in {human_bytes(stored.total_bytes)}",
         "stored as": bytes_by_dtype,
         "activations": f"{dtype_name(model.activations)}, output {dtype_name(model.output)}",
-        "kv cache": f"{dtype_name(model.kv_cache)}, {human_bytes(stored.kv_bytes)} a token",
-        "policy": shown(model.policy),
     }
+    if stored.kv_bytes:
+        facts["kv cache"] = f"{dtype_name(model.kv_cache)}, {human_bytes(stored.kv_bytes)} a token"
+    facts["policy"] = shown(model.policy)
     if config.source is not None:
         facts["config"] = str(config.source)
     return ModelSummary(type(model).__name__, {name: str(fact) for name, fact in facts.items()}, stored)

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from . import dtypes
 from .decisions import decide
@@ -28,9 +27,6 @@ def cast(policy: PolicyRules, tree: Any, slot: str, path: str | None = None) -> 
         rule = policy.slot(slot).rule(path)
         tree = jnp.asarray(tree) if isinstance(tree, (int, float)) else tree
         return rebox(tree, _cast_leaf(path, unbox(tree), rule, slot, paired=is_scale(path)))
-    if isinstance(tree, nnx.Module):
-        graphdef, state = nnx.split(tree)
-        return nnx.merge(graphdef, cast(policy, state, slot))
     flat = parameters(tree)
     rules = decide(slot, policy.slot(slot), flat)
 

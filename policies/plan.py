@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ import numpy as np
 from . import dtypes
 from .errors import count
 from .matmul import Target, matmul_plan
-from .matmul.dispatch import GENERIC
+from .matmul.dispatch import GENERIC, candidates
 from .paths import is_scale
 from .resolved import Change, Decisions, Resolved, ResolvedParam
 from .tables import Column, Report, Table, json_lines
+
+_RULE = "rule (params | compute)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Row:
     bytes_before    bytes before storage
     bytes           bytes after storage
     matmul          for a kernel in a plan with a target: the implementations of the matmul for 1 | 512 rows
-    matmul_refused  for a kernel without an implementation made for the target: which ones do not accept it, and why
+    matmul_refused  for a kernel without an implementation made for the target: which ones do not accept it, and why,
+                    or that none is made
     """
 
     path: str
@@ -74,8 +77,8 @@ class Plan(Report):
     rows         one for each parameter and for its scales, in the tree's order, scales after their kernel
     activations  the dtype of activations; None if neither the policy nor the model specifies it
     output       the dtype of the model's result; None likewise
-    kv_cache     the dtype of cached keys and values; None for a tree without a cache
-    kv_bytes     bytes of cached keys and values for each token, including scales
+    kv_cache     the dtype of keys and values; None for a tree without them, or a model without a cache and a rule
+    kv_bytes     bytes of cached keys and values for each token, including scales; 0 without a cache
     unused       what the policy sets without effect on this tree, as sentences
     """
 
@@ -132,18 +135,18 @@ class Plan(Report):
         columns = [
             Column("path"),
             Column("shape", leave=2),
-            Column("current", leave=3, colour=True),
+            Column("current", leave=1, colour=True),
             Column("storage", colour=True),
-            Column("compute", colour=True),
+            Column("compute", leave=4, colour=True),
             *([Column("matmul (1 | 512 rows)")] if self._has_target else []),
-            Column("rule (params | compute)", leave=1),
+            Column(_RULE, leave=3),
             Column("bytes", right=True),
         ]
         return Table(tuple(columns), lines)
 
-    def _legend(self) -> list[str]:
+    def _legend(self, columns: Collection[str]) -> list[str]:
         changes, cells = {row.change for row in self.rows}, [self._cells(row) for row in self.rows]
-        computes = {cell[3] for cell in cells}
+        computes = {cell[3] for cell in cells if "compute" in columns}
         activations = self.activations and f"({dtypes.dtype_name(self.activations)})"
         found = {
             "made: scales that storage adds": "made" in changes,
@@ -151,13 +154,18 @@ class Plan(Report):
             "as stored: the matmul takes narrow values and their scales": "as stored" in computes,
             f"{activations}: no dtype from a rule, so that of activations": activations in computes,
             "– under compute: in the dtype of activations, which nothing names": "–" in computes,
-            "– under rule: no rule": any("–" in cell[-1] for cell in cells),
+            "– under rule: no rule": _RULE in columns and any("–" in cell[-1] for cell in cells),
         }
         shown = "; ".join(text for text, occurs in found.items() if occurs)
-        refused = (
-            f"{label}: {rows[0].matmul_refused}" for label, rows in self._folded() if rows[0].matmul_refused is not None
+        refused: dict[str, list[str]] = {}
+        for label, rows in self._folded():
+            if rows[0].matmul_refused is not None:
+                refused.setdefault(rows[0].matmul_refused, []).append(label)
+        reasons = (
+            f"{labels[0]}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {why}"
+            for why, labels in refused.items()
         )
-        return [*filter(None, [shown]), *refused]
+        return [*filter(None, [shown]), *reasons]
 
     def _notes(self) -> list[str]:
         return self.summary().splitlines()
@@ -209,7 +217,9 @@ class Plan(Report):
         names = [f"activations {dtypes.dtype_name(self.activations)}"] if self.activations else []
         names += [f"output {dtypes.dtype_name(self.output)}"] if self.output else []
         if self.kv_cache is not None:
-            names.append(f"kv cache {dtypes.dtype_name(self.kv_cache)}, {human_bytes(self.kv_bytes)} a token")
+            kv_cache = dtypes.dtype_name(self.kv_cache)
+            cached = f"kv cache {kv_cache}, {human_bytes(self.kv_bytes)} a token"
+            names.append(cached if self.kv_bytes else f"keys and values {kv_cache}")
         return "\n".join(
             [
                 f"{count(len(self.rows) - scales, 'parameter')} and {count(scales, 'grid')} of scales: "
@@ -260,14 +270,19 @@ def _with_matmul(row: Row, param: ResolvedParam, activations: np.dtype | None, t
         for rows in (1, 512)
     ]
     refused: dict[str, list[str]] = {}
-    if all(choice.implementation in GENERIC for choice in choices):
+    target = Target.parse(target)
+    if choices[0].refused and GENERIC.issuperset(one.name for one in candidates(target)):
+        unknown = " of unknown compute capability" if target == Target("cuda") else ""
+        refused = {f"no implementation is made for {target}{unknown}": []}
+    elif all(choice.implementation in GENERIC for choice in choices):
         for name, why in choices[0].refused:
             if name not in GENERIC and (name, why) in choices[1].refused:
                 refused.setdefault(why, []).append(name)
     return dataclasses.replace(
         row,
         matmul=" | ".join(dict.fromkeys(choice.implementation for choice in choices)),
-        matmul_refused="; ".join(f"not {' or '.join(names)}: {why}" for why, names in refused.items()) or None,
+        matmul_refused="; ".join(f"not {' or '.join(names)}: {why}" if names else why for why, names in refused.items())
+        or None,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import cast, compute, dtypes, yaml
-from .errors import InvalidPolicy
+from .errors import InvalidPolicy, UnknownDtype
 from .matmul import Target
 from .plan import Plan, plan
 from .resolved import resolve
@@ -95,11 +95,17 @@ class Policy(PolicyRules):
         other  a Policy, or a mapping of slots as for `Policy(**other)`
 
         In each slot a map of rules goes before the rules of this policy, whose rules for the same keys are left out and
-        whose default applies if `other` has none.  A slot that is one dtype replaces the slot, and so does `block`.
+        whose default applies if `other` has none.  `block` is replaced if `other` has one.
+
+        In a mapping, a slot that is one dtype or None replaces the slot.  A Policy never removes rules: as
+        `Policy("bf16")` and `Policy({"default": "bf16"})` are equal, both replace only the default.  A default of None
+        is no default in a Policy; in a map it removes the default.
 
         >>> policy = Policy(params={"kernel": "f8_e4m3fn", "default": "f32"}, compute="bf16")
         >>> policy.merge({"params": {"head/kernel": "bf16"}, "compute": "f32"})
         Policy(params={'head/kernel': 'bf16', 'kernel': 'f8_e4m3fn', 'default': 'f32'}, compute='f32')
+        >>> policy.merge(Policy("bf16"))
+        Policy(params={'kernel': 'f8_e4m3fn', 'default': 'bf16'}, compute='bf16')
         """
         if isinstance(other, Policy):
             other = {**dict(other.slots), **({} if other.block is None else {"block": other.block})}
@@ -165,7 +171,7 @@ class Policy(PolicyRules):
         arrays.  Call it inside the function that `jax.jit` compiles: then the arguments of the program are the stored
         arrays, and wide ones exist only while it runs.
 
-        activations  the dtype of a narrow kernel for which `compute` has neither a rule nor a default
+        activations  f32, bf16 or f16: the dtype of a narrow kernel for which `compute` has neither a rule nor a default
 
         >>> import jax.numpy as jnp
         >>> policy = Policy({"kernel": "f8_e4m3fn"}, "bf16")
@@ -176,9 +182,13 @@ class Policy(PolicyRules):
         Raises:
           UnsupportedCast: for a narrow compute format, which needs `perparam.models.Linear` or `scaled_matmul`; if the
             scales are a field of their container.
+          UnknownDtype: for another dtype of activations.
           UnmatchedRule, ShadowedRule, UnpairedScale, InvalidScale: see `explain`.
         """
-        return compute.to_compute(self, tree, dtypes.as_dtype(activations))
+        dtype = dtypes.as_dtype(activations)
+        if not dtypes.is_activation(dtype):
+            raise UnknownDtype(f"activations cannot be {dtypes.dtype_name(dtype)}. Write f32, bf16 or f16.")
+        return compute.to_compute(self, tree, dtype)
 
     def cast(self, tree: Any, slot: str, *, path: str | None = None) -> Any:
         """Returns `tree` with each floating-point leaf cast to its dtype in `slot`, "params" or "compute"; saturating.

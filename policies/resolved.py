@@ -40,7 +40,7 @@ class ModelConfig(Protocol):
         """The dtype of activations that the config specifies."""
 
     def kv_bytes(self, dtype: np.dtype) -> int:
-        """Returns the bytes of cached keys and values for each token in `dtype`, including scales."""
+        """Returns the bytes of cached keys and values for each token in `dtype`, with scales; 0 without a cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +117,8 @@ class Resolved:
     params       every parameter by path, in the tree's order; scales are part of their parameter
     activations  the dtype of activations; None if neither the policy nor the model specifies it
     output       the dtype of the model's result; None likewise
-    kv_cache     the dtype of cached keys and values; None for a tree without a cache
-    kv_bytes     bytes of cached keys and values for each token, including scales
+    kv_cache     the dtype of keys and values; None for a tree without them, or a model without a cache and a rule
+    kv_bytes     bytes of cached keys and values for each token, including scales; 0 without a cache
     """
 
     policy: PolicyRules
@@ -189,9 +189,13 @@ def resolve(
         params[path] = ResolvedParam(path, current, format, rules, scale_rules)
         if (compute := rules.get("compute")) is not None:
             _check_compute(path, current.shape, compute)
-    own = getattr(tree, "config", None)  # any module may have an attribute of this name
-    is_config = isinstance(own, ModelConfig) and (own.dtype is None or isinstance(own.dtype, np.dtype))
-    return _with_model(policy, params, config or (own if is_config else None))
+    return _with_model(policy, params, config or (tree.config if has_config(tree) else None))
+
+
+def has_config(tree: Any) -> bool:
+    """Returns whether `tree` is a model with a `ModelConfig`; any module may have an attribute `config`."""
+    own = getattr(tree, "config", None)
+    return isinstance(own, ModelConfig) and (own.dtype is None or isinstance(own.dtype, np.dtype))
 
 
 def _with_model(policy: PolicyRules, params: Mapping[str, ResolvedParam], config: ModelConfig | None) -> Resolved:
@@ -201,7 +205,9 @@ def _with_model(policy: PolicyRules, params: Mapping[str, ResolvedParam], config
     kv_bytes = 0 if config is None or kv_cache is None else config.kv_bytes(kv_cache)
     # Without a rule for it, the result of perparam's models has the activations' dtype, and other results are not cast.
     output = policy.output or (None if config is None or config.dtype is None else activations)
-    return Resolved(policy, params, activations, output, kv_cache if kv_bytes else None, kv_bytes)
+    if not kv_bytes:  # a model without a cache rounds keys and values if the policy says so
+        kv_cache = None if config is None else policy.kv_cache
+    return Resolved(policy, params, activations, output, kv_cache, kv_bytes)
 
 
 def _before_and_after(

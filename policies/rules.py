@@ -151,14 +151,14 @@ def read_slot(
     value           None, a format, a map from patterns to formats, or rules that are read already
     sources         file and line by key of a map
     default_source  file and line of a slot that is not a map
-    base            rules that follow those of a map: its rules for the same patterns are left out, and its default
-                    applies if the map has none
+    base            rules that follow those of a map, or rules that are read already: its rules for the same patterns
+                    are left out, and its default applies if `value` has none
 
     Raises:
       UnknownDtype, InvalidPolicy: for a key or a format that the slot does not accept, with file and line if known.
     """
     if isinstance(value, SlotRules):
-        return _followed(slot, value.rules, value.default or base.default, base) if value.rules else value
+        return _followed(slot, value.rules, value.default or base.default, base)
     if not slot.by_parameter:
         with located(default_source):
             return SlotRules(default=_default(slot.read_one(value), default_source))

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +27,9 @@ _GAP = "  "
 
 _PIECES = re.compile(r"(?:\| |×)?[^/, ×]*[/,]+ ?|(?:\| |×)?[^/, ×]+ ?| ")
 """Pieces of a cell that stay whole: they end with a slash, comma or blank, and `|` and `×` begin one."""
+
+_FINE_PIECES = re.compile(_PIECES.pattern.replace("×]", "×_]").replace("[/,]", "[/,_]"))
+"""Pieces that end at an underscore too, for terminals that are narrower than the others allow."""
 
 _HTML_LINES = 200
 
@@ -80,45 +83,65 @@ class Table:
     def to_text(self, width: int | None = None) -> str:
         """Returns the table as plain text: whole lines, or lines of at most `width` characters where that is possible.
 
-        Wide cells are folded at blanks, slashes and commas; then columns are left out, which a last line names.
+        Wide cells are folded at blanks, slashes and commas; then columns are left out, which a last line names; then
+        cells are folded at underscores too.
         """
         return self.styled(width).plain
 
     def styled(self, width: int | None = None) -> Text:
         """Returns the same with styles for a terminal."""
-        kept, widths = self._layout(width)
+        kept, widths, pieces = self._layout(width)
         columns = [self.columns[i] for i in kept]
-        lines = [self._line([column.name for column in columns], columns, widths, "bold")]
-        lines += [self._line([line[i] for i in kept], columns, widths) for line in self.lines]
+        lines = [self._line([column.name for column in columns], columns, widths, pieces, "bold")]
+        lines += [self._line([line[i] for i in kept], columns, widths, pieces) for line in self.lines]
         if left := [column.name for i, column in enumerate(self.columns) if i not in kept]:
             lines.append(Text(_wrapped([f"left out for lack of width: {', '.join(left)}"], width), "dim"))
         return Text("\n").join(lines)
 
-    def _layout(self, width: int | None) -> tuple[list[int], list[int]]:
-        """Returns the columns that are kept and their widths."""
+    def kept(self, width: int | None = None) -> list[str]:
+        """Returns the names of the columns that text of this width has."""
+        return [self.columns[i].name for i in self._layout(width)[0]]
+
+    def _layout(self, width: int | None) -> tuple[list[int], list[int], re.Pattern[str]]:
+        """Returns the columns that are kept, their widths, and the pieces of cells that stay whole."""
         cells = [[column.name, *(line[i] for line in self.lines)] for i, column in enumerate(self.columns)]
         wide = [max(map(len, column)) for column in cells]
         if width is None:
-            return list(range(len(wide))), wide
-        least = [
-            max(len(line) for cell in texts for line in _fold(cell, 1, column.right))
-            for column, texts in zip(self.columns, cells, strict=True)
-        ]
+            return list(range(len(wide))), wide, _PIECES
+
+        def least_widths(pieces: re.Pattern[str]) -> list[int]:
+            return [
+                max(len(line) for cell in texts for line in _fold(cell, 1, column.right, pieces))
+                for column, texts in zip(self.columns, cells, strict=True)
+            ]
+
+        pieces, least = _PIECES, least_widths(_PIECES)
         numbers = [(column.leave, i) for i, column in enumerate(self.columns) if column.leave is not None]
         kept, leave = list(range(len(wide))), [i for _, i in sorted(numbers)]
         while leave and sum(least[i] + len(_GAP) for i in kept) - len(_GAP) > width:
             kept.remove(leave.pop(0))
+        if sum(least[i] + len(_GAP) for i in kept) - len(_GAP) > width:
+            pieces, least = _FINE_PIECES, least_widths(_FINE_PIECES)
         widths = {i: wide[i] for i in kept}
         while sum(widths.values()) + len(_GAP) * (len(kept) - 1) > width:
             widest = max(kept, key=lambda i: (widths[i] > least[i], widths[i]))
             if widths[widest] == least[widest]:
                 break
             widths[widest] -= 1
-        return kept, [widths[i] for i in kept]
+        return kept, [widths[i] for i in kept], pieces
 
-    def _line(self, cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int], style: str = "") -> Text:
+    def _line(
+        self,
+        cells: Sequence[str],
+        columns: Sequence[Column],
+        widths: Sequence[int],
+        pieces: re.Pattern[str],
+        style: str = "",
+    ) -> Text:
         """Returns the lines of text of one line of the table."""
-        folded = [_fold(cell, width, column.right) for cell, column, width in zip(cells, columns, widths, strict=True)]
+        folded = [
+            _fold(cell, width, column.right, pieces) for cell, column, width in zip(cells, columns, widths, strict=True)
+        ]
         lines = []
         for number in range(max(map(len, folded))):
             line = Text()
@@ -157,8 +180,8 @@ class Report:
     def _table(self) -> Table:
         raise NotImplementedError
 
-    def _legend(self) -> list[str]:
-        """Returns explanations of cells, printed below the table."""
+    def _legend(self, columns: Collection[str]) -> list[str]:
+        """Returns explanations of the cells in the columns that are printed, which follow the table."""
         return []
 
     def _notes(self) -> list[str]:
@@ -172,10 +195,12 @@ class Report:
     def to_text(self, width: int | None = None, *, colour: bool = False) -> str:
         """Returns the table and its notes as text.
 
-        width   the most characters of a line, if cells can be folded so far; None: whole lines
+        width   the most characters of a line, if cells can be folded so far; None: whole lines.  Paths below the table
+                stay whole
         colour  whether to add the escape codes of a terminal's colours
         """
-        table, legend, notes = self._table(), [*map(printable, self._legend())], [*map(printable, self._notes())]
+        table, notes = self._table(), [*map(printable, self._notes())]
+        legend = [*map(printable, self._legend(table.kept(width)))]
         blocks = [table.styled(width)] if table.lines else []
         blocks += [Text(_wrapped(legend, width), "dim")] if legend else []
         blocks += [Text(_wrapped(notes, width))] if notes else []
@@ -191,8 +216,9 @@ class Report:
         return self.to_text(_terminal()[0])
 
     def _repr_html_(self) -> str:
-        lines = "".join(f"<div>{html.escape(line)}</div>" for line in [*self._legend(), *self._notes()])
         table = self._table()
+        texts = [*self._legend(table.kept()), *self._notes()]
+        lines = "".join(f"<div>{html.escape(line)}</div>" for line in texts)
         return f"<div>{table.to_html() if table.lines else ''}{lines}</div>"
 
 
@@ -209,7 +235,7 @@ def json_lines(rows: Iterable[Mapping[str, Any]], totals: Mapping[str, Any]) -> 
     return f'{{"rows": [\n{lines}\n],\n{dumped(totals)[1:]}\n'
 
 
-def _fold(cell: str, width: int, right: bool = False) -> list[str]:
+def _fold(cell: str, width: int, right: bool = False, pieces: re.Pattern[str] = _PIECES) -> list[str]:
     """Returns a cell as lines of at most `width` characters if its pieces are short enough.
 
     >>> _fold("layers/0-3/mlp/up_proj/kernel ×4", 17)
@@ -220,7 +246,7 @@ def _fold(cell: str, width: int, right: bool = False) -> list[str]:
     if right:
         return [line.strip() for line in re.split("(?=±)", cell)]
     lines = [""]
-    for piece in _PIECES.findall(cell):
+    for piece in pieces.findall(cell):
         if lines[-1].strip() and len(lines[-1]) + len(piece.rstrip()) > width:
             lines.append(" ")
         lines[-1] += piece
@@ -255,7 +281,7 @@ def _wrapped(lines: Iterable[str], width: int | None) -> str:
     if width is None:
         return "\n".join(lines)
     return "\n".join(
-        textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        textwrap.fill(line, max(width, 1), subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
         for line in lines
     )
 

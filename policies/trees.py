@@ -7,6 +7,7 @@ one for the values and one for the scales, whether the tree contains two arrays 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -96,7 +97,11 @@ def is_train_state(tree: Any) -> bool:
 
 def _with_params(state: Any, params: Any) -> Any:
     """Returns a train state with other parameters."""
-    return state._replace(params=params) if hasattr(state, "_replace") else dataclasses.replace(state, params=params)
+    if hasattr(state, "_replace"):
+        return state._replace(params=params)
+    changed = copy.copy(state)  # without __init__, which may take other arguments
+    object.__setattr__(changed, "params", params)
+    return changed
 
 
 def is_parameter(leaf: Any, nnx_tree: bool = False) -> bool:
@@ -119,7 +124,10 @@ def map_parameters(function: Callable[[str, Any], Any], tree: Any, prefix: str =
     """Returns `tree` with every parameter replaced by `function(path, leaf)`; a leaf can be a variable or box."""
     if is_train_state(tree) and not prefix:
         return _with_params(tree, map_parameters(function, tree.params))
-    linen, nnx_tree = is_linen(tree) and not prefix, isinstance(tree, (nnx.State, nnx.Module))
+    if isinstance(tree, nnx.Module):  # a shared variable is one parameter, and remains shared
+        graphdef, state = nnx.split(tree)
+        return nnx.merge(graphdef, map_parameters(function, state, prefix))
+    linen, nnx_tree = is_linen(tree) and not prefix, isinstance(tree, nnx.State)
 
     def visit(keys: tuple[Any, ...], leaf: Any) -> Any:
         names = [_component(key) for key in keys]
@@ -140,6 +148,8 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
         flat[path] = leaf
         return leaf
 
+    while is_train_state(tree) and not prefix:
+        tree = tree.params
     # The state of a module contains a shared variable once.
     map_parameters(add, nnx.state(tree) if isinstance(tree, nnx.Module) else tree, prefix)
     for path, leaf in flat.items():

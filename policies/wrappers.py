@@ -23,7 +23,7 @@ from .errors import UnmatchedRule, UnsupportedCast
 from .modules import build, check_callable, fill, reseeded, streams, takes_policy
 from .policy import Policy
 from .presets import PolicyLike, get_policy
-from .resolved import resolve
+from .resolved import has_config, resolve
 from .scope import Scope
 from .store import store
 from .trees import Narrow, variables_by_path
@@ -48,7 +48,7 @@ def init(module: AnyModule, policy: PolicyLike, key: Any, *inputs: Any, **kwargs
 
     Raises:
       UnsupportedCast: if `module` is neither a Linen module nor such a callable.
-      UnmatchedRule, ShadowedRule: for a rule without effect, or `kv_cache` and a module without an argument `policy`.
+      UnmatchedRule, ShadowedRule: for a rule without effect, or `kv_cache` and a module without a model of perparam.
     """
     policy = get_policy(policy)
     if isinstance(module, nn.Module):
@@ -64,7 +64,10 @@ def init(module: AnyModule, policy: PolicyLike, key: Any, *inputs: Any, **kwargs
     check_callable(module)
     rngs = nnx.Rngs(**key) if isinstance(key, Mapping) else nnx.Rngs(key)
     if takes_policy(module):
-        state = nnx.state(build(module, policy=policy, rngs=rngs))
+        built = build(module, policy=policy, rngs=rngs)
+        if not any(has_config(part) for _, part in nnx.iter_modules(built)):
+            _refuse_kv_cache(policy, built)
+        state = nnx.state(built)
         resolve(policy, state)  # raises for rules without effect, which the lookups of single names cannot detect
         return state
     built = build(module, rngs=rngs)
@@ -103,6 +106,8 @@ def apply(
       UnmatchedRule, ShadowedRule, UnpairedScale, InvalidScale: see `Policy.explain`.
     """
     policy = get_policy(policy)
+    if not isinstance(module, (nn.Module, nnx.Module)):
+        check_callable(module)
     run, kind = (_apply_linen, Mapping) if isinstance(module, nn.Module) else (_apply_nnx, nnx.State)
     if not isinstance(variables, kind):
         raise UnsupportedCast(
@@ -115,11 +120,11 @@ def apply(
 
 
 def _refuse_kv_cache(policy: Policy, module: Any) -> None:
-    """Raises UnmatchedRule for `kv_cache` and a module without an argument `policy`, which cannot read it."""
+    """Raises UnmatchedRule for `kv_cache` and a module that has no keys and values."""
     if policy.kv_cache is not None:
         raise UnmatchedRule(
-            f"kv_cache: {dtypes.dtype_name(policy.kv_cache)} has no effect on {type(module).__name__}, which has no "
-            "argument `policy`: only perparam's models have such a cache. Use policy.replace(kv_cache=None)."
+            f"kv_cache: {dtypes.dtype_name(policy.kv_cache)} has no effect on {type(module).__name__}: only perparam's "
+            "models have such a cache. Use policy.replace(kv_cache=None)."
         )
 
 
@@ -163,8 +168,6 @@ def _apply_nnx(
     method: Any,
     kwargs: dict[str, Any],
 ) -> Any:
-    if not isinstance(module, nnx.Module):
-        check_callable(module)
     if takes_policy(type(module) if isinstance(module, nnx.Module) else module):
         if isinstance(module, nnx.Module):
             raise UnsupportedCast(

@@ -1,5 +1,6 @@
 """The policy's `kv_cache` slot: what it may be, what is kept under each dtype, and how much that changes logits."""
 
+import dataclasses
 import functools
 import json
 
@@ -120,6 +121,25 @@ def test_a_plan_of_what_keeps_nothing_says_nothing():
     assert plan.kv_cache is None
     assert plan.kv_bytes == 0
     assert "kv cache" not in str(plan)
+
+
+def test_a_model_without_a_cache_rounds_keys_and_values_only(models):
+    config = dataclasses.replace(models[None].config, task="feature_extraction", dtype=BF16)
+    model = nnx.eval_shape(lambda: type(models[None])(config, policy=Policy(kv_cache="int8"), rngs=nnx.Rngs(0)))
+    plan = model.policy.explain(model)
+    assert (plan.kv_cache, plan.kv_bytes, plan.unused) == ("int8", 0, ())
+    assert str(plan).endswith("output bf16, keys and values int8")
+    for text in (str(Policy().explain(model)), repr(model)):
+        assert "kv cache" not in text
+        assert "keys and values int8" not in text
+
+
+def test_init_accepts_a_cache_dtype_for_a_module_that_has_a_model(models):
+    class Head(nnx.Module):
+        def __init__(self, *, policy, rngs):
+            self.model = type(models[None])(models[None].config, policy=policy.at("model"), rngs=rngs)
+
+    assert jax.eval_shape(lambda: perparam.init(Head, Policy(kv_cache="int8"), jax.random.key(0)))
 
 
 def test_a_checkpoints_plan_is_the_models(folder, models):

@@ -34,6 +34,15 @@ def test_the_rules_of_a_preset_follow_those_of_the_file(write):
     assert Policy.loads(policy.dumps()) == policy
 
 
+@pytest.mark.parametrize(
+    "text", ["params: {default: bf16}", "params: {kernel: int8}\noutput: f32", "block: [64, 64]", "kv_cache: int8"]
+)
+def test_including_a_policy_is_merging_the_file_into_it(write, text):
+    file = write("over.yaml", text)
+    included = Policy.loads(f"include: fp8_weight_only\n{text}")
+    assert get_policy("fp8_weight_only").merge(Policy.load(file)) == included
+
+
 def test_a_slot_of_one_dtype_replaces_that_of_the_included_policy():
     assert Policy.loads("include: fp8_dynamic\ncompute: f32\n").compute == Policy(compute="f32").compute
     assert Policy.loads("include: fp8_dynamic\ncompute: null\nblock: null\n").compute == Policy().compute

@@ -90,16 +90,20 @@ def test_a_module_of_no_flax_is_answered_with_store_and_to_compute(name, call):
         (lambda: None, r"<lambda> cannot be called as .* unexpected keyword argument 'rngs'. Write lambda rngs: "),
         (lambda policy: None, r"cannot be called as module\(rngs=rngs, policy=policy\)"),
         (nn.Dense, r"Dense is a class of Linen, expected a module. Pass Dense\(…\) with its arguments"),
+        (MLP(X), "MLP is neither a Linen module nor"),
     ],
 )
 def test_a_callable_with_other_arguments_is_refused(module, message):
     with pytest.raises(UnsupportedCast, match=message):
         perparam.init(module, POLICY, KEY)
+    with pytest.raises(UnsupportedCast, match=message):
+        perparam.apply(module, POLICY, {"params": {}}, X)
 
 
-@pytest.mark.parametrize("module", [nn.Dense(3), Block])
+@pytest.mark.parametrize("module", [nn.Dense(3), Block, Scaled, functools.partial(perparam.Linear, 6, 3)])
 def test_a_cache_dtype_is_refused_for_a_module_that_cannot_read_it(module):
-    with pytest.raises(UnmatchedRule, match=r"kv_cache: int8 has no effect on (Dense|Block).*replace\(kv_cache=None\)"):
+    message = r"kv_cache: int8 has no effect on (Dense|Block|Scaled|Linear): .*replace\(kv_cache=None\)"
+    with pytest.raises(UnmatchedRule, match=message):
         perparam.init(module, Policy(kv_cache="int8"), KEY, X)
 
 

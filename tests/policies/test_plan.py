@@ -184,22 +184,26 @@ class TestRows:
             Policy().explain(TREE).rows[0].bytes = 0
 
 
+_GENERIC = "fused reduction | widen, then dot"
+
+
 class TestTarget:
     """With a target a plan says what multiplies with each kernel there; the machine it is made on does not matter."""
 
     tree = TREE | {"wide": {"kernel": np.ones((256, 384), np.float32)}}
 
     @pytest.mark.parametrize(
-        ("target", "compute", "wide", "ragged"),
+        ("target", "compute", "wide", "ragged", "reason"),
         [
-            ("cpu", "null", "slabs", "slabs"),
-            ("cuda:9.0", "null", "hopper columns", "fused reduction | widen, then dot"),
-            ("cuda:9.0", "f8_e4m3fn", "hopper columns | hopper rows", "fused reduction | widen, then dot"),
-            ("cuda:8.0", "null", "fused reduction | widen, then dot", "fused reduction | widen, then dot"),
-            ("tpu", "bf16", "fused reduction | widen, then dot", "fused reduction | widen, then dot"),
+            ("cpu", "null", "slabs", "slabs", ""),
+            ("cuda:9.0", "null", "hopper columns", _GENERIC, ""),
+            ("cuda:9.0", "f8_e4m3fn", "hopper columns | hopper rows", _GENERIC, ""),
+            ("cuda:8.0", "null", _GENERIC, _GENERIC, "cuda:8.0"),
+            ("cuda", "null", _GENERIC, _GENERIC, "cuda of unknown compute capability"),
+            ("tpu", "bf16", _GENERIC, _GENERIC, "tpu"),
         ],
     )
-    def test_kernels_have_an_implementation(self, target, compute, wide, ragged):
+    def test_kernels_have_an_implementation_or_a_reason(self, target, compute, wide, ragged, reason):
         policy = Policy.loads(
             YAML.replace("kernel: null", f"kernel: {compute}").replace("default: f32", "default: bf16")
         )
@@ -207,11 +211,17 @@ class TestTarget:
         found = {row.path: row.matmul for row in plan.rows if row.matmul is not None}
         assert found == {"dense/kernel": ragged, "wide/kernel": wide}
         why = {row.path: row.matmul_refused for row in plan.rows if row.matmul_refused is not None}
-        assert set(why) == ({"dense/kernel"} if target == "cuda:9.0" else set())
-        assert ("\ndense/kernel: not hopper rows or hopper columns: " in str(plan)) == bool(why)
+        assert set(why) == ({"dense/kernel"} if target == "cuda:9.0" else set() if target == "cpu" else set(found))
+        assert ("\ndense/kernel: not hopper rows or hopper columns: " in str(plan)) == (target == "cuda:9.0")
+        nothing = f"\ndense/kernel and 1 more: no implementation is made for {reason}\n"
+        assert (nothing in str(plan)) == bool(reason)
         assert "matmul (1 | 512 rows)" in str(plan).splitlines()[0]
         assert f"  {wide}  " in str(plan)
         assert [row["matmul"] for row in json.loads(plan.to_json())["rows"]] == [row.matmul for row in plan.rows]
+
+    def test_a_kernel_that_needs_no_implementation_of_its_own_has_no_reason(self):
+        plan = Policy().explain(self.tree, target="tpu")
+        assert {(row.matmul, row.matmul_refused) for row in plan.rows} == {("dot", None), (None, None)}
 
     def test_without_one_there_is_no_column(self):
         plan = Policy.loads(YAML).explain(self.tree)
@@ -338,6 +348,17 @@ class TestTable:
     def test_a_number_within_a_name_is_no_layer(self):
         lines = str(Policy().explain({"conv1": np.ones(2), "conv2": np.ones(2)})).splitlines()
         assert [line.split()[0] for line in lines[1:3]] == ["conv1", "conv2"]
+
+    def test_on_a_narrow_terminal_the_rule_stays_longer_than_the_current_dtype_and_the_shape(self):
+        layer = {"post_attention_layernorm": {"scale": np.ones(2)}, "up_proj": {"kernel": np.ones((2, 2), np.float32)}}
+        plan = get_policy("fp8_weight_only").explain({"layers": [layer] * 4})
+        at_80, at_40 = plan.to_text(80), plan.to_text(40)
+        assert "kernel:5" in at_80
+        assert "left out for lack of width: current\n" in at_80
+        assert "– under rule: no rule" in at_80.replace("\n    ", " ")
+        assert "under rule" not in at_40
+        assert "as stored:" not in at_40
+        assert max(map(len, at_40.partition("\n\n")[0].splitlines())) <= 40
 
     def test_rules_have_their_line(self):
         table = str(Policy.loads(YAML, "p.yaml").explain(TREE))

@@ -229,12 +229,23 @@ class TestComposition:
     def test_the_rules_of_a_merged_policy_win(self, first, second, path):
         merged = second.merge(first)
         for slot in ("params", "compute"):
-            if first.slot(slot).reaching(path) or (first.slot(slot).default and not first.slot(slot).rules):
-                assert merged.slot(slot).format(path) == first.slot(slot).format(path)
-            elif second.slot(slot).reaching(path):
-                assert merged.slot(slot).format(path) == second.slot(slot).format(path)
+            first_rules, second_rules = first.slot(slot), second.slot(slot)
+            winner = next((rules for rules in (first_rules, second_rules) if rules.reaching(path)), None)
+            if winner is not None:
+                assert merged.slot(slot).format(path) == winner.format(path)
+            assert merged.slot(slot).default == (first_rules.default or second_rules.default)
+            assert {rule.pattern for rule in second_rules.rules} <= {rule.pattern for rule in merged.slot(slot).rules}
         assert merged.output == (first.output or second.output)
         assert merged.block == (first.block or second.block)
+
+    def test_a_merged_policy_replaces_a_default_and_removes_nothing(self):
+        expected = self.base.merge({"params": {"default": "bf16"}})
+        for other in (Policy("bf16"), Policy({"default": "bf16"}), Policy.loads("params: {default: bf16}")):
+            assert self.base.merge(other) == expected
+        assert self.base.merge(Policy({"bias": "bf16", "default": None})) == self.base.merge(
+            {"params": {"bias": "bf16"}}
+        )
+        assert self.base.merge(Policy(compute=None)) == self.base
 
     def test_a_merged_rule_that_hides_others_is_an_error_with_the_remedy(self):
         with pytest.raises(

@@ -55,6 +55,14 @@ def test_a_column_is_left_out_only_where_folding_is_not_enough():
     ]
 
 
+def test_cells_are_folded_at_underscores_where_nothing_else_is_enough():
+    table = Table(COLUMNS, [("post_attention_layernorm/scale ×4", "320", "f32 cast", "64 B")])
+    lines = table.to_text(32).splitlines()
+    assert [line[:15].rstrip() for line in lines[1:4]] == ["post_attention_", " layernorm/", " scale ×4"]
+    assert max(map(len, lines)) <= 32
+    assert table.to_text(0).split() == table.to_text(1).split()
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -13,7 +13,7 @@ from flax import nnx
 
 import perparam
 from perparam import Policy
-from perparam.policies import UnsupportedCast
+from perparam.policies import UnknownDtype, UnsupportedCast
 
 eqx = pytest.importorskip("equinox")
 
@@ -77,6 +77,12 @@ def test_a_narrow_array_without_a_compute_dtype_has_that_of_the_activations():
     assert policy.to_compute(stored, activations="f16")["kernel"].dtype == np.float16
     assert policy.to_compute(stored, activations="f16")["bias"].dtype == np.float32
     assert policy.replace(compute="bf16").to_compute(stored, activations="f16")["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("activations", ["int8", "f8_e4m3fn", "i32"])
+def test_activations_are_wide_floats(activations):
+    with pytest.raises(UnknownDtype, match=f"activations cannot be {activations}. Write f32, bf16 or f16"):
+        Policy().to_compute({"kernel": WEIGHT}, activations)
 
 
 def test_a_narrow_compute_format_is_refused_with_what_can_do_it():

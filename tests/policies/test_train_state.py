@@ -1,5 +1,6 @@
 """Records of parameters and optimizer state: rules apply to the parameters, and not to the moments named like them."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,24 @@ class Record(NamedTuple):
     opt_state: Any
 
 
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class OwnInit:
+    params: Any
+    opt_state: Any
+
+    def __init__(self, weights):
+        object.__setattr__(self, "params", weights)
+        object.__setattr__(self, "opt_state", optax.adam(1e-3).init(weights))
+
+    def tree_flatten(self):
+        return (self.params, self.opt_state), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        raise AssertionError("a plan rebuilds nothing")
+
+
 def flax_state(params):
     return TrainState.create(apply_fn=None, params=params, tx=optax.adam(1e-3))
 
@@ -28,6 +47,7 @@ STATES = {
     "TrainState": lambda: flax_state(PARAMS),
     "TrainState of variables": lambda: flax_state({"params": PARAMS}),
     "a named tuple": lambda: Record(PARAMS, {"kernel": 0}, optax.adam(1e-3).init(PARAMS)),
+    "a class with its own __init__": lambda: OwnInit(PARAMS),
     "a dict": lambda: {"params": PARAMS, "opt_state": optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(PARAMS)},
 }
 

@@ -213,6 +213,15 @@ def test_a_shared_parameter_counts_once():
     assert perparam.Policy().explain(Shared(rngs=nnx.Rngs(0))).total_bytes == 4 * 4 * 4
 
 
+def test_a_shared_parameter_of_a_module_is_converted_once_and_stays_shared():
+    module = Shared(rngs=nnx.Rngs(0))
+    policy = perparam.Policy("bf16", "f16")
+    results = policy.store(module), policy.to_compute(module), policy.cast(module, "params")
+    for result, dtype in zip(results, ["bfloat16", "float16", "bfloat16"], strict=True):
+        assert result.first is result.again
+        assert (result.first.kernel.dtype, module.first.kernel.dtype) == (dtype, "float32")
+
+
 def test_keys_and_integers_are_carried_through():
     tree = {"key": jax.random.key(0), "steps": jnp.arange(3), "w": jnp.ones(3)}
     stored = NARROW.store(tree | {"a": {"kernel": jnp.ones((2, 2))}})
