@@ -190,7 +190,7 @@ def describe(tree: Any) -> dict[str, ArrayInfo]:
             result[scale_path(path)] = ArrayInfo(tuple(scales.shape), Format(np.dtype(scales.dtype)))
         else:
             block = leaf.get_metadata().get("block") if isinstance(leaf, Narrow) else None
-            result[path] = ArrayInfo(tuple(value.shape), Format(value.dtype, block))
+            result[path] = ArrayInfo(tuple(value.shape), Format(value.dtype.newbyteorder("="), block))
     return result
 
 

@@ -125,6 +125,12 @@ def test_classes_without_names_get_those_of_transformers(tmp_path):
     assert found.infos["score/kernel"].shape == (3, config["hidden_size"])
 
 
+def test_classes_are_named_by_label2id_where_there_is_no_id2label(tmp_path):
+    names = {"label2id": {"no": 1, "yes": 0, "maybe": 2}}
+    config, arrays = scored(3, architectures=["Qwen3ForSequenceClassification"], **names)
+    assert open_checkpoint(checkpoints.write(tmp_path, config, arrays)).config.id2label == ("yes", "no", "maybe")
+
+
 SEQUENCE = "Qwen3ForSequenceClassification"
 
 
