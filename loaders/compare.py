@@ -148,7 +148,7 @@ def compare(
     """Accuracy, size and speed of a checkpoint under each policy, relative to the first one.
 
     path      a folder or a name on the hub, as for `load_model`
-    policies  anything `get_policy` accepts: a mapping from names, or a sequence, in which the second "bf16" is named "bf16 (2)"
+    policies  anything `get_policy` accepts: a mapping from names, or a sequence, whose second "bf16" is "bf16 (2)"
     tokens    (length,) or (batch, length) ids; rows are cut into windows of 256 tokens
     text      a text instead of tokens, for the checkpoint's tokenizer
     revision  branch, tag or commit of the repository on the hub

@@ -48,12 +48,12 @@ def token_windows(
       InvalidTokens: no tokens, shapes or dtypes that do not fit, ids outside the vocabulary.
     """
     try:
-        flat = np.ndim(tokens) == 1
-        if np.size(tokens) == 0:
-            raise InvalidTokens(f"expected token ids, found none: the shape is {np.shape(tokens)}.")
+        shape = np.shape(tokens)
     except ValueError:  # rows of different length, of which `checked_tokens` gives the error
-        flat = False
-    if flat:
+        shape = (-1, -1)
+    if 0 in shape:
+        raise InvalidTokens(f"expected token ids, found none: the shape is {shape}.")
+    if len(shape) == 1:
         tokens = np.asarray(tokens)[None]
         attention_mask = None if attention_mask is None else [attention_mask]
     ids, mask = (np.asarray(x) for x in checked_tokens(tokens, attention_mask, vocabulary))
