@@ -13,6 +13,8 @@ from perparam import load_model, save_model
 from perparam.loaders import convert_checkpoint, open_checkpoint
 from perparam.policies.errors import InvalidCheckpoint, UnsupportedTask
 
+pytestmark = pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")  # small models
+
 TASKS = GOLDEN / "tasks"
 CASES = sorted(path.name for path in TASKS.iterdir())
 

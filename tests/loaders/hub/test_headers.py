@@ -29,6 +29,7 @@ def test_headers_are_all_that_is_fetched_of_the_weights(hub, sharded):
 
 
 @pytest.mark.parametrize("command", [["plan"], ["plan", "--json"], ["convert", "new", "--dry-run"]], ids=" ".join)
+@pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")
 def test_the_command_line_fetches_headers_of_a_revision(hub, sharded, small, capsys, command):
     hub.add(REPO, sharded, "v1")
     hub.add(REPO, small)
