@@ -146,7 +146,12 @@ def _block(folder: pathlib.Path) -> Block | None:
     return None if quantization is None else quantization.block
 
 
-def _bare(folder: pathlib.Path, tensors: Mapping[str, Tensor], block: Block | None, reason: str) -> BareCheckpoint:
+def by_paths(folder: pathlib.Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{path: tensor} of {name: tensor}; scales have two axes.
+
+    Raises:
+      InvalidCheckpoint: two tensors of one path, or a tensor whose path is within that of another.
+    """
     names: dict[str, str] = {}
     by_path: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -156,8 +161,8 @@ def _bare(folder: pathlib.Path, tensors: Mapping[str, Tensor], block: Block | No
                 f"{folder}: {named(names[path])} and {named(name)} both have the path {named(path)}. Rename one."
             )
         names[path] = name
-        one_scale = path != _own_path(name) and tensor.shape in ((), (1,))
-        by_path[path] = dataclasses.replace(tensor, shape=(1, 1)) if one_scale else tensor
+        flat_scales = path != _own_path(name) and len(tensor.shape) < 2  # one for the matrix, or one for each row
+        by_path[path] = dataclasses.replace(tensor, shape=(*(tensor.shape or (1,)), 1)) if flat_scales else tensor
     for path in by_path:
         parents = path.split("/")[:-1]
         within = ("/".join(parents[: i + 1]) for i in range(len(parents)))
@@ -165,6 +170,11 @@ def _bare(folder: pathlib.Path, tensors: Mapping[str, Tensor], block: Block | No
             raise InvalidCheckpoint(
                 f"{folder}: {named(names[inside])} is a tensor, and {named(names[path])} is within it. Rename one."
             )
+    return by_path
+
+
+def _bare(folder: pathlib.Path, tensors: Mapping[str, Tensor], block: Block | None, reason: str) -> BareCheckpoint:
+    by_path = by_paths(folder, tensors)
     blocks = {path: _block_of(by_path, path, block) for path in by_path if scale_path(path) in by_path}
     return BareCheckpoint(folder, by_path, {path: each for path, each in blocks.items() if each is not None}, reason)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import time
@@ -121,6 +122,16 @@ def _name(index: int, policy: PolicyLike) -> str:
     return str(policy) if isinstance(policy, (str, os.PathLike)) else f"policy {index + 1}"
 
 
+def _by_name(policies: Sequence[PolicyLike]) -> dict[str, PolicyLike]:
+    """{name: policy} of a sequence; a name that occurs again has a number, as in "bf16 (2)"."""
+    by_name: dict[str, PolicyLike] = {}
+    for index, policy in enumerate(policies):
+        name = _name(index, policy)
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        by_name[next(each for each in itertools.chain([name], numbered) if each not in by_name)] = policy
+    return by_name
+
+
 def _with_error(value: float, error: float) -> str:
     """A number with its standard error, where there is one."""
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.2g}"
@@ -137,7 +148,7 @@ def compare(
     """Accuracy, size and speed of a checkpoint under each policy, relative to the first one.
 
     path      a folder or a name on the hub, as for `load_model`
-    policies  anything `get_policy` accepts: a mapping from names, or a sequence
+    policies  anything `get_policy` accepts: a mapping from names, or a sequence, whose second "bf16" is "bf16 (2)"
     tokens    (length,) or (batch, length) ids; rows are cut into windows of 256 tokens
     text      a text instead of tokens, for the checkpoint's tokenizer
     revision  branch, tag or commit of the repository on the hub
@@ -151,7 +162,7 @@ def compare(
     """
     if isinstance(policies, (str, os.PathLike, Policy)):
         policies = [policies]
-    by_name = policies if isinstance(policies, Mapping) else {_name(i, each): each for i, each in enumerate(policies)}
+    by_name = policies if isinstance(policies, Mapping) else _by_name(policies)
     ids = token_ids(tokens, text, path, revision)
     first, rows = None, []
     for name, policy in by_name.items():

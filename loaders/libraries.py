@@ -168,8 +168,11 @@ def check_library(contents: Export, stored: Mapping[str, ArrayInfo], library: Li
             heading = (
                 f"{_SPELLED[library]} cannot load this checkpoint, with kernels in blocks of {_text(kernels.block)}:"
             )
-            of_blocks = any("blocks" in each.needs for each, _ in failed)
-            remedy = _remedy(kernels, {path for _, paths in failed for path in paths}, wide, of_blocks)
+            by_blocks, otherwise = (
+                {path for each, paths in failed if ("blocks" in each.needs) == of_blocks for path in paths}
+                for of_blocks in (True, False)
+            )
+            remedy = _remedy(kernels, by_blocks, otherwise, wide)
             raise UnsupportedExport("\n".join([heading, *lines, remedy]))
         return
     by_program = {
@@ -179,7 +182,7 @@ def check_library(contents: Export, stored: Mapping[str, ArrayInfo], library: Li
     failing = dict.fromkeys(path for paths in by_program.values() for path in paths)
     if failing:
         programs = " and ".join(_SPELLED[program] for program, paths in by_program.items() if paths)
-        remedy = _remedy(kernels, set(failing), wide, of_blocks=True)
+        remedy = _remedy(kernels, set(failing), set(), wide)
         warnings.warn(
             f"blocks of {_text(kernels.block)} do not divide the sides of {_some(list(failing), shapes)}. "
             f"{programs} cannot load this checkpoint; perparam can.\n{remedy}",
@@ -188,19 +191,32 @@ def check_library(contents: Export, stored: Mapping[str, ArrayInfo], library: Li
         )
 
 
-def _remedy(kernels: _Kernels, failing: set[str], wide: str, of_blocks: bool) -> str:
-    """The last lines of an error: blocks that would do, and the rules that leave kernels wide."""
+def _remedy(kernels: _Kernels, by_blocks: set[str], otherwise: set[str], wide: str) -> str:
+    """The last lines of an error: blocks that would do, and the rules that leave kernels wide.
+
+    by_blocks  paths that other blocks would mend
+    otherwise  paths that fail whatever the blocks
+    """
     sides = [size for shape in kernels.narrow.values() for size in shape]
     square = next((side for side in (128, 64, 32, 16) if not any(size % side for size in sides)), None)
     blocks = [[square, square]] if square is not None and kernels.block != (square, square) else []
-    ways = [f"block: {block}" for block in blocks] + ["block: [1, -1] (a scale for each row)"] if of_blocks else []
-    fused = {other for path in failing for other in _fused_with(path) if other in kernels.narrow}
-    paths = [path for path in kernels.narrow if path in failing | fused]
-    if of_blocks and len(paths) == len(kernels.narrow):  # rules for all of them would leave none to quantise
-        return f"  Save under a policy with {' or '.join(ways)}."
-    ways.append("these rules first:\n  params:")
-    rules = dict.fromkeys(re.sub(r"(?<=/)\d+(?=/)", "*", path) for path in paths)
-    return "\n".join([f"  Save under a policy with {', or '.join(ways)}", *(f"    {rule}: {wide}" for rule in rules)])
+    ways = [f"block: {block}" for block in blocks] + ["block: [1, -1] (a scale for each row)"] if by_blocks else []
+    rules = _left_wide(kernels, otherwise)
+    if by_blocks and otherwise and len(rules) < len(kernels.narrow):
+        heading = f"  Save under a policy with {' or '.join(ways)}, and with these rules first:"
+    else:
+        rules = _left_wide(kernels, by_blocks | otherwise)
+        if by_blocks and len(rules) == len(kernels.narrow):  # rules for all of them would leave none to quantise
+            return f"  Save under a policy with {' or '.join(ways)}."
+        heading = f"  Save under a policy with {', or '.join([*ways, 'these rules first:'])}"
+    patterns = dict.fromkeys(re.sub(r"(?<=/)\d+(?=/)", "*", path) for path in rules)
+    return "\n".join([heading, "  params:", *(f"    {pattern}: {wide}" for pattern in patterns)])
+
+
+def _left_wide(kernels: _Kernels, failing: set[str]) -> list[str]:
+    """Paths of the quantised kernels to leave wide: those that fail, and those that are merged with them."""
+    fused = {other for path in failing for other in _fused_with(path)}
+    return [path for path in kernels.narrow if path in failing | fused]
 
 
 def _some(paths: list[str], shapes: Mapping[str, tuple[int, ...]]) -> str:

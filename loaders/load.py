@@ -6,8 +6,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
+
 from ..models.decoder import Decoder, assemble
 from ..models.sharding import shardings
+from ..policies.errors import UnknownDtype, named
 from ..policies.formats import ScaledArray
 from ..policies.paths import scale_path
 from ..policies.presets import PolicyLike, get_policy
@@ -51,6 +55,7 @@ def load_model(
       UnmatchedRule, ShadowedRule: a rule of the policy, or a pattern of `sharding`, that decides nothing.
       InvalidSharding: an axis that cannot be divided evenly among its devices.
       InvalidScale: scales that are not positive finite numbers.
+      UnknownDtype: a parameter would be stored as float64 while `jax_enable_x64` is off.
     """
     checkpoint = open_checkpoint(path, revision=revision, progress=progress)
     resolved = resolve(get_policy(policy), checkpoint.tree)
@@ -99,6 +104,14 @@ def _load(
 ) -> dict[str, Any]:
     """{path: array} of all parameters and scales, in the order of the checkpoint's tree."""
     stored = resolved.stored
+    doubles = [path for path, info in stored.items() if info.dtype == np.float64]
+    if doubles and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        rules = ", ".join(f'"{path}": "f32"' for path in doubles)
+        policy = f"Policy({{{rules}}})" if len(doubles) <= 3 else '"f32"'
+        raise UnknownDtype(
+            f"{', '.join(map(named, doubles[:3]))}: float64 needs jax_enable_x64: without it JAX uses float32. Enable "
+            f"it, or load under a policy that stores another dtype, such as {policy}."
+        )
     where = shardings(layout, checkpoint.config, stored)
     loaded: dict[str, Any] = {}
 

@@ -29,8 +29,8 @@ class ArrayRows:
 
     @property
     def dtype(self) -> np.dtype:
-        """The array's dtype."""
-        return self.array.dtype
+        """The array's dtype, in the byte order of this machine."""
+        return self.array.dtype.newbyteorder("=")
 
     def read(self, start: int = 0, stop: int | None = None, into: np.ndarray | None = None) -> np.ndarray:
         """Rows `start` to `stop`, on the host.
@@ -39,7 +39,8 @@ class ArrayRows:
           UnsupportedExport: an array with parts on devices of other processes.
         """
         if not isinstance(self.array, jax.Array) or not self.shape:
-            return np.asarray(self.array)[start:stop] if self.shape else np.asarray(self.array)
+            array = np.asarray(self.array)
+            return (array[start:stop] if self.shape else array).astype(self.dtype, copy=False)
         if not self.array.is_fully_addressable:
             raise UnsupportedExport(f"{self.path}: is stored on devices of other processes. Gather it first.")
         shards = {box_of(shard.index, self.shape): shard.data for shard in self.array.addressable_shards}

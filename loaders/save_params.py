@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -14,14 +15,17 @@ from flax import nnx
 
 from ..policies.blocks import Block
 from ..policies.dtypes import dtype_name
-from ..policies.errors import UnsupportedExport, named
+from ..policies.errors import InvalidCheckpoint, UnsupportedExport, named
+from ..policies.paths import scale_path
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, resolve
-from ..policies.trees import ArrayInfo, describe, is_linen, is_parameter, parameters
+from ..policies.trees import ArrayInfo, describe, is_leaf, is_linen, is_parameter, is_train_state, parameters
 from .atomic import new_folder
+from .bare import by_paths
 from .layout import INDEX
 from .progress import Progress
 from .rows import ArrayRows
+from .safetensors.reader import Tensor
 from .safetensors.writer import ALL_NAMES, Writer, in_shards, size_in_bytes
 from .save import write_params
 
@@ -45,9 +49,11 @@ def save_params(
     progress        whether to show a progress bar on stderr; None: only if that is a terminal
 
     The name of a tensor is the path of its parameter with "." for "/", as policies and `explain` show it:
-    `encoder.layer.0.kernel`, and `encoder.layer.0.scale_inv` for its scales. The blocks of scaled pairs are in the
-    metadata, so that `load_params(folder, scaled=True)` gives the same `ScaledArray`s; a mapping does not store its
-    block, and needs a policy with it unless it is (128, 128).
+    `encoder.layer.0.kernel`, and `encoder.layer.0.scale_inv` for its scales. A mapping from names such as
+    "encoder.layer.0.kernel" is saved by these names, and `load_params` gives their paths, with "/".
+
+    The blocks of scaled pairs are in the metadata, so that `load_params(folder, scaled=True)` gives the same
+    `ScaledArray`s; a mapping does not store its block, and needs a policy with it unless it is (128, 128).
 
     >>> import tempfile
     >>> from perparam import load_params
@@ -57,8 +63,9 @@ def save_params(
     ['dense/kernel']
 
     Raises:
-      UnsupportedExport: leaves that are not parameters, such as batch statistics, which would be lost; a dtype that
-        safetensors files do not have; two parameters of the same name. Nothing is written then.
+      UnsupportedExport: leaves that are not parameters, such as batch statistics, optimizer state and Python numbers,
+        which would be lost; a dtype that safetensors files do not have; names that `load_params` would refuse or give
+        other paths. Nothing is written then.
       UnpairedScale, InvalidScale, UnmatchedRule, ShadowedRule, InvalidSize: as `Policy.store` and `save_model`.
       SaveFailed: the disk is full, or another error of the file system; the folder is then unchanged.
     """
@@ -68,7 +75,7 @@ def save_params(
     if not arrays:
         raise UnsupportedExport(f"{type(tree).__name__}: has no parameters. Pass a tree of arrays.")
     resolved = resolve(policy, tree, slots=("params",))
-    names = _names(resolved)
+    names = _names(resolved, pathlib.Path(folder))
     for path, array in arrays.items():
         if not isinstance(array, (jax.Array, np.ndarray, np.generic)):
             raise UnsupportedExport(f"{path}: {type(array).__name__} has no values. Pass arrays.")
@@ -90,16 +97,33 @@ def save_params(
     return pathlib.Path(folder)
 
 
-def _names(resolved: Resolved) -> dict[str, str]:
-    """{path: tensor name}, such that `load_params` gives the same paths."""
+def _names(resolved: Resolved, folder: pathlib.Path) -> dict[str, str]:
+    """{path: tensor name}, such that `load_params` gives the same paths, with "/" for the "." of a flat name."""
     names: dict[str, str] = {}
-    paths: dict[str, str] = {}
-    for path in resolved.stored:
-        names[path] = name = path.replace("/", ".")
-        other = paths.setdefault(name, path)
-        if other != path or not name.isprintable() or name == "__metadata__":
-            problem = f"{named(other)} and {named(path)} have" if other != path else f"{named(path)} has"
-            raise UnsupportedExport(f"{problem} no name of their own in a file. Rename the parameter.")
+    expected: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for param in resolved.params.values():
+        whole = param.path.replace(".", "/")
+        for path, info in param.stored.items():
+            again = whole if path == param.path else scale_path(whole)
+            names[path] = name = again.replace("/", ".")
+            if "/" in path and "." in path:
+                raise UnsupportedExport(f"{named(path)}: would have the path {named(again)} when loaded. Rename it.")
+            if name in tensors or not name.isprintable() or name == "__metadata__":
+                other = next((each for each in names if names[each] == name and each != path), None)
+                problem = f"{named(other)} and {named(path)} have" if other is not None else f"{named(path)} has"
+                raise UnsupportedExport(f"{problem} no name of their own in a file. Rename the parameter.")
+            expected[name] = again
+            tensors[name] = Tensor(name, folder, info.shape, info.dtype, 0, 0)
+    try:
+        found = by_paths(folder, tensors)
+    except InvalidCheckpoint as error:
+        raise UnsupportedExport(f"{error}") from error
+    for path, tensor in found.items():
+        if path != expected[tensor.name]:
+            raise UnsupportedExport(
+                f"{named(expected[tensor.name])}: would be loaded as the scales {named(path)}. Rename it."
+            )
     return names
 
 
@@ -116,10 +140,16 @@ def _blocks(resolved: Resolved, infos: Mapping[str, ArrayInfo]) -> dict[str, Blo
 
 
 def _refuse_other_leaves(tree: Any) -> None:
-    """Raises UnsupportedExport for arrays of a Flax tree that are not parameters, such as batch statistics."""
-    if is_linen(tree):
+    """Raises UnsupportedExport for leaves that are not parameters, such as batch statistics and optimizer state."""
+    if is_train_state(tree):
+        fields = tree._fields if hasattr(tree, "_fields") else [field.name for field in dataclasses.fields(tree)]
+        others = [name for name in fields if name != "params" and _has_values(getattr(tree, name))]
+        remedy = "Pass state.params, and save the whole state by Orbax"
+    elif is_linen(tree):
         others = [name for name in tree if name != "params" and jax.tree.leaves(tree[name])]
         remedy = "Pass variables['params'], and save the others by a call of their own"
+        if not others:
+            return _refuse_other_leaves(tree["params"])
     elif isinstance(tree, (nnx.State, nnx.Module)):
         state = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
         leaves = {"/".join(map(str, keys)): leaf for keys, leaf in nnx.to_flat_state(state)}
@@ -128,12 +158,25 @@ def _refuse_other_leaves(tree: Any) -> None:
         ]
         remedy = "Pass nnx.state(model, (nnx.Param, perparam.policies.Narrow)), and save the others by other means"
     else:
-        return
+        flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+        others = [
+            jax.tree_util.keystr(keys, simple=True, separator="/")
+            for keys, leaf in flat
+            if not is_parameter(leaf) and _has_values(leaf)
+        ]
+        remedy = "Pass a tree of arrays alone (of an Equinox module, eqx.filter(module, eqx.is_array)), and save the "
+        remedy += "others by other means, such as Orbax"
     if others:
         more = f" and {len(others) - 5} more" if others[5:] else ""
         raise UnsupportedExport(
             f"{', '.join(map(named, others[:5]))}{more}: not parameters, and would be lost. {remedy}."
         )
+
+
+def _has_values(tree: Any) -> bool:
+    """Whether a tree has numbers or arrays, PRNG keys included; functions and other static leaves are none."""
+    leaves = jax.tree.leaves(tree)
+    return any(isinstance(leaf, (int, float, complex, str)) or hasattr(leaf, "shape") for leaf in leaves)
 
 
 def _is_file_of_params(name: str) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..policies import store
 from ..policies.blocks import Block, block_sides
+from ..policies.dtypes import as_array
 from ..policies.formats import Format
 from ..policies.resolved import ResolvedParam
 from ..policies.scales import decode_scales, encode_scales
@@ -129,6 +130,8 @@ def _convert_on_host(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`store.convert` on the host, whatever the default device, so that all machines give the same bits."""
     with _on_host():
+        if values.dtype == np.float64:
+            values = as_array(values)  # saturates where JAX has no float64
         values, scale_inv = _convert(current, requested, *jax.device_put((values, scale_inv)))
         return np.asarray(values), None if scale_inv is None else np.asarray(scale_inv)
 

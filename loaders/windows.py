@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..models.tokens import checked_tokens
-from ..policies.errors import InvalidTokens
+from ..policies.errors import InvalidTokens, shown
 from .tokenizer import load_tokenizer
 
 WINDOW = 256
@@ -21,7 +21,7 @@ def token_ids(
     """The ids of a text under the tokenizer of the checkpoint `path`, or else `tokens`; one of the two is given.
 
     Raises:
-      InvalidTokens: neither or both are given; a text without a checkpoint.
+      InvalidTokens: neither or both are given; a text without a checkpoint, or without tokens.
       Errors of `load_tokenizer`.
     """
     if text is None and tokens is not None:
@@ -30,7 +30,10 @@ def token_ids(
         raise InvalidTokens(f"expected tokens or text, found {'neither' if text is None else 'both'}.")
     if path is None:
         raise InvalidTokens("text: the model was not loaded from a folder with a tokenizer. Pass tokens.")
-    return load_tokenizer(path, revision).encode(text)
+    ids = load_tokenizer(path, revision).encode(text)
+    if not len(ids):
+        raise InvalidTokens(f"expected a text with tokens, found {shown(text)}, which has none.")
+    return ids
 
 
 def token_windows(
@@ -42,15 +45,17 @@ def token_windows(
     attention_mask  the same shape, nonzero for real tokens; None: all are real
 
     Raises:
-      InvalidTokens: shapes or dtypes that do not fit, ids outside the vocabulary.
+      InvalidTokens: no tokens, shapes or dtypes that do not fit, ids outside the vocabulary.
     """
     try:
-        flat = np.ndim(tokens) == 1
+        shape = np.shape(tokens)
     except ValueError:  # rows of different length, of which `checked_tokens` gives the error
-        flat = False
-    if flat:
+        shape = (-1, -1)
+    if 0 in shape:
+        raise InvalidTokens(f"expected token ids, found none: the shape is {shape}.")
+    if len(shape) == 1:
         tokens = np.asarray(tokens)[None]
-        attention_mask = None if attention_mask is None else np.asarray(attention_mask)[None]
+        attention_mask = None if attention_mask is None else [attention_mask]
     ids, mask = (np.asarray(x) for x in checked_tokens(tokens, attention_mask, vocabulary))
     length = max(min(WINDOW, ids.shape[1]), 1)
     width = ((0, 0), (0, -ids.shape[1] % length))

@@ -200,7 +200,8 @@ def describe(tree: Any) -> dict[str, ArrayInfo]:
             result[scale_path(path)] = ArrayInfo(tuple(scales.shape), Format(np.dtype(scales.dtype)))
         else:
             block = leaf.get_metadata().get("block") if isinstance(leaf, Narrow) else None
-            result[path] = ArrayInfo(tuple(value.shape), Format(value.dtype, block))
+            dtype = value.dtype.newbyteorder("=") if isinstance(value.dtype, np.dtype) else value.dtype
+            result[path] = ArrayInfo(tuple(value.shape), Format(dtype, block))
     return result
 
 

@@ -102,9 +102,11 @@ def _family_and_task(fields: Fields) -> tuple[Family, Task]:
     if named_ones:
         found = f"{named(str(named_ones[0]))} ({found})"
     first, *others = SUFFIXES.values()
+    ending = next((each for each in SUFFIXES.values() if named_ones and str(named_ones[0]).endswith(each)), None)
+    remedy = f' Set architectures to ["{family.name}{ending}"] if it is one.' if family and ending else ""
     names = [each.name for each in FAMILIES.values()]
     raise fields.unsupported(
         f"{found} is not supported. Supported: "
         f"{', '.join(f'{name}{first}' for name in names)}, and {', '.join(f'…{each}' for each in others)} of the same "
-        "families."
+        f"families.{remedy}"
     )

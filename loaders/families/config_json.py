@@ -19,7 +19,7 @@ from .quantization import quantization_to_json, read_quantization
 from .rope import read_rope, rope_to_json
 
 # Accepted and unused: fields for training, for transformers itself or for a tokenizer. Two are read all the same:
-# `architectures` tells the task, `id2label` the classes of a classifier.
+# `architectures` tells the task, `id2label` and `label2id` the classes of a classifier.
 _CHANGES_NOTHING = frozenset(
     """
     architectures _attn_implementation_autoset attention_dropout auto_map bos_token_id chunk_size_feed_forward
@@ -178,8 +178,12 @@ def unused_fields(source: pathlib.Path | None) -> dict[str, Any]:
 
 
 def _labels(config: Fields) -> tuple[str, ...]:
-    """The names of the classes by id; without id2label, those that transformers gives them."""
-    given = config.get("id2label", dict)
+    """The names of the classes by id; without id2label and label2id, those that transformers gives them."""
+    given, field = config.get("id2label", dict), "id2label"
+    if given is None and (ids := config.get("label2id", dict)):
+        given, field = {str(i): label for label, i in ids.items()}, "label2id"
+        if len(given) < len(ids):
+            raise config.invalid(f"label2id: expected one name for each id, found {shown(ids)}.")
     count = config.size("num_labels", 2 if given is None else max(len(given), 1))
     if count > _MOST_LABELS:
         raise config.invalid(f"num_labels: expected at most {_MOST_LABELS}, found {count}.")
@@ -188,7 +192,7 @@ def _labels(config: Fields) -> tuple[str, ...]:
     labels = [given.get(str(i)) for i in range(count)]
     if len(given) != count or not all(isinstance(label, (str, int)) for label in labels):
         raise config.invalid(
-            f"id2label: expected a name for each of the ids 0 to {count - 1}, the classes of the head, found "
+            f"{field}: expected a name for each of the ids 0 to {count - 1}, the classes of the head, found "
             f"{shown(given)}."
         )
     return tuple(map(str, labels))

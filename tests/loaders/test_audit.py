@@ -209,14 +209,15 @@ def test_nothing_changed_prints_as_that(kept):
         (None, None),
         ([[1, 2]], [[1]]),
         ([[1, 2]], [[0, 0]]),
+        ([1, 2], [[1], [1, 1]]),
         ([[0.5, 1.0]], None),
         ([[1, 61]], None),
         ([[-1, 1]], None),
     ],
-    ids=["none", "another mask", "nothing real", "floats", "beyond the vocabulary", "negative"],
+    ids=["none", "another mask", "nothing real", "a ragged mask", "floats", "beyond the vocabulary", "negative"],
 )
 def test_tokens_that_no_model_takes_are_refused(narrow, tokens, mask):
-    with pytest.raises(InvalidTokens, match=r"expected|outside the vocabulary"):
+    with pytest.raises(InvalidTokens, match=r"expected|outside the vocabulary|different length"):
         perparam.audit(narrow, Policy(compute="f32"), tokens, mask)
 
 

@@ -84,13 +84,15 @@ def test_the_inferred_policy_changes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "grid", "block"),
     [("_scale_inv", (2, 1), (128, 128)), ("_scale", (2, 1), (128, 128)), ("_scale", (200, 1), (1, -1)),
-     ("_scale", (1, 1), (-1, -1)), ("_scale", (1,), (-1, -1)), ("_scale", (), (-1, -1))],
+     ("_scale", (200,), (1, -1)), ("_scale", (1, 1), (-1, -1)), ("_scale", (1,), (-1, -1)), ("_scale", (), (-1, -1))],
 )  # fmt: skip
 def test_scales_beside_a_narrow_weight_make_a_pair(tmp_path, suffix, grid, block):
     kernel, scales = RNG.normal(size=(200, 100)).astype(F8), np.full(grid, 0.5, np.float32)
     folder = folder_of(tmp_path / "t5", {"a.weight": kernel, f"a.weight{suffix}": scales})
     found = perparam.load_params(folder, scaled=True)["a/weight"]
     assert found.format.block == block
+    again = perparam.load_params(perparam.save_params({"a.weight": found}, tmp_path / "again"), scaled=True)["a/weight"]
+    assert (again.format, again.scale_inv.tolist()) == (found.format, found.scale_inv.tolist())
     wide = perparam.load_params(folder, "f32")
     assert list(wide) == ["a/weight"]
     assert (np.asarray(wide["a/weight"]) == kernel.astype(np.float32) * 0.5).all()

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import types
 import weakref
 
 import checkpoints
@@ -15,7 +16,7 @@ from checkpoints import fields, tensors, write
 
 import perparam
 from perparam import get_policy
-from perparam.loaders.compare import TEXT, Compared, Comparison, compare
+from perparam.loaders.compare import TEXT, Compared, Comparison, _by_name, compare
 from perparam.loaders.compare_plot import _labels
 from perparam.loaders.metrics import mean_and_error
 from perparam.policies.errors import InvalidPolicy, InvalidTokens, MissingPackage, PerparamError
@@ -196,7 +197,7 @@ def test_the_table():
     [
         (["f32"], [1], "two token ids or more, and a policy, found (1,) and 1"),
         (["f32"], [[1], [2]], "found (2, 1) and 1"),
-        (["f32"], [], "expected integers"),
+        (["f32"], [], "expected token ids, found none: the shape is (0,)"),
         (["f32"], None, "expected tokens or text, found neither"),
         ([], [1, 2, 3], "found (3,) and 0"),
         ({}, [1, 2, 3], "found (3,) and 0"),
@@ -205,6 +206,18 @@ def test_the_table():
 def test_a_text_of_one_token_or_no_policy_is_an_error(policies, tokens, text, folder):
     with pytest.raises(InvalidTokens, match=re.escape(text)):
         compare(folder, policies, tokens)
+
+
+def test_an_empty_text_is_an_error(folder, monkeypatch):
+    monkeypatch.setattr(WINDOWS, "load_tokenizer", lambda *_: types.SimpleNamespace(encode=lambda _: []))
+    with pytest.raises(InvalidTokens, match=r"expected a text with tokens, found '', which has none"):
+        compare(folder, ["f32"], text="")
+
+
+def test_a_policy_that_occurs_again_has_a_number():
+    assert _by_name(["bf16", "f32", "bf16", {}, "bf16"]) == {
+        "bf16": "bf16", "f32": "f32", "bf16 (2)": "bf16", "policy 4": {}, "bf16 (3)": "bf16",
+    }  # fmt: skip
 
 
 def test_what_is_no_policy_and_no_token_is_an_error(folder):

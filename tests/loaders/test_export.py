@@ -94,6 +94,7 @@ def test_a_linear_with_more_parameters_is_refused(fp8, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")
 def test_windows_that_differ_are_refused_and_nothing_is_written(fp8, tmp_path):
     model = load_model(fp8)
     model.config = dataclasses.replace(model.config, windows=(3, 5))

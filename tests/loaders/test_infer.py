@@ -6,7 +6,7 @@ import pytest
 from checkpoints import BF16, CASES, GOLDEN, fields, tensors, write
 
 import perparam
-from perparam import Policy
+from perparam import Policy, quantize
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -39,6 +39,36 @@ def test_computing_with_it_is_computing_without_a_policy_bit_for_bit():
     logits = checkpoints.logits(perparam.load_model(folder), ids)
     again = checkpoints.logits(perparam.load_model(folder, perparam.infer_policy(folder)), ids)
     assert (logits.dtype, logits.tobytes()) == (again.dtype, again.tobytes())
+
+
+F32, F16 = np.ones(3, np.float32), np.ones(3, np.float16)
+NARROW, ROWS = (
+    quantize(np.ones((64, 64), np.float32), {"dtype": "f8_e4m3fn", "block": b}) for b in ([32, 32], [1, -1])
+)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a": {"weight": NARROW}, "b": {"weight": NARROW}},
+        {"a": {"weight": NARROW, "bias": F32}, "b": {"weight": ROWS}, "norm": {"weight": F32}},
+        {"layers": {"0": {"weight": F16}, "1": {"weight": F16}, "norm": {"weight": F32}, "up": {"weight": NARROW}}},
+        {"a": F16, "x": {"a": NARROW}, "y": {"a": F32, "b": F32}},
+        {"a": F32.astype(np.float64), "b": F32},
+    ],
+    ids=["all narrow", "blocks that differ", "names beside numbers", "a name at the root", "64-bit"],
+)
+def test_everything_is_kept_by_the_names_in_the_files(tmp_path, tree):
+    folder = perparam.save_params(tree, tmp_path / "saved")
+    plan = perparam.infer_policy(folder).explain(perparam.checkpoint_tree(folder))
+    assert {row.change for row in plan} == {"kept"}
+
+
+def test_the_names_of_a_quantised_model_have_rules_of_their_own(tmp_path):
+    folder = write(tmp_path, fields(), tensors(fields()))
+    policy = perparam.infer_policy(folder, bare=True)
+    assert (policy.params.plain()["weight"], "default" in policy.params.plain()) == ("f8_e4m3fn", False)
+    assert {row.change for row in policy.explain(perparam.checkpoint_tree(folder, bare=True))} == {"kept"}
 
 
 def test_a_published_layout_gives_a_short_policy(tmp_path):

@@ -188,6 +188,7 @@ def test_an_error_in_the_middle_is_the_callers(tmp_path, small_slabs):
 
 
 @pytest.mark.parametrize("policy", [None, "f32", {"params": {"**/*_proj/kernel": {"dtype": "int8", "block": [1, -1]}}}])
+@pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")
 def test_a_scale_of_zero_is_accepted_where_its_block_is_all_zeros(tmp_path, small_slabs, policy):
     """Writers that do not clamp make such."""
     stored = tensors(fields())

@@ -13,6 +13,8 @@ from perparam import load_model, save_model
 from perparam.loaders import convert_checkpoint, open_checkpoint
 from perparam.policies.errors import InvalidCheckpoint, UnsupportedTask
 
+pytestmark = pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")  # small models
+
 TASKS = GOLDEN / "tasks"
 CASES = sorted(path.name for path in TASKS.iterdir())
 
@@ -123,6 +125,12 @@ def test_classes_without_names_get_those_of_transformers(tmp_path):
     found = open_checkpoint(checkpoints.write(tmp_path, config, arrays))
     assert found.config.id2label == ("LABEL_0", "LABEL_1", "LABEL_2")
     assert found.infos["score/kernel"].shape == (3, config["hidden_size"])
+
+
+def test_classes_are_named_by_label2id_where_there_is_no_id2label(tmp_path):
+    names = {"label2id": {"no": 1, "yes": 0, "maybe": 2}}
+    config, arrays = scored(3, architectures=["Qwen3ForSequenceClassification"], **names)
+    assert open_checkpoint(checkpoints.write(tmp_path, config, arrays)).config.id2label == ("yes", "no", "maybe")
 
 
 SEQUENCE = "Qwen3ForSequenceClassification"

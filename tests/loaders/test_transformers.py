@@ -23,7 +23,7 @@ import perparam
 from perparam import Policy
 from perparam.examples.make_checkpoint import make_checkpoint
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:blocks of .* do not divide")]
 
 FLOAT32_ERROR = 1e-5
 """As test_golden.py derives it: sums of up to 456 products in another order, 40 times over."""

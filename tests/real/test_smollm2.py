@@ -21,7 +21,7 @@ import perparam
 from perparam.loaders.windows import WINDOW
 from perparam.policies.trees import parameters
 
-pytestmark = [pytest.mark.real, pytest.mark.optimised]
+pytestmark = [pytest.mark.real, pytest.mark.optimised, pytest.mark.filterwarnings("ignore:blocks of .* do not divide")]
 
 FLOAT32_ERROR = 1e-5
 """Frobenius norm of the difference over that of transformers' logits. A float32 sum of n products in 16 lanes has a

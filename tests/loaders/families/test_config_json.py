@@ -256,6 +256,10 @@ UNSUPPORTED = {
         {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]},
         r"GemmaForCausalLM \(model_type 'gemma'\) is not supported",
     ),
+    "an architecture of another name": (
+        {"architectures": ["MyQwen3ForCausalLM"]},
+        r'MyQwen3ForCausalLM .* is not supp.* Set architectures to \["Qwen3ForCausalLM"\] if it is one\.',
+    ),
     "an architecture": ({"architectures": ["Qwen3ForQuestionAnswering"]}, "Qwen3ForQuestionAnswering .* is not supp"),
     "an unknown field": ({"logit_scale": 2.0}, "fields that are not implemented: logit_scale = 2.0"),
     "two unknown fields": ({"b": 1, "a": 0}, r"not implemented: a = 0, b = 1\. Remove them if they change nothing"),
@@ -297,6 +301,7 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, what):
 
 CLASSES = {"architectures": ["Qwen3ForSequenceClassification"]}
 WRONG = {
+    "two classes of one id": ({**CLASSES, "label2id": {"a": 0, "b": 0}}, "label2id: expected one name for each id"),
     "a size that is missing": ({"hidden_size": None}, "hidden_size is missing"),
     "a size that is text": ({"hidden_size": "1024"}, "hidden_size: expected int, found '1024'"),
     "a size that is a fraction": ({"vocab_size": 10.5}, "vocab_size: expected int, found 10.5"),

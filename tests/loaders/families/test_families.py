@@ -16,6 +16,8 @@ from perparam.models import DecoderConfig, Llama
 from perparam.policies.errors import UnsupportedConfig, UnsupportedExport
 from perparam.policies.trees import parameters
 
+pytestmark = pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")  # small models
+
 VARIANTS = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},

@@ -195,7 +195,6 @@ ENTRIES = {
     "an unknown dtype": (entry("F7"), "has the dtype 'F7', which perparam cannot read"),
     "a dtype that is a number": (entry(32), "has the dtype 32, which perparam cannot read"),
     "a dtype that is a list": (entry(["F32"]), r"has the dtype \['F32'\], which perparam cannot read"),
-    "64-bit floats": (entry("F64", [1]), "float64 needs jax_enable_x64"),
 }
 
 

@@ -12,6 +12,8 @@ from saving import config_of
 from perparam import load_model, save_model
 from perparam.loaders import convert_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")  # small models
+
 
 def test_config_fields_that_perparam_ignores_are_kept_for_other_programs(tmp_path):
     config = fields(bos_token_id=3, initializer_range=0.5, id2label={"0": "x"}, use_cache=False)

@@ -16,6 +16,8 @@ from perparam import load_model, save_model
 from perparam.loaders import convert_checkpoint, open_checkpoint
 from perparam.policies.errors import InvalidCheckpoint, InvalidScale, SaveFailed
 
+pytestmark = pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")  # small models
+
 GATE = "layers/1/mlp/gate_proj"
 
 

@@ -79,6 +79,8 @@ REFUSED = [
     ("vllm", "fp8", wide("q_proj"), "one precision", "is_layer_skipped", "2 kernels.*q_proj"),
     ("vllm", "fp8", wide("up_proj"), "one precision", "is_layer_skipped", "2 kernels.*up_proj"),
     ("vllm", "fp8", Policy({"kernel": "f8_e4m3fn"}, "bf16", block=(32, 32)), "a head that", "get_quant", "lm_head"),
+    ("vllm", "fp8", Policy({"kernel": "f8_e4m3fn"}, "bf16", block=(64, 64)), "a head that", "get_quant", "lm_head"),
+    ("vllm", "fp8", Policy({"kernel": "f8_e4m3fn"}, "bf16", block=(48, 48)), "a head that", "get_quant", "lm_head"),
 ]  # fmt: skip
 
 
@@ -97,11 +99,13 @@ def test_the_remedies_work(plain, library, method, policy, needs, source, paths)
     rules = re.findall(r"^    (\S+): bf16$", str(caught.value), re.MULTILINE)
     blocks = re.findall(r"block: \[(-?\d+), (-?\d+)\]", str(caught.value))
     assert rules or blocks
-    if rules:
-        own = {rule.key: rule.format for rule in policy.params.rules if rule.key not in rules}
+    own = {rule.key: rule.format for rule in policy.params.rules if rule.key not in rules}
+    together = "and with these rules" in str(caught.value)
+    if rules and not together:
         check(plain, Policy({**dict.fromkeys(rules, "bf16"), **own}, "bf16", block=policy.block), library, method)
     for block in blocks:
-        check(plain, fp8(*map(int, block)), library, method)
+        first = dict.fromkeys(rules, "bf16") if together else {}
+        check(plain, Policy({**first, **own}, "bf16", block=tuple(map(int, block))), library, method)
 
 
 def test_saving_warns_of_blocks_that_do_not_divide_and_writes(tmp_path):

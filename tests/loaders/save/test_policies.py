@@ -12,6 +12,8 @@ import perparam
 from perparam import Policy, load_model, save_model
 from perparam.loaders import convert_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")  # small models
+
 
 @pytest.mark.parametrize(
     ("source", "policy"),

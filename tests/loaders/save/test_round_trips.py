@@ -15,6 +15,8 @@ from saving import as_stored, assert_same_tensors, everything, held, python
 import perparam
 from perparam import Policy, load_model, save_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")  # small models
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_that_is_loaded_and_saved_is_the_same_bit_for_bit(case, tmp_path):

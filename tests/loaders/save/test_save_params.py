@@ -8,15 +8,17 @@ import hypothesis.strategies as st
 import jax
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 from flax.traverse_util import unflatten_dict
 from hypothesis import given, settings
 
 import perparam
 from perparam import Policy, quantize
 from perparam.policies import ScaledArray
-from perparam.policies.errors import InvalidScale, SaveFailed, UnpairedScale, UnsupportedExport
+from perparam.policies.errors import InvalidScale, SaveFailed, UnknownDtype, UnpairedScale, UnsupportedExport
 from perparam.policies.trees import parameters
 
 DTYPES = [
@@ -110,11 +112,19 @@ class Normed(nnx.Module):
 @pytest.mark.parametrize(
     ("tree", "lost", "remedy"),
     [
+        (
+            TrainState.create(apply_fn=None, params={"a": np.ones(2)}, tx=optax.adam(1.0)),
+            "step, opt_state",
+            r"state\.params",
+        ),
+        ({"a": np.ones(2), "t": 0.5, "rng": jax.random.key(0)}, "rng, t", "a tree of arrays alone"),
+        ({"params": {"a": np.ones(2), "n": 3}}, "n", "a tree of arrays alone"),
+        ({"a": np.ones(2), "o": optax.adam(1.0).init({"b": np.ones(2)})}, "o/0", "a tree of arrays alone"),
         ({"params": {"a": np.ones(2)}, "batch_stats": {"mean": np.ones(2)}}, "batch_stats", r"variables\['params'\]"),
         (Normed(nnx.Rngs(0)), "norm/mean, norm/var", r"nnx\.state\(model, \(nnx\.Param"),
         (nnx.state(Normed(nnx.Rngs(0))), "norm/mean, norm/var", r"nnx\.state\(model, \(nnx\.Param"),
     ],
-    ids=["linen", "module", "state"],
+    ids=["train state", "scalars", "in params", "optax", "linen", "module", "state"],
 )
 def test_what_would_be_lost_is_refused(tmp_path, tree, lost, remedy):
     with pytest.raises(UnsupportedExport, match=f"^{lost}: not parameters, and would be lost. Pass {remedy}"):
@@ -133,6 +143,9 @@ def test_the_parameters_of_an_nnx_model_are_saved(tmp_path):
     [
         ({}, UnsupportedExport, "dict: has no parameters. Pass a tree of arrays"),
         ({"a": {"b": np.ones(2)}, "a.b": np.ones(2)}, UnsupportedExport, "a/b and a.b have no name of their own"),
+        ({"a": np.ones(2), "a/b": np.ones(2)}, UnsupportedExport, r"a is a tensor, and a\.b is within it. Rename one"),
+        ({"w": pair(1, 40, 64), "w_scale": np.ones(4, "f4")}, UnsupportedExport, "w_scale_inv and w_scale both have"),
+        ({"a.b": {"kernel": np.ones(2)}}, UnsupportedExport, r"a\.b/kernel: would have the path a/b/kernel when"),
         ({"\n": np.ones(2)}, UnsupportedExport, r"has no name of their own"),
         ({"a": jax.ShapeDtypeStruct((2,), np.float32)}, UnsupportedExport, "a: ShapeDtypeStruct has no values"),
         ({"a": np.ones(2, np.complex128)}, UnsupportedExport, "a: safetensors files have no dtype c128"),
@@ -143,6 +156,30 @@ def test_what_files_cannot_hold_is_refused_and_nothing_is_written(tmp_path, tree
     with pytest.raises(error, match=text):
         perparam.save_params(tree, tmp_path / "saved")
     assert not list(tmp_path.iterdir())
+
+
+def test_flat_names_with_dots_are_names_of_paths(tmp_path):
+    tree = {"layer.0.kernel": pair(2, 40, 64), "layer.0.bias": np.ones(2, np.float32)}
+    found = perparam.load_params(perparam.save_params(tree, tmp_path / "saved"), scaled=True)
+    assert same_bits(found, {path.replace(".", "/"): leaf for path, leaf in tree.items()})
+
+
+def test_64_bit_floats_are_saved_and_loaded_under_a_policy_that_casts_them(tmp_path):
+    folder = perparam.save_params({"a": np.array([1e300, 0.1, -np.inf]), "b": np.ones(2, np.int64)}, tmp_path / "saved")
+    assert perparam.checkpoint_tree(folder)["a"].dtype == np.float64
+    for policy in ("f32", Policy({"a": "f32"})):
+        found = perparam.load_params(folder, policy)["a"]
+        assert found.dtype == np.float32
+        assert found.tolist() == [np.finfo(np.float32).max, np.float32(0.1), -np.inf]
+    with pytest.raises(UnknownDtype, match=r'^a: float64 needs jax_enable_x64.*such as Policy\(\{"a": "f32"\}\)\.$'):
+        perparam.load_params(folder)
+
+
+@pytest.mark.parametrize("policy", [None, "bf16"])
+def test_the_byte_order_is_that_of_the_machine(tmp_path, policy):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    found = perparam.load_params(perparam.save_params({"a": values.astype(">f4")}, tmp_path / "saved", policy))
+    assert (np.asarray(found["a"]).astype(np.float32) == values).all()
 
 
 def test_a_model_in_the_folder_is_not_deleted(tmp_path):

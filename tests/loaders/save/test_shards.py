@@ -17,6 +17,8 @@ from perparam.loaders.save import shard_sizes
 from perparam.policies.errors import InvalidSize
 from perparam.policies.resolved import resolve
 
+pytestmark = pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")  # small models
+
 SHARDED = ("bf16_yarn_new_form", "fp8_mixed_unquantised", "fp8_tied_with_lm_head")
 
 

@@ -11,6 +11,8 @@ from perparam import load_model, save_model
 from perparam.loaders import convert_checkpoint
 from perparam.policies.errors import InvalidCheckpoint, SaveFailed
 
+pytestmark = pytest.mark.filterwarnings("ignore:blocks of .* do not divide the sides")  # small models
+
 
 def test_a_folder_that_holds_something_else_is_kept(model, tmp_path):
     target = save_model(model, tmp_path / "saved")
