@@ -130,8 +130,8 @@ def _failure(where: str, error: Exception) -> PerparamError:
         return InvalidCheckpoint(f"{where}: the template is not safe: {reason}. Do not use this checkpoint.")
     if isinstance(error, (TooExpensive, MemoryError)):
         return InvalidCheckpoint(
-            f"{where}: the template is too expensive to render: {reason}. Do not use this checkpoint, or write the "
-            "prompt yourself."
+            f"{where}: the template is too expensive to render: {reason}. Do not use this checkpoint, or "
+            "shorten the chat, or write the prompt yourself."
         )
     return InvalidCheckpoint(
         f"{where}: {type(error).__name__}: {reason}. Pass the fields that the template reads, or correct the template."

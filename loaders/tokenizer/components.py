@@ -6,7 +6,7 @@ more: NFC writes a character as 3, Prepend, Metaspace and ByteLevel each add one
 bytes, and ByteLevel writes a byte as 2.
 
     normalizer      NFC, Prepend of one character, Replace of one string by another that is not longer
-    pre-tokenizer   ByteLevel, Digits, Metaspace, Split by a string or a pattern of `split_patterns`
+    pre-tokenizer   ByteLevel, Digits, Metaspace, Punctuation, Split by a string or a pattern of `split_patterns`
     model           BPE
     post-processor  ByteLevel, TemplateProcessing
     decoder         ByteLevel, ByteFallback, Fuse, Metaspace, Replace, Strip
@@ -189,6 +189,7 @@ _STEPS: dict[str, dict[str, Check]] = {
     "pre_tokenizer": {
         "ByteLevel": _nothing,
         "Digits": _nothing,
+        "Punctuation": _nothing,
         "Metaspace": lambda step: _character("replacement", step),
         "Split": _split,
     },

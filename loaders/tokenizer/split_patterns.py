@@ -24,7 +24,7 @@ _TOKEN = re.compile(
     | (?P<atom>
         \\[pP]\{{\^?\w{{1,20}}\}} | \\[sSdDwWrnt] | \\[^\w\s] | \[\^?(?:{_CLASS_PART})+\] | [^\\\[\](){{}}|?*+^$.]
       )
-      (?:(?P<unlimited>[*+]) | (?P<optional>\?) | \{{(?P<least>\d)(?:,(?P<most>\d))?\}})?
+      (?:(?P<unlimited>[*+]) | (?P<optional>\?) | \{{(?P<least>\d)(?:(?P<open>,)(?P<most>\d)?)?\}})?
     | (?P<ahead>\(\?!\\S\))
     | (?P<bar>\|)
     """,
@@ -42,7 +42,7 @@ def takes_linear_time(pattern: str) -> bool:
     if not alternatives or len(alternatives) > _MOST_ALTERNATIVES:
         return False
     for index, tokens in enumerate(alternatives):
-        text = "".join(token[0] for token in tokens)
+        text = "".join(token[0] for token in tokens).replace("\r", r"\r").replace("\n", r"\n")
         following = "".join(token[0] for token in alternatives[index + 1]) if index + 1 < len(alternatives) else ""
         if not (text in _SPACES or (text == _NEWLINES and following in _SPACES) or _never_retries(tokens)):
             return False
@@ -74,7 +74,7 @@ def _never_retries(tokens: list[re.Match[str]]) -> bool:
         optional = token["optional"] or token["unlimited"] == "*" or token["least"] == "0" or token[0].endswith(")?")
         if unlimited and not optional:
             return False
-        unlimited = unlimited or bool(token["unlimited"])
+        unlimited = unlimited or bool(token["unlimited"] or (token["open"] and not token["most"]))
         if token["most"]:
             ways *= max(int(token["most"]) - int(token["least"]), 0) + 1
         elif optional:

@@ -7,6 +7,7 @@ read or written. So the sum of both bounds time and memory, whatever the templat
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 STEPS, STEPS_EACH = 300_000, 100
@@ -22,7 +23,13 @@ CHARACTERS, CHARACTERS_EACH = 1 << 24, 64
 Published templates read and write each character of a chat up to 11 times.
 """
 
+COPIED = 2 << 30
+"""Bytes that `+` and `~` may copy, about 1 s: a loop that appends each message to a text copies that text each time."""
+
 LARGEST_INTEGER = 1 << 63
+
+
+VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TooExpensive(Exception):
@@ -33,7 +40,7 @@ class Budget:
     """What is left of the steps and characters of one rendering."""
 
     def __init__(self, chat: Any):
-        self.steps, self.characters = 1 << 62, 1 << 62
+        self.steps, self.characters, self.copied = 1 << 62, 1 << 62, COPIED
         self.value(chat)
         elements, length = (1 << 62) - self.steps, (1 << 62) - self.characters
         self.steps = STEPS + STEPS_EACH * elements
@@ -59,6 +66,30 @@ class Budget:
         if self.characters < 0:
             raise TooExpensive("it reads and writes too much text")
 
+    def check(self, count: int) -> None:
+        """Check that a text of `count` characters can be made.
+
+        Raises:
+          TooExpensive: if fewer characters are left.
+        """
+        if count > self.characters:
+            raise TooExpensive("it reads and writes too much text")
+
+    def copy(self, text: str) -> None:
+        """Use up what a text takes that `+` or `~` made: its characters, and the time of copying its bytes.
+
+        Raises:
+          TooExpensive: if less is left.
+        """
+        self.write(len(text))
+        self.copied -= sys.getsizeof(text)
+        if self.copied < 0:
+            raise TooExpensive("it copies too much text, by + or ~ in a loop")
+
+    def refund(self, count: int) -> None:
+        """Give back the characters of a text that `copy` charged, and that nothing holds any more."""
+        self.characters += count
+
     def value(self, value: Any) -> int:
         """Use up a step for each element of a value and a character for each of its strings; return its depth.
 
@@ -69,7 +100,7 @@ class Budget:
             one, depth = waiting.pop()
             if isinstance(one, str):
                 self.write(len(one))
-            elif isinstance(one, (list, tuple, dict)):
+            elif isinstance(one, (list, tuple, dict, *VIEWS)):
                 deepest = max(deepest, depth + 1)
                 self.step(len(one))
                 if isinstance(one, dict):

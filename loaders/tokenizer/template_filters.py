@@ -6,16 +6,19 @@ They are those of jinja2, except for `tojson`, which is that of Hugging Face tra
 from __future__ import annotations
 
 import datetime
+import inspect
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 from jinja2 import Undefined, filters
 from jinja2.exceptions import TemplateError
 from jinja2.tests import TESTS as _JINJA_TESTS
-from markupsafe import Markup
+from jinja2.utils import Cycler
+from markupsafe import Markup, escape
 
-from .template_budget import Budget, TooExpensive
+from .template_budget import VIEWS, Budget, TooExpensive
 from .template_values import Function, Namespace, elements, growth, hashed, item, replace, unavailable
 
 LONGEST_RANGE = 100_000  # that of jinja2's sandbox
@@ -38,6 +41,41 @@ def _text_filter(function: Callable[..., str]) -> Filter:
         return function(text, *given)
 
     return call
+
+
+def _trim(budget: Budget, value: Any, chars: str | None = None) -> str:
+    return _stripped(budget, value, *(() if chars is None else (chars,)))
+
+
+_stripped = _text_filter(filters.do_trim)
+
+
+def _escape(budget: Budget, value: Any) -> Markup:
+    text = budget.text(value)
+    budget.write(6 * len(text))
+    return escape(text)
+
+
+_SPECIFIER = re.compile(r"%(?:%|(?:\(\w{1,50}\))?[-+ #0]{0,5}\d{0,2}(?:\.\d{1,2})?[sdifgxX])")
+_WIDEST_NUMBER = 500  # of `%99.99f`
+
+
+def formatted(budget: Budget, text: str, values: Any) -> str:
+    """Return `text % values`, for `%s`, `%d`, `%f` and the like, of widths below 100."""
+    specifiers = _SPECIFIER.findall(text)
+    if text.count("%") != sum(one.count("%") for one in specifiers):
+        raise unavailable("format", text)
+    given = values.values() if isinstance(values, dict) else values if isinstance(values, tuple) else (values,)
+    longest = max((len(budget.text(one)) for one in [*given, values]), default=0)
+    budget.step(len(specifiers))
+    budget.write(len(text) + len(specifiers) * (longest + _WIDEST_NUMBER) * growth(text))
+    return text % values
+
+
+def _format(budget: Budget, value: Any, *given: Any, **named: Any) -> str:
+    if given and named:
+        raise TypeError("can't handle positional and keyword arguments at the same time")
+    return formatted(budget, budget.text(value), named or given)
 
 
 def _title(budget: Budget, value: Any) -> str:
@@ -171,18 +209,52 @@ def _sort(
     return [parts[index] for index in order]
 
 
-def _unique(budget: Budget, value: Any, case_sensitive: bool = False) -> list[Any]:
-    seen: dict[Any, Any] = {}
-    for one in elements(budget, value):
-        budget.value(hashed(one))
-        seen.setdefault(one.lower() if isinstance(one, str) and not case_sensitive else one, one)
+def _keys(budget: Budget, parts: list[Any], case_sensitive: bool, attribute: Any) -> list[Any]:
+    """Return what to compare of each element: its attribute, and a text in lower case."""
+    keys = [part if attribute is None else _at(budget, part, attribute) for part in parts]
+    budget.value(keys)
+    return [key.lower() if isinstance(key, str) and not case_sensitive else key for key in keys]
+
+
+def _unique(budget: Budget, value: Any, case_sensitive: bool = False, attribute: Any = None) -> list[Any]:
+    parts, seen = elements(budget, value), dict[Any, Any]()
+    for key, part in zip(_keys(budget, parts, case_sensitive, attribute), parts, strict=True):
+        seen.setdefault(hashed(key), part)
     return list(seen.values())
 
 
-def _map(budget: Budget, values: Any, name: Any = None, *given: Any, attribute: Any = None, default: Any = None) -> Any:
+def _extreme(choose: Callable[..., int]) -> Filter:
+    """Return `min` or `max`."""
+
+    def call(budget: Budget, value: Any, case_sensitive: bool = False, attribute: Any = None) -> Any:
+        parts = elements(budget, value)
+        keys = _keys(budget, parts, case_sensitive, attribute)
+        _sorting(budget, keys[:1] * len(keys))  # the first can be the one that each is compared with
+        if not parts:
+            return Undefined("No aggregated item, sequence was empty.")
+        return parts[choose(range(len(parts)), key=keys.__getitem__)]
+
+    return call
+
+
+def _sum(budget: Budget, value: Any, attribute: Any = None, start: Any = 0) -> Any:
+    for part in elements(budget, value):
+        one = part if attribute is None else _at(budget, part, attribute)
+        if not isinstance(one, (int, float)) or not isinstance(start, (int, float)):
+            raise TypeError(f"sum: expected numbers, found {type(one).__name__}")
+        start = budget.integer(start + one)
+    return start
+
+
+def _map(budget: Budget, values: Any, /, *given: Any, **named: Any) -> Any:
     parts = elements(budget, values)
-    if attribute is None:
-        return [called_filter(budget, name, part, *given) for part in parts]
+    if given or "attribute" not in named:
+        if not given:
+            raise TypeError("map requires a filter argument")
+        return [called_filter(budget, given[0], part, *given[1:], **named) for part in parts]
+    if extra := set(named) - {"attribute", "default"}:
+        raise TypeError(f"map: unexpected keyword argument {sorted(extra)[0]!r}")
+    attribute, default = named["attribute"], named.get("default")
     found = [_at(budget, part, attribute) for part in parts]
     return [default if isinstance(one, Undefined) and default is not None else one for one in found]
 
@@ -206,8 +278,8 @@ def _selecting(wanted: bool, by_attribute: bool) -> Filter:
     return padded
 
 
-def _default(_: Budget, value: Any, default: Any = "", boolean: bool = False) -> Any:
-    return default if isinstance(value, Undefined) or (boolean and not value) else value
+def _default(_: Budget, value: Any, default_value: Any = "", boolean: bool = False) -> Any:
+    return default_value if isinstance(value, Undefined) or (boolean and not value) else value
 
 
 _FILTERS: dict[str, Filter] = {
@@ -217,8 +289,11 @@ _FILTERS: dict[str, Filter] = {
     "d": _default,
     "default": _default,
     "dictsort": _dictsort,
+    "e": _escape,
+    "escape": _escape,
     "first": _first,
     "float": _float,
+    "format": _format,
     "indent": _indent,
     "int": _int,
     "items": _items,
@@ -228,6 +303,8 @@ _FILTERS: dict[str, Filter] = {
     "list": elements,
     "lower": _text_filter(filters.do_lower),
     "map": _map,
+    "max": _extreme(max),
+    "min": _extreme(min),
     "reject": _selecting(False, False),
     "rejectattr": _selecting(False, True),
     "replace": _replace,
@@ -238,9 +315,10 @@ _FILTERS: dict[str, Filter] = {
     "selectattr": _selecting(True, True),
     "sort": _sort,
     "string": lambda budget, value: budget.text(value),
+    "sum": _sum,
     "title": _title,
     "tojson": _to_json,
-    "trim": _text_filter(filters.do_trim),
+    "trim": _trim,
     "unique": _unique,
     "upper": _text_filter(filters.do_upper),
 }
@@ -251,7 +329,15 @@ def called_filter(budget: Budget, name: Any, value: Any, *given: Any, **named: A
     if not isinstance(name, str) or name not in _FILTERS:
         raise unavailable("filter", name)
     budget.step()
-    return _FILTERS[name](budget, value, *given, **named)
+    call = _FILTERS[name]
+    try:
+        return call(budget, value, *given, **named)
+    except TypeError:
+        try:
+            inspect.signature(call).bind(budget, value, *given, **named)
+        except TypeError as error:
+            raise unavailable("filter", f"{name} ({error})") from error
+        raise
 
 
 # Tests.
@@ -266,8 +352,10 @@ _COMPARISONS = {
 }  # fmt: skip
 
 
-def tested(budget: Budget, name: Any, value: Any, *given: Any) -> bool:
+def tested(budget: Budget, name: Any, value: Any, *given: Any, **named: Any) -> bool:
     """Return `value is name(…)`."""
+    if named:
+        raise unavailable("test", f"{name} ({', '.join(named)}=…)")
     if isinstance(name, str) and name in _COMPARISONS:
         (other,) = given
         return compared(budget, _COMPARISONS[name], value, other)
@@ -296,11 +384,12 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 def compared(budget: Budget, operator: str, left: Any, right: Any) -> bool:
     """Return whether `left operator right`."""
     if operator in ("in", "notin"):
-        if isinstance(right, dict):
+        if isinstance(right, (dict, VIEWS[0])):
             return (hashed(left) in right) == (operator == "in")
         budget.value(left)
-        if isinstance(right, (str, list, tuple)):
+        if isinstance(right, (str, list, tuple, *VIEWS)):
             budget.value(right)
+            right = list(right) if isinstance(right, VIEWS) else right
         elif not isinstance(right, (range, Undefined)):
             raise TypeError(f"argument of type {type(right).__name__!r} is not iterable")
         elif not isinstance(left, int):
@@ -337,6 +426,10 @@ def functions(budget: Budget) -> dict[str, Function]:
     def raise_exception(message: Any) -> None:
         raise TemplateError(budget.text(message))
 
+    def make_joiner(sep: Any = ", ") -> Function:
+        unused = [""]
+        return Function("joiner", lambda: unused.pop() if unused else sep, absent=("sep", "used"))
+
     def now(form: str) -> str:
         if len(form) > _LONGEST_DATE:
             raise TooExpensive(f"strftime_now: expected a format of at most {_LONGEST_DATE} characters")
@@ -344,6 +437,7 @@ def functions(budget: Budget) -> dict[str, Function]:
 
     made: dict[str, Callable[..., Any]] = {
         "range": make_range, "dict": make_dict, "namespace": make_namespace,
-        "raise_exception": raise_exception, "strftime_now": now,
+        "joiner": make_joiner, "cycler": Cycler, "raise_exception": raise_exception, "strftime_now": now,
     }  # fmt: skip
-    return {name: Function(name, call) for name, call in made.items()}
+    absent = {"range": dir(range), "dict": dir(dict), "cycler": dir(Cycler)}
+    return {name: Function(name, call, absent=absent.get(name, ())) for name, call in made.items()}

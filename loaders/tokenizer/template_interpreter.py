@@ -16,9 +16,13 @@ from jinja2.exceptions import SecurityError, TemplateRuntimeError
 from jinja2.runtime import LoopContext
 
 from .template_budget import Budget
-from .template_filters import called_filter, compared, functions, tested
+from .template_filters import called_filter, compared, formatted, functions, tested
 from .template_values import Function, Namespace, attribute, elements, growth, hashed, item, unavailable
 
+_ABSENT = ("lipsum", "self", "varargs", "kwargs")
+"""Variables that jinja2 defines, in all of a template or in a macro, and that the interpreter does not have."""
+
+_OF_MACROS = ("catch_kwargs", "catch_varargs", "caller", "explicit_caller")  # attributes that jinja2's macros have
 _STEPS_OF_A_MACRO = 50  # a macro keeps its scope alive: some 600 bytes for each one that a loop makes
 
 
@@ -37,6 +41,8 @@ class Scope:
             if name in scope.names:
                 return scope.names[name]
             scope = scope.outer
+        if name in _ABSENT:
+            raise unavailable("variable", name)
         return Undefined(name=name)
 
 
@@ -132,12 +138,17 @@ class Interpreter:
                 yield value
 
     def _set(self, node: nodes.Assign, scope: Scope, out: list[str]) -> None:
-        self._assign(node.target, self._value(node.node, scope), scope)
+        value = self._value(node.node, scope)
+        if isinstance(node.target, nodes.NSRef) and isinstance(node.node, (nodes.Add, nodes.Concat)):
+            namespace = scope.get(node.target.name)
+            if isinstance(namespace, Namespace) and isinstance(value, str):
+                self.budget.refund(namespace.drop(node.target.attr))
+        self._assign(node.target, value, scope)
 
     def _set_block(self, node: nodes.AssignBlock, scope: Scope, out: list[str]) -> None:
         value: Any = self._text(node.body, Scope({}, scope))
         if node.filter is not None:
-            value = self._filtered(node.filter, value, scope)
+            value = self._chained(node.filter, value, scope)
         self._assign(node.target, value, scope)
 
     def _assign(self, target: nodes.Node, value: Any, scope: Scope) -> None:
@@ -165,12 +176,14 @@ class Interpreter:
         names = [argument.name for argument in node.args]
         defaults = dict(zip(names[len(names) - len(node.defaults) :], node.defaults, strict=True))
 
-        def call(*given: Any, caller: Any = None, **named: Any) -> str:
+        no_caller = Undefined("No caller defined", name="caller")
+
+        def call(*given: Any, caller: Any = no_caller, **named: Any) -> str:
             if len(given) > len(names) or (extra := set(named) - set(names[len(given) :])):
                 found = f"{len(given)}" if len(given) > len(names) else f"{sorted(extra)[0]!r}"
                 raise TypeError(f"macro {name!r} takes the arguments {', '.join(names)}, found {found}")
             values = {**dict(zip(names, given, strict=False)), **named}
-            inner = Scope({} if caller is None else {"caller": caller}, scope)
+            inner = Scope({"caller": caller}, scope)
             for one in names:
                 if one in values:
                     inner.names[one] = values[one]
@@ -180,7 +193,7 @@ class Interpreter:
                     inner.names[one] = Undefined(f"parameter {one!r} was not provided", name=one)
             return self._text(node.body, inner)
 
-        return Function(name, call)
+        return Function(name, call, {"name": name, "arguments": tuple(names)}, _OF_MACROS)
 
     def _call_block(self, node: nodes.CallBlock, scope: Scope, out: list[str]) -> None:
         text = self.budget.text(self._call(node.call, scope, caller=self._callable("caller", node, scope)))
@@ -188,7 +201,7 @@ class Interpreter:
         out.append(text)
 
     def _filter_block(self, node: nodes.FilterBlock, scope: Scope, out: list[str]) -> None:
-        text = self.budget.text(self._filtered(node.filter, self._text(node.body, Scope({}, scope)), scope))
+        text = self.budget.text(self._chained(node.filter, self._text(node.body, Scope({}, scope)), scope))
         self.budget.write(len(text))
         out.append(text)
 
@@ -223,8 +236,10 @@ class Interpreter:
 
     def _concat(self, node: nodes.Concat, scope: Scope) -> str:
         texts = [self.budget.text(self._value(one, scope)) for one in node.nodes]
-        self.budget.write(sum(map(len, texts)))
-        return "".join(map(str, texts))
+        self.budget.check(sum(map(len, texts)))
+        made = "".join(map(str, texts))
+        self.budget.copy(made)
+        return made
 
     def _condition(self, node: nodes.CondExpr, scope: Scope) -> Any:
         if self._value(node.test, scope):
@@ -283,13 +298,19 @@ class Interpreter:
         return self._filtered(node, self._value(node.node, scope), scope)
 
     def _filtered(self, node: nodes.Filter, value: Any, scope: Scope) -> Any:
+        """Return the value of a filter of `value`."""
         given, named = self._arguments(node, scope, {})
         return called_filter(self.budget, node.name, value, *given, **named)
 
+    def _chained(self, node: Any, text: str, scope: Scope) -> Any:
+        """Return the value of a block's filters, such as `{% filter trim | upper %}`; the last one is `node`."""
+        value = text if node.node is None else self._chained(node.node, text, scope)
+        return self._filtered(node, value, scope)
+
     def _test(self, node: nodes.Test, scope: Scope) -> bool:
         value = self._value(node.node, scope)
-        given, _ = self._arguments(node, scope, {})
-        return tested(self.budget, node.name, value, *given)
+        given, named = self._arguments(node, scope, {})
+        return tested(self.budget, node.name, value, *given, **named)
 
     def _binary(self, node: nodes.BinExpr, scope: Scope) -> Any:
         left, right = self._value(node.left, scope), self._value(node.right, scope)
@@ -297,8 +318,10 @@ class Interpreter:
             left, right = right, left
         if isinstance(left, (int, float)) and isinstance(right, (int, float)):
             return self.budget.integer(_ARITHMETIC[type(node)](left, right))
+        if isinstance(left, str) and isinstance(node, nodes.Mod):
+            return formatted(self.budget, left, right)
         if isinstance(left, str) and isinstance(right, str) and isinstance(node, nodes.Add):
-            self.budget.write((len(left) + len(right)) * growth(left, right))
+            return self._joined(node, left, right)
         elif isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)) and isinstance(node, nodes.Add):
             self.budget.step(len(left) + len(right))
         elif isinstance(node, nodes.Mul) and isinstance(right, int) and isinstance(left, (str, list, tuple)):
@@ -306,6 +329,15 @@ class Interpreter:
         elif not (isinstance(left, Undefined) or isinstance(right, Undefined)):
             raise TypeError(f"cannot compute {type(left).__name__} {node.operator} {type(right).__name__}")
         return _ARITHMETIC[type(node)](left, right)
+
+    def _joined(self, node: nodes.Add, left: str, right: str) -> str:
+        """Return `left + right`; of `a + b + c`, what `a + b` took up is free again."""
+        self.budget.check((len(left) + len(right)) * growth(left, right))
+        made = left + right
+        self.budget.copy(made)
+        if isinstance(node.left, (nodes.Add, nodes.Concat)):
+            self.budget.refund(len(left))
+        return made
 
 
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {

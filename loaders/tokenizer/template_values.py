@@ -6,15 +6,17 @@ mapping. Each method uses up its `Budget` before it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from jinja2 import Undefined
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import LoopContext
+from jinja2.utils import Cycler
 from markupsafe import Markup
 
-from .template_budget import Budget
+from .template_budget import VIEWS, Budget
 
 
 class Unavailable(SecurityError):
@@ -32,18 +34,42 @@ class Namespace:
     def __init__(self, values: dict[str, Any]):
         self.values = values
 
+    def drop(self, name: str) -> int:
+        """Remove an attribute; return how long its text was, or 0 if something else still holds that text."""
+        old, holders = _removed(self.values, name)
+        return len(old) if isinstance(old, str) and holders <= _HOLDERS else 0
+
     def __repr__(self) -> str:
-        return "<namespace>"
+        raise unavailable("text of", "namespace")
+
+
+def _removed(values: dict[str, Any], name: str) -> tuple[Any, int]:
+    """Return an entry that is removed from `values`, and the number of references to it."""
+    old = values.pop(name, None)
+    return old, sys.getrefcount(old)
+
+
+_HOLDERS = _removed({"a": "".join(["one", "two"])}, "a")[1]  # of a text that nothing else holds
 
 
 class Function:
-    """Something that a template can call: a function, a method, or a macro."""
+    """Something that a template can call: a function, a method, or a macro.
 
-    def __init__(self, name: str, call: Callable[..., Any]):
-        self.name, self.call = name, call
+    attributes  those that it has
+    absent      names of those that jinja2's has, too
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: Callable[..., Any],
+        attributes: Mapping[str, Any] | None = None,
+        absent: Collection[str] = (),
+    ):
+        self.name, self.call, self.attributes, self.absent = name, call, attributes or {}, absent
 
     def __repr__(self) -> str:
-        return f"<function {self.name}>"
+        raise unavailable("text of", self.name)
 
 
 def scalar(value: Any) -> bool:
@@ -60,7 +86,7 @@ def hashed(key: Any) -> Any:
 
 def elements(budget: Budget, value: Any) -> list[Any]:
     """Return the elements of a sequence, or the keys of a mapping."""
-    if not isinstance(value, (str, list, tuple, dict, range, Undefined)):
+    if not isinstance(value, (str, list, tuple, dict, range, Undefined, *VIEWS)):
         raise TypeError(f"{type(value).__name__!r} object is not iterable")
     budget.step(len(value))
     return list(value)
@@ -75,12 +101,8 @@ def attribute(budget: Budget, value: Any, name: str) -> Any:
     """Return `value.name` of a template: a method, else the entry of a mapping, else an undefined value."""
     if isinstance(value, Undefined):
         return value[name]  # raises UndefinedError, or SecurityError
-    if isinstance(value, Namespace):
-        return value.values.get(name, Undefined(obj=value, name=name))
-    if isinstance(value, LoopContext):
-        return _of_loop(budget, value, name)
-    if (method := _method(budget, value, name)) is not None:
-        return method
+    if (found := _attribute(budget, value, name)) is not None:
+        return found[0]
     return value[name] if isinstance(value, dict) and name in value else Undefined(obj=value, name=name)
 
 
@@ -92,34 +114,51 @@ def item(budget: Budget, value: Any, key: Any) -> Any:
         part = value[key]
         (budget.write if isinstance(part, str) else budget.step)(len(part))
         return part
+    if isinstance(key, slice):
+        raise TypeError(f"{type(value).__name__!r} object has no slices")
     if isinstance(value, dict) and scalar(key) and key in value:
         return value[key]
     if isinstance(key, int) and isinstance(value, (str, list, tuple, range)) and -len(value) <= key < len(value):
         return value[key]
-    if isinstance(key, str) and (found := _method(budget, value, key)) is not None:
-        return found
+    if isinstance(key, str) and (found := _attribute(budget, value, key)) is not None:
+        return found[0]
     return Undefined(obj=value, name=key) if scalar(key) else Undefined(f"a {type(value).__name__} has no such element")
 
 
-def _method(budget: Budget, value: Any, name: str) -> Any:
-    """Return a method of `value`, or None if it has no attribute of that name."""
+_OBJECTS: dict[type, tuple[str, str]] = {
+    LoopContext: ("index index0 revindex revindex0 first last length previtem nextitem depth depth0", "cycle changed"),
+    Cycler: ("current", "next reset"),
+}
+"""Attributes of jinja2's own objects, and their methods."""
+
+
+def _attribute(budget: Budget, value: Any, name: str) -> tuple[Any] | None:
+    """Return the attribute or method `name` of `value`, or None if jinja2 finds none.
+
+    Raises:
+      Unavailable: if jinja2 finds one that templates cannot use here.
+    """
+    own: Mapping[str, Any] = {}
     kind = str if isinstance(value, str) else type(value)
-    if call := _METHODS.get(kind, {}).get(name):
-        return Function(name, lambda *given, **named: call(budget, value, *given, **named))
-    if name.startswith("__") or hasattr(kind, name):
-        hidden = name.startswith("_")
+    if isinstance(value, Namespace):
+        own, has = value.values, name in value.values
+    elif isinstance(value, Function):
+        own, has = value.attributes, name in value.attributes or name in value.absent
+    else:
+        has = hasattr(type(value), name) or name in getattr(value, "__dict__", ())
+    if name.startswith("__") or (has and name.startswith("_")):
         what = f"{kind.__name__}.{name} is not available to templates"
-        return Undefined(what, exc=SecurityError if hidden else Unavailable)
-    return None
-
-
-_LOOP = "index index0 revindex revindex0 first last length previtem nextitem depth depth0".split()
-
-
-def _of_loop(budget: Budget, loop: LoopContext, name: str) -> Any:
-    if name == "cycle":
-        return Function(name, loop.cycle)
-    return getattr(loop, name) if name in _LOOP else Undefined(obj=loop, name=name)
+        return (Undefined(what, exc=SecurityError),)
+    if not has or name in own:
+        return (own[name],) if has else None
+    properties, methods = _OBJECTS.get(type(value), ("", ""))
+    if name in properties.split():
+        return (getattr(value, name),)
+    if name in methods.split():
+        return (Function(name, lambda *given: (budget.value(given), getattr(value, name)(*given))[1]),)
+    if call := _METHODS.get(kind, {}).get(name):
+        return (Function(name, lambda *given, **named: call(budget, value, *given, **named)),)
+    raise unavailable("attribute", f"{kind.__name__}.{name}")
 
 
 # Methods.
@@ -196,9 +235,9 @@ _METHODS: dict[type, dict[str, Callable[..., Any]]] = {
     | {"replace": replace, "join": join},
     dict: {
         "get": lambda _, value, key, default=None: value.get(hashed(key), default),
-        "items": lambda budget, value: [(key, value[key]) for key in elements(budget, value)],
-        "keys": elements,
-        "values": lambda budget, value: [value[key] for key in elements(budget, value)],
+        "items": lambda _, value: value.items(),
+        "keys": lambda _, value: value.keys(),
+        "values": lambda _, value: value.values(),
     },
     list: {"index": _comparing(list.index), "count": _comparing(list.count)},
     tuple: {"index": _comparing(tuple.index), "count": _comparing(tuple.count)},
