@@ -130,10 +130,9 @@ def _convert_on_host(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`store.convert` on the host, whatever the default device, so that all machines give the same bits."""
     with _on_host():
-        if values.dtype == np.float64:
-            values = as_array(values)  # saturates where JAX has no float64
-        values, scale_inv = _convert(current, requested, *jax.device_put((values, scale_inv)))
-        return np.asarray(values), None if scale_inv is None else np.asarray(scale_inv)
+        arrays = (as_array(values), scale_inv)  # a float64 saturates where JAX has only float32
+        converted, scales = _convert(current, requested, *jax.device_put(arrays))
+        return np.asarray(converted), None if scales is None else np.asarray(scales)
 
 
 def _on_host() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -54,9 +55,10 @@ def token_windows(
     if 0 in shape:
         raise InvalidTokens(f"expected token ids, found none: the shape is {shape}.")
     if len(shape) == 1:
-        tokens = np.asarray(tokens)[None]
-        attention_mask = None if attention_mask is None else [attention_mask]
-    ids, mask = (np.asarray(x) for x in checked_tokens(tokens, attention_mask, vocabulary))
+        rows: tuple[Any, Any] = [tokens], None if attention_mask is None else [attention_mask]
+    else:
+        rows = tokens, attention_mask
+    ids, mask = (np.asarray(x) for x in checked_tokens(*rows, vocabulary))
     length = max(min(WINDOW, ids.shape[1]), 1)
     width = ((0, 0), (0, -ids.shape[1] % length))
     ids, mask = (np.pad(x, width).reshape(-1, length) for x in (ids, mask))
