@@ -29,7 +29,7 @@ COPIED = 2 << 30
 LARGEST_INTEGER = 1 << 63
 
 
-VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TooExpensive(Exception):
