@@ -8,6 +8,7 @@ read or written. So the sum of both bounds time and memory, whatever the templat
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Any
 
 STEPS, STEPS_EACH = 300_000, 100
@@ -29,7 +30,7 @@ COPIED = 2 << 30
 LARGEST_INTEGER = 1 << 63
 
 
-VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+VIEWS: tuple[type[Collection[Any]], ...] = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TooExpensive(Exception):
