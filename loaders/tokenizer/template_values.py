@@ -88,8 +88,9 @@ def elements(budget: Budget, value: Any) -> list[Any]:
     """Return the elements of a sequence, or the keys of a mapping."""
     if not isinstance(value, (str, list, tuple, dict, range, Undefined, *VIEWS)):
         raise TypeError(f"{type(value).__name__!r} object is not iterable")
-    budget.step(len(value))
-    return list(value)
+    parts: Any = value
+    budget.step(len(parts))
+    return list(parts)
 
 
 def growth(*texts: Any) -> int:
