@@ -95,17 +95,17 @@ class Budget:
 
         A list that contains another list twice counts that list twice, as printing and comparing do.
         """
-        deepest, waiting = 0, [(value, 0)]
+        waiting: list[tuple[Any, int]] = [(value, 0)]
+        deepest = 0
         while waiting:
             one, depth = waiting.pop()
             if isinstance(one, str):
                 self.write(len(one))
             elif isinstance(one, (list, tuple, dict, *VIEWS)):
                 deepest = max(deepest, depth + 1)
+                parts: Any = [*one.keys(), *one.values()] if isinstance(one, dict) else one
                 self.step(len(one))
-                if isinstance(one, dict):
-                    waiting += [(key, depth + 1) for key in one]
-                waiting += [(each, depth + 1) for each in (one.values() if isinstance(one, dict) else one)]
+                waiting += [(part, depth + 1) for part in parts]
             self.step()
         return deepest
 
