@@ -103,8 +103,11 @@ class Budget:
                 self.write(len(one))
             elif isinstance(one, (list, tuple, dict, *VIEWS)):
                 deepest = max(deepest, depth + 1)
-                parts: Any = [*one.keys(), *one.values()] if isinstance(one, dict) else one
-                self.step(len(one))
+                parts: Any = one
+                self.step(len(parts))
+                if isinstance(one, dict):
+                    waiting += [(key, depth + 1) for key in one]
+                    parts = one.values()
                 waiting += [(part, depth + 1) for part in parts]
             self.step()
         return deepest
