@@ -81,6 +81,7 @@ def test_thinking_is_dimmed_on_the_terminal(talk):
     assert f"{DIM}<think> think string</think>{PLAIN} answer\r\n" in talk.say("why")
 
 
+@pytest.mark.slow
 def test_lines_that_begin_with_a_slash_are_commands(talk):
     assert conversation.HELP in talk.say("/help")
     assert conversation.HELP in talk.say("/hlep")

@@ -28,7 +28,9 @@ def test_embed_names_an_output_that_it_cannot_write_before_it_loads_the_model(tm
         with pytest.raises(SystemExit) as caught:
             main(["embed", str(tmp_path / "no checkpoint"), "text", "--output", output])
         assert caught.value.code == 2
-        assert f"--output: expected a .npy file in an existing folder, found {output}" in capsys.readouterr().err
+        assert (
+            f"--output: expected a .npy file in a folder that can be written, found {output}" in capsys.readouterr().err
+        )
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def test_the_loss_in_bfloat16_falls_as_in_float32(curves):
     assert np.abs(mixed - exact).max() < CURVES
 
 
+@pytest.mark.slow
 def test_parameters_gradients_and_moments_are_float32():
     module = finetune.functools.partial(perparam.models.Qwen3, finetune.CONFIG)
     parameters = perparam.init(module, finetune.MIXED, jax.random.key(0))

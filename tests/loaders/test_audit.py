@@ -155,6 +155,7 @@ def test_a_model_is_audited_as_its_folder_and_left_as_it_was(plain, quantised):
     assert all(after[path] is before[path] for path in before)
 
 
+@pytest.mark.slow
 def test_one_row_may_be_flat_and_a_text_is_its_ids(plain, tmp_path, monkeypatch):
     model = perparam.load_model(plain)
     flat = perparam.audit(model, QUANTISE, IDS[1], MASK[1])
@@ -170,6 +171,7 @@ class _Letters:
         return [ord(letter) - ord("a") + 1 for letter in text]
 
 
+@pytest.mark.slow
 def test_a_long_row_is_audited_in_windows(plain, quantised, monkeypatch):
     monkeypatch.setattr(WINDOWS, "WINDOW", 3)
     cut = perparam.audit(plain, QUANTISE, IDS[0])

@@ -117,6 +117,7 @@ def test_windows_matter_and_a_text_may_be_shorter_than_one(folder, found, monkey
     assert whole.top1 == pytest.approx(top1)
 
 
+@pytest.mark.slow
 def test_a_last_window_of_one_token_has_no_next_one(folder, monkeypatch):
     monkeypatch.setattr(MODULE, "_speed", lambda *_: 0.0)
     monkeypatch.setattr(WINDOWS, "WINDOW", 6)
@@ -162,6 +163,7 @@ def test_policies_may_have_names_of_their_own(folder, monkeypatch):
     assert made.tokens == 4
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_are_texts_of_their_own(folder, found, monkeypatch):
     monkeypatch.setattr(MODULE, "_speed", lambda *_: 123.45)
     (row,) = compare(folder, {"bf16": "bf16"}, IDS[: 2 * WINDOW].reshape(2, WINDOW)).rows

@@ -173,7 +173,7 @@ def test_what_needs_a_language_model_head_refuses_other_models(case):
         "generation": lambda: perparam.generate(model, [[1, 2]]),
         "compare": lambda: perparam.compare(folder, ["f32"], [1, 2, 3]),
         "audit": lambda: perparam.audit(model, "bf16", [[1, 2]]),
-        "rerank": lambda: perparam.rerank(model, None, "a", ["b"]),
+        "rerank": lambda: perparam.rerank(model, perparam.load_tokenizer(TASKS / "reranker_fp8"), "a", ["b"]),
     }.items():
         with pytest.raises(UnsupportedTask, match=f"{what} needs a language-model head, .*{remedy}"):
             call()

@@ -27,7 +27,7 @@ def test_the_rules_of_a_preset_follow_those_of_the_file(write):
     assert [(rule.key, rule.source) for rule in policy.params.rules] == [
         ("embedding", f"{file}:2"),
         ("kernel", f"{file}:3"),
-        ("lm_head/kernel?", "fp8_weight_only.yaml:3"),
+        ("{lm_head,score}/kernel?", "fp8_weight_only.yaml:3"),
         ("**/gate/kernel?", "fp8_weight_only.yaml:4"),
         ("scale_inv", "fp8_weight_only.yaml:6"),
     ]

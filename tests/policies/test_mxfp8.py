@@ -222,6 +222,7 @@ class TestModels:
         wanted, bound = exact(x, weight, True)
         assert (np.abs(layer(jnp.asarray(x)) - wanted) <= bound).all()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("compute", [None, "mxfp8"])
     def test_qwen3_quantises_on_load_runs_and_generates(self, folder, compute):
         kernels = "**/*_proj/kernel"

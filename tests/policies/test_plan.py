@@ -135,7 +135,7 @@ class TestRows:
         rows = rows_of(
             get_policy("fp8_weight_only").explain({"lm_head": {"kernel": TREE["dense"]["kernel"]}, "a": TREE["dense"]})
         )
-        assert rows["lm_head/kernel"]["storage_rule"] == "lm_head/kernel?"
+        assert rows["lm_head/kernel"]["storage_rule"] == "{lm_head,score}/kernel?"
         assert rows["lm_head/kernel"]["storage_source"] == "fp8_weight_only.yaml:3"
 
     def test_a_stored_pair_has_two_rows(self):

@@ -86,6 +86,7 @@ def test_a_conversation_is_read_once(model, read):
     assert [each for each in read if each[0] == "extend"] == [("extend", 16)] * 3
 
 
+@pytest.mark.slow
 def test_room_is_left_as_asked(model, read):
     before = prefill(model, BEFORE, max_new_tokens=20)
     assert before.room == 24  # of 48 slots 24 are filled, with 20 tokens
