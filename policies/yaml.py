@@ -20,6 +20,8 @@ from .slots import SLOTS, Slot
 
 _SHORT = {"p": "params", "c": "compute", "o": "output"}
 _MAX_CHARACTERS = 1 << 16  # a policy is about a page; parsing a larger hostile file could take a minute
+_MAX_NODES = 1 << 13  # keys, values and list items: each takes some 50 µs
+_MAX_DEPTH = 16  # a side of a block, in a format, in a rule, in a slot, has a depth of five
 _NEEDS_QUOTES = re.compile(r"\s*([*{%@`\[][^:]*?)\s*:(\s|$)")
 
 
@@ -29,16 +31,23 @@ class _Unsupported(yaml.MarkedYAMLError):
 
 class _Loader(yaml.SafeLoader):
     """The safe loader, except that anchors, aliases and explicit tags are errors: with them a line does not show its
-    value."""
+    value. More nodes, or deeper ones, than a policy needs are an error too."""
+
+    nodes = depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """The next node.
 
         Raises:
-          _Unsupported: for an alias, an anchor or an explicit tag, with its line.
+          _Unsupported: for an alias, an anchor, an explicit tag, too many nodes or too deep ones, with the line.
         """
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent):
+        self.nodes += 1
+        if self.nodes > _MAX_NODES:
+            problem = f"more than {_MAX_NODES} keys and values. A policy is a short map"
+        elif self.depth == _MAX_DEPTH:
+            problem = f"nested more than {_MAX_DEPTH} deep. A policy is a short map"
+        elif isinstance(event, yaml.AliasEvent):
             problem = f"the alias '*{event.anchor}' is not supported in a policy. Write the value itself"
         elif getattr(event, "anchor", None) is not None:
             problem = f"the anchor '&{event.anchor}' is not supported in a policy. Remove it"
@@ -46,7 +55,10 @@ class _Loader(yaml.SafeLoader):
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             problem = f"the tag {shown(tag)} is not supported in a policy. Remove it"
         else:
-            return super().compose_node(parent, index)
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
         raise _Unsupported(problem=problem, problem_mark=event.start_mark)
 
 
@@ -130,7 +142,7 @@ def _root(text: str, name: str) -> yaml.Node:
         mark = error.problem_mark or error.context_mark
         line = mark.line if mark else 0
         raise InvalidPolicy(f"{name}:{line + 1}: {_yaml_problem(text, line, error)}") from error
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise InvalidPolicy(f"{name}: not readable as YAML: {str(error).partition(chr(10))[0]}.") from error
     if root is None:
         raise InvalidPolicy(f"{name}: empty. A policy that changes nothing is written {{}}.")

@@ -1,7 +1,6 @@
 """Policies as YAML: what is read, and what every error says."""
 
 import os
-import time
 
 import numpy as np
 import pytest
@@ -20,9 +19,6 @@ compute:
   default: bf16
 output: f32
 """
-
-SECONDS = 5
-"""What a hostile policy may take; each would take hours, or the whole memory, where it is expanded."""
 
 
 def test_the_example_of_the_design_is_read():
@@ -435,70 +431,3 @@ class TestFiles:
         assert policy == Policy(params={"größe": "f32"})
         policy.dump(tmp_path / "again.yaml")
         assert Policy.load(tmp_path / "again.yaml") == policy
-
-
-LAUGHS = "\n".join(
-    [
-        'a0: &a0 ["lol", "lol"]',
-        *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 40)),
-        "params: *a39",
-    ]
-)
-HOSTILE = {
-    "billion laughs": LAUGHS,
-    "billion laughs as rules": "params: &a {a: f32}\n" + LAUGHS.replace("params", "compute"),
-    "a list deep in lists": "params: " + "[" * 100_000,
-    "a map deep in maps": "{a: " * 100_000,
-    "a sequence deep in sequences": "- " * 100_000,
-    "a map that holds itself": "params: &self\n  kernel: *self\n",
-    "the root as its own slot": "&self\nparams: *self\n",
-    "too long": "#" * (2 << 20),
-    "braces without end": 'params: {"' + "{a,b}" * 1_000 + '": f32}',
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_policy_is_refused_quickly(name):
-    start = time.monotonic()
-    with pytest.raises(InvalidPolicy):
-        Policy.loads(HOSTILE[name])
-    assert time.monotonic() - start < SECONDS
-
-
-# What would cost much.
-
-COSTLY = {
-    "billion laughs": "block: [&a0 [x,x,x,x,x,x,x,x,x,x], "
-    + ", ".join(f"&a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9))
-    + "]",
-    "a deep list": "block: [" + "[" * 300 + "]" * 300 + ", 4]",
-    "a version that is no number": "%YAML 1." + "9" * 5000 + "\n---\n{}",
-    "no such character": 'a: "\\U00110000"',
-    "a character beyond all": 'a: "\\UFFFFFFFF"',
-    "an open map and spaces": "{" + " " * 50_000,
-    "a long list": "[" + "x," * 30_000 + "]",
-    "a million characters": "x" * 1_000_000,
-    "more patterns than a policy needs": "params:\n" + "".join(f'  "**/*{i}*/*": f32\n' for i in range(300)),
-    "python": "params: !!python/object/apply:os.system ['echo hello']",
-}
-
-
-@pytest.mark.parametrize("text", COSTLY)
-def test_what_would_cost_much_is_refused_at_once(text):
-    for _ in range(3):  # Python's collector may come by, and has much to look at after other tests
-        start = time.process_time()
-        with pytest.raises((InvalidPolicy, UnknownDtype)) as caught:
-            Policy.loads(COSTLY[text])
-        if (took := time.process_time() - start) < 2:
-            break
-    assert took < 2  # on a slow machine; the longest text that is read at all takes 0.7 s on a usual one
-    assert len(str(caught.value)) < 2000
-
-
-def test_rules_that_name_paths_in_full_may_be_many():
-    paths = [f"layers/{i}/mlp/up_proj/kernel" for i in range(1000)]
-    policy = Policy.loads("params:\n" + "".join(f"  {path}: bf16\n" for path in paths))
-    tree = {path: np.zeros((2, 2), np.float32) for path in paths}
-    start = time.process_time()
-    assert policy.explain(tree).total_bytes == 8000
-    assert time.process_time() - start < 1
