@@ -23,7 +23,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Prints the audit."""
     model = load_model(options.checkpoint, revision=options.revision)
-    given = tokens_or_text(options)
-    if options.tokens is None and options.text is None:
-        given["tokens"] = np.random.default_rng(0).integers(0, model.config.vocab_size, 64)
-    print_report(audit(model, options.policy, **given), options)
+    random = np.random.default_rng(0).integers(0, model.config.vocab_size, 64)
+    print_report(audit(model, options.policy, **tokens_or_text(options, tokens=random)), options)

@@ -26,10 +26,8 @@ def run(options: argparse.Namespace) -> None:
     """Prints the table, and writes the plot."""
     if options.plot is not None:
         check_plot(options.plot)
-    given = tokens_or_text(options)
-    if options.tokens is None and options.text is None:
-        given["text"] = TEXT
-    comparison = compare(options.checkpoint, options.policy, **given, revision=options.revision)
+    tokens = tokens_or_text(options, text=TEXT)
+    comparison = compare(options.checkpoint, options.policy, **tokens, revision=options.revision)
     print_report(comparison, options)
     if options.plot is not None:
         comparison.plot(options.plot)

@@ -58,10 +58,11 @@ def add_tokens(parser: argparse.ArgumentParser, default: str) -> None:
     group.add_argument("--tokens", metavar="1,2,3", type=token_ids, help="token ids instead of a text")
 
 
-def tokens_or_text(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments `tokens` and `text` of `audit` and `compare`; both None without the options."""
-    text = None if options.text is None else read_text("--text", options.text)
-    return {"tokens": options.tokens, "text": text}
+def tokens_or_text(options: argparse.Namespace, **default: Any) -> dict[str, Any]:
+    """The argument `tokens` or `text` of `audit` and `compare`; `default` without the options."""
+    if options.text is not None:
+        return {"text": read_text("--text", options.text)}
+    return default if options.tokens is None else {"tokens": options.tokens}
 
 
 def token_ids(text: str) -> list[int]:

@@ -44,7 +44,7 @@ def checkpoint_folder(
         return folder, remote_headers(repo, folder.name, absent)
     except PerparamError:
         raise
-    except Exception as error:
+    except Exception as error:  # of many kinds, see `_snapshot`
         raise _failure(repo, revision, error, f", and the cache lacks {_listed(absent)}") from error
 
 

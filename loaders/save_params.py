@@ -116,10 +116,10 @@ def _names(resolved: Resolved, folder: pathlib.Path) -> dict[str, str]:
             expected[name] = again
             tensors[name] = Tensor(name, folder, info.shape, info.dtype, 0, 0)
     try:
-        found = by_paths(folder, tensors)
+        loaded = by_paths(folder, tensors)
     except InvalidCheckpoint as error:
         raise UnsupportedExport(f"{error}") from error
-    for path, tensor in found.items():
+    for path, tensor in loaded.items():
         if path != expected[tensor.name]:
             raise UnsupportedExport(
                 f"{named(expected[tensor.name])}: would be loaded as the scales {named(path)}. Rename it."
