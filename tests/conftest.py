@@ -4,6 +4,13 @@ import hypothesis
 import jax
 import pytest
 
+try:  # private, and so perhaps somewhere else in the next version: without it, tests take longer
+    from jax._src import compiler
+
+    _compile_options = compiler.get_compile_options
+except (ImportError, AttributeError):
+    compiler = None
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Compilation dominates, and differs by seconds between machines: no deadline.
@@ -14,13 +21,24 @@ hypothesis.settings.load_profile("default")
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation(request):
-    """Without LLVM's costly passes, which take a quarter of the time: most programs here are run once.
+    """Without LLVM's costly passes, and with XLA's older code generator, whose own passes take half of the time.
 
-    XLA's own passes over programs, which decide about casts and memory, run all the same. A module that promises bits,
-    or is written for a compiler, says `pytestmark = pytest.mark.optimised` and is compiled as it is for users.
+    Most programs here run once.  XLA's passes over programs, which decide about casts and memory, run all the same.  A
+    module that promises bits, or is written for a compiler, says `pytestmark = pytest.mark.optimised` and is compiled
+    as it is for users.
     """
+    quick = request.node.get_closest_marker("optimised") is None
     before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimised") is None)
-    yield
+    jax.config.update("jax_disable_most_optimizations", quick)
+    with pytest.MonkeyPatch.context() as patch:
+        if quick and compiler is not None:
+            patch.setattr(compiler, "get_compile_options", _with_older_emitters)
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
     jax.clear_caches()  # no file needs the programs of another, and gigabytes of them slow Python's collector down
+
+
+def _with_older_emitters(*arguments, **settings):
+    options = _compile_options(*arguments, **settings)
+    options.env_option_overrides = [*options.env_option_overrides, ("xla_cpu_use_fusion_emitters", False)]
+    return options

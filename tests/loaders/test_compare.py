@@ -141,8 +141,8 @@ def test_bytes_are_those_of_the_plan(found, folder):
 def test_two_models_are_held_at_a_time(folder, monkeypatch):
     load, alive, most = MODULE.load_model, [], []
 
-    def counted(*given):
-        model = load(*given)
+    def counted(*given, **options):
+        model = load(*given, **options)
         alive.append(weakref.ref(model))
         gc.collect()
         most.append(sum(each() is not None for each in alive))
