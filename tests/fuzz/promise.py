@@ -187,14 +187,15 @@ def _watchdog() -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         raise _Hung
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    # Again each second: the first may come inside a destructor, which swallows what is raised.
-    signal.setitimer(signal.ITIMER_REAL, HUNG, 1.0)
+    before = signal.signal(signal.SIGPROF, interrupt)
+    # Again each second: the first may come inside a destructor, which swallows what is raised.  The seconds are the
+    # processor's; a reader that waits without using it is given up by the process that started this one.
+    signal.setitimer(signal.ITIMER_PROF, HUNG, 1.0)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 class _Readers:
