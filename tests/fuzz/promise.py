@@ -35,7 +35,7 @@ from perparam.policies import ArrayInfo, Format
 _HERE = pathlib.Path(__file__).resolve().parent
 
 SLOW, HUNG = 1.0, 5.0
-"""Seconds of the processor that a reader may take, and seconds on the clock after which it is interrupted."""
+"""Seconds of the processor that a reader may take, and after which it is interrupted."""
 MOST_MEMORY = 256 << 20
 """Bytes by which one input may make the process grow at its peak."""
 LONGEST_MESSAGE = 10_000
