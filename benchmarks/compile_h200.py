@@ -56,6 +56,10 @@ SLOTS, PROMPT = 1024, 8000  # unlike any side of a kernel, so that kernels are r
 MAX_TEMPORARY, MAX_LAUNCHES = 16, 30
 """Limits of a decoding step: MiB of temporary memory, less than a wide kernel needs, and launches per layer."""
 
+PTXAS_COMPLAINT, HARMLESS = r"ptxas.*(?:[Ww]arning|Performance Loss).*", "(C7504)"
+"""What ptxas must not say, but for one thing: in JAX 0.12 it ignores `setmaxnreg`, which only matters if registers are
+spilled for want of it, see `warpgroup.py`."""
+
 NO_OPERATION = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
 """Instructions of a program that launch nothing and write nothing."""
 
@@ -148,7 +152,7 @@ def examine(
     names = re.findall(r"\b((?:wgmma\.mma_async|mma)\.sync[\w.]*)", text)
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", text)]
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
-    faults = re.findall(r"ptxas.*(?:[Ww]arning|Performance Loss).*", text) + ["spills"] * bool(spilled)
+    faults = [line for line in re.findall(PTXAS_COMPLAINT, text) if HARMLESS not in line] + ["spills"] * bool(spilled)
     if implementation.startswith("hopper"):
         operands = {"W8A16": ".bf16.bf16", "W8A8": ".e4m3.e4m3"}[mode]
         if not any(name.startswith("wgmma") and name.endswith(operands) for name in names):

@@ -35,7 +35,7 @@ def interpreted():
     interpreter's threads waiting for each other: then the process ends, and says where it was.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("load", "load_kernel", "product", "zeros", "store_transposed"):
+        for name in ("load", "product", "product_widened", "zeros", "store_transposed"):
             patch.setattr(warpgroup, name, globals()[f"_{name}"])
         if jax.__version_info__ < (0, 11):  # which compiles every block of the grid, and every thread of it, anew
             patch.setattr(thread_map, "_run_jaxpr", _run_jaxpr)
@@ -55,13 +55,14 @@ def _load(ref, layout):
     return ref[...]
 
 
-def _load_kernel(ref, dtype):
-    return ref[...].astype(dtype)
-
-
 def _product(a, b):
     a, b = ((operand if isinstance(operand, jax.Array) else operand[...]).astype(jnp.float32) for operand in (a, b))
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision="highest")
+
+
+def _product_widened(a, b, columns):
+    parts = [slice(start, start + columns) for start in range(0, a.shape[1], columns)]
+    return sum(_product(a[:, part], b[:, part]) for part in parts)
 
 
 def _zeros(columns):

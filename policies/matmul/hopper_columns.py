@@ -71,6 +71,15 @@ def stages(length: int, tile: int, x: np.dtype, out: np.dtype) -> int:
     return min(length, (SHARED_MEMORY - result) // step, 12)
 
 
+def widened_columns(tile: int) -> int:
+    """Returns the number of columns of a kernel that are widened at the same time, for `tile` rows of x.
+
+    With 128 rows the sums of a thread occupy 128 registers, and all widened columns another 32; together with addresses
+    they would be more than the 168 of a thread.
+    """
+    return TILE // 2 if tile > 64 else TILE
+
+
 def products(
     x: jax.Array,
     x_scales: jax.Array | None,
@@ -94,6 +103,7 @@ def products(
     starts = np.cumsum([0, *(kernel.shape[0] // TILE for kernel in kernels)])
     parts = splits(int(starts[-1]) * (rows // tile), steps, tile)
     length = steps // parts
+    part_columns = widened_columns(tile) if x_scales is None else TILE
     out = result if parts == 1 else np.dtype(np.float32)
     activations = [x] if x_scales is None else [x, x_scales]
 
@@ -117,7 +127,7 @@ def products(
                     by_row = warpgroup.load(first, plgpu.Layout.WGMMA.reduce(0)) * scale
                     term = partial * lax.broadcast_in_dim(by_row, partial.shape, [1])
                 else:
-                    term = warpgroup.product(warpgroup.load_kernel(kernel_tile, x.dtype), x_smem) * scale
+                    term = warpgroup.product_widened(kernel_tile, x_smem, part_columns) * scale
                 new_total: jax.Array = total + term
                 return new_total
 
@@ -133,7 +143,9 @@ def products(
             x_spec = operand((tile, TILE), lambda k: (m, part * length + k), transforms=warpgroup.tiled(x.dtype, TILE))
             scales_spec = operand((1, max(tile, SCALES)), lambda k: (part * length + k, m))
             kernel_spec = operand(
-                (TILE, TILE), lambda k: (local, part * length + k), transforms=warpgroup.tiled(kernel_gmem.dtype, TILE)
+                (TILE, TILE),
+                lambda k: (local, part * length + k),
+                transforms=warpgroup.tiled(kernel_gmem.dtype, part_columns),
             )
             specs = [x_spec, *([scales_spec] * (len(activations) - 1)), kernel_spec]
             warpgroup.pipeline(
