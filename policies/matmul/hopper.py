@@ -13,6 +13,7 @@ from ..blocks import Block
 from ..errors import count
 from ..formats import ROW_BLOCK, Format, ScaledArray, stored_format
 from ..scales import E4M3, F32, decode_scales
+from ..targets import multiprocessors
 from .calls import Call, Implementation, Operands
 
 SIDE = 128
@@ -107,7 +108,13 @@ def _rows(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.
         assert isinstance(pair.x, ScaledArray)
         x, x_scales = _pad(pair.x.values, hopper_rows.TILE), _pad(pair.x.scale_inv, hopper_rows.TILE).T
         y = hopper_rows.product(
-            x, x_scales, _values(pair.kernel), _scales(pair.kernel), block=_block(call), result=call.result
+            x,
+            x_scales,
+            _values(pair.kernel),
+            _scales(pair.kernel),
+            block=_block(call),
+            result=call.result,
+            processors=multiprocessors(),
         )
         results.append(y[: pair.x.shape[0]])
     return tuple(results)
@@ -129,6 +136,7 @@ def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[j
         tuple(_scales(pair.kernel) for pair in operands),
         blocks=tuple(map(_block, calls)),
         result=calls[0].result,
+        processors=multiprocessors(),
     )
     return tuple(y[:rows] for y in results)
 

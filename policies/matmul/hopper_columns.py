@@ -42,18 +42,18 @@ def row_tile(rows: int) -> int:
     return tile
 
 
-def splits(tiles: int, steps: int, tile: int, processors: int = 132) -> int:
+def splits(tiles: int, steps: int, tile: int, processors: int) -> int:
     """Returns the number of thread blocks among which the columns of each tile are split.
 
     tiles       number of tiles of the result
     steps       number of 128-column steps of each tile
     tile        rows of x in a tile
-    processors  streaming multiprocessors: 132 on H100 and H200
+    processors  streaming multiprocessors of the GPU
 
     The cost of a wave of `processors` blocks is its number of steps, about four steps to fill and drain the pipeline,
     and for partial sums the bytes written and read, as a fraction of the bytes of a step.
 
-    >>> splits(32, 32, 8), splits(192, 32, 8), splits(1187, 32, 8)
+    >>> splits(32, 32, 8, 132), splits(192, 32, 8, 132), splits(1187, 32, 8, 132)
     (4, 2, 1)
     """
 
@@ -88,6 +88,7 @@ def products(
     *,
     blocks: tuple[tuple[int, int], ...],
     result: np.dtype,
+    processors: int,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
     """Returns the product (rows, out) in dtype `result` for each kernel, computed in one launch.
@@ -97,11 +98,12 @@ def products(
     kernels   (out, in) each  float8; out and in multiples of 128
     scales    (out/block[0], in/block[1]) each, float32; both sides of a block multiples of 128
     blocks    the block of each kernel
+    processors  streaming multiprocessors of the GPU
     """
     rows, columns = x.shape
     tile, steps = row_tile(rows), columns // TILE
     starts = np.cumsum([0, *(kernel.shape[0] // TILE for kernel in kernels)])
-    parts = splits(int(starts[-1]) * (rows // tile), steps, tile)
+    parts = splits(int(starts[-1]) * (rows // tile), steps, tile, processors)
     length = steps // parts
     part_columns = widened_columns(tile) if x_scales is None else TILE
     out = result if parts == 1 else np.dtype(np.float32)

@@ -38,7 +38,7 @@ def product(
     *,
     block: tuple[int, int],
     result: np.dtype,
-    processors: int = 132,
+    processors: int,
     interpret: Any = None,
 ) -> jax.Array:
     """Returns the product (rows, out) in dtype `result`.
@@ -47,7 +47,7 @@ def product(
     x_scales    (in/128, rows)               float32, transposed so that the scales of a tile are contiguous
     kernel      (out, in)                    float8_e4m3fn
     scale_inv   (out/block[0], in/block[1])  float32; both sides of a block are multiples of 128
-    processors  number of persistent thread blocks, one per streaming multiprocessor: 132 on H100 and H200
+    processors  number of persistent thread blocks, one per streaming multiprocessor
     """
     rows, columns = x.shape
     tiles, steps = (rows // TILE, kernel.shape[0] // TILE), columns // TILE

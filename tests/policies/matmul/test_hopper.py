@@ -1,7 +1,5 @@
 """The kernels for Hopper, by the interpreter: tiles, grids, splits and result dtypes against float64."""
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +16,9 @@ QUOTIENT_ERROR = 2.0**-23
 """A float32 quotient an ulp off: XLA on a CPU multiplies with the reciprocal of what is constant along a loop."""
 
 BLOCK = (128, 128)
+
+PROCESSORS = 132
+"""Streaming multiprocessors of H100 and H200."""
 
 
 def slow(*values):
@@ -58,10 +59,12 @@ def float64(values, scales) -> np.ndarray:
 class TestRows:
     """Tiles of 128 rows of x by 128 of the kernel; at least two of them, since JAX 0.10 crashes on a CPU with one."""
 
-    def check(self, rows, out, features, result="float32", block=BLOCK, **processors):
+    def check(self, rows, out, features, result="float32", block=BLOCK, processors=PROCESSORS):
         x, x_scales = narrow_rows(rows, features)
         kernel, scale_inv, sides = kernel_of(out, features, block)
-        y = hopper_rows.product(x, x_scales, kernel, scale_inv, block=sides, result=dtype(result), **processors)
+        y = hopper_rows.product(
+            x, x_scales, kernel, scale_inv, block=sides, result=dtype(result), processors=processors
+        )
         assert y.dtype == dtype(result)
         assert_product(y, float64(x, x_scales), widened(kernel, scale_inv, sides), roundings=4)
 
@@ -93,13 +96,15 @@ REST = [(1, True), (132, False), (8, False), (8, True)]
 class TestColumns:
     """The kernels by tiles of x, their columns split among blocks of the grid."""
 
-    def check(self, x, x_scales, outs, block=BLOCK, of=FP8, result="float32"):
+    def check(self, x, x_scales, outs, block=BLOCK, of=FP8, result="float32", processors=PROCESSORS):
         kernels, scales, blocks = zip(*(kernel_of(out, x.shape[1], block, of) for out in outs), strict=True)
         padded = x_scales
         if x_scales is not None:  # what a copy to shared memory takes beyond the rows is never read
             missing = max(hopper_columns.SCALES - x_scales.shape[1], 0)
             padded = jnp.pad(x_scales, ((0, 0), (0, missing)), constant_values=jnp.nan)
-        results = hopper_columns.products(x, padded, kernels, scales, blocks=blocks, result=dtype(result))
+        results = hopper_columns.products(
+            x, padded, kernels, scales, blocks=blocks, result=dtype(result), processors=processors
+        )
         wide = np.asarray(x).astype(np.float64) if x_scales is None else float64(x, x_scales)
         assert len(results) == len(outs)
         for y, kernel, scale_inv, sides in zip(results, kernels, scales, blocks, strict=True):
@@ -130,12 +135,10 @@ class TestColumns:
         ("processors", "narrow"),
         [(1, False), (132, True), *(pytest.param(*both, marks=pytest.mark.slow) for both in REST)],
     )
-    def test_columns_whole_and_split(self, monkeypatch, processors, narrow):
-        split = functools.partial(hopper_columns.splits, processors=processors)
-        monkeypatch.setattr(hopper_columns, "splits", split)
-        assert split(2, 4, 8) == {1: 1, 8: 4, 132: 4}[processors]
+    def test_columns_whole_and_split(self, processors, narrow):
+        assert hopper_columns.splits(2, 4, 8, processors) == {1: 1, 8: 4, 132: 4}[processors]
         x, x_scales = narrow_rows(8, 512) if narrow else (wide_rows(8, 512, "bfloat16"), None)
-        self.check(x, x_scales, [256], result="bfloat16")
+        self.check(x, x_scales, [256], result="bfloat16", processors=processors)
 
     def test_more_steps_than_stages(self, monkeypatch):
         monkeypatch.setattr(hopper_columns, "splits", lambda *_: 1)
@@ -149,7 +152,9 @@ class TestColumns:
         x = wide_rows(8, 256, "bfloat16")
         pairs = [kernel_of(256, 256, (256, 256)), kernel_of(128, 256, (128, 128))]
         kernels, scales, blocks = zip(*pairs, strict=True)
-        results = hopper_columns.products(x, None, kernels, scales, blocks=blocks, result=dtype("float32"))
+        results = hopper_columns.products(
+            x, None, kernels, scales, blocks=blocks, result=dtype("float32"), processors=PROCESSORS
+        )
         for y, pair in zip(results, pairs, strict=True):
             assert_product(y, np.asarray(x).astype(np.float64), widened(*pair))
 
