@@ -22,6 +22,9 @@ SIDE = 128
 FEW_ROWS = 64
 """Rows of x up to which 128-row tiles would be mostly empty; then only the kernel with swapped operands runs."""
 
+ROW_MULTIPLE = 8
+"""Rows of x and of the result are multiples of this, the rows of a swizzled tile; the last tile may reach beyond."""
+
 ROWS_FORMAT = Format(E4M3, ROW_BLOCK, F32)
 """The only format of narrow activations that the kernels accept."""
 
@@ -77,8 +80,11 @@ def _refuses_rows(call: Call) -> str | None:
     return None if _many_rows(call) else f"its tiles would be mostly empty with {count(call.rows or 0, 'row')}"
 
 
-def _pad(x: jax.Array, multiple: int) -> jax.Array:
-    return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0)))
+def _pad(x: jax.Array, tile: int) -> jax.Array:
+    """Returns x (rows, …) with zeros below: up to `tile` rows, or to a multiple of `ROW_MULTIPLE` if it has more."""
+    rows = x.shape[0]
+    missing = tile - rows if rows < tile else -rows % ROW_MULTIPLE
+    return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
 
 
 def _quantize(x: jax.Array, format: Format) -> ScaledArray:

@@ -93,17 +93,21 @@ def products(
 ) -> tuple[jax.Array, ...]:
     """Returns the product (rows, out) in dtype `result` for each kernel, computed in one launch.
 
-    x         (rows, in)      bfloat16 or float16, or float8_e4m3fn with scales; rows a multiple of `row_tile(rows)`
+    x         (rows, in)      bfloat16 or float16, or float8_e4m3fn with scales; rows are `row_tile(rows)`, or more than
+                              128 and a multiple of 8
     x_scales  (in/128, max(rows, SCALES))  float32, or None
     kernels   (out, in) each  float8; out and in multiples of 128
     scales    (out/block[0], in/block[1]) each, float32; both sides of a block multiples of 128
     blocks    the block of each kernel
     processors  streaming multiprocessors of the GPU
+
+    The last tile of rows may reach beyond x: tensor copies read zeros there, and write nothing.
     """
     rows, columns = x.shape
     tile, steps = row_tile(rows), columns // TILE
+    row_tiles = pl.cdiv(rows, tile)
     starts = np.cumsum([0, *(kernel.shape[0] // TILE for kernel in kernels)])
-    parts = splits(int(starts[-1]) * (rows // tile), steps, tile, processors)
+    parts = splits(int(starts[-1]) * row_tiles, steps, tile, processors)
     length = steps // parts
     part_columns = widened_columns(tile) if x_scales is None else TILE
     out = result if parts == 1 else np.dtype(np.float32)
@@ -169,7 +173,7 @@ def products(
     launch = warpgroup.kernel(
         body,
         jax.ShapeDtypeStruct((parts, rows, width), out),
-        grid=(int(starts[-1]), rows // tile, parts),
+        grid=(int(starts[-1]), row_tiles, parts),
         grid_names=("kernel_tile", "row_tile", "split"),
         scratch_types={
             "out_smem": plgpu.SMEM((2, tile, warpgroup.ROWS), out, transforms=warpgroup.tiled(out, warpgroup.ROWS))

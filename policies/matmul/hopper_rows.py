@@ -43,14 +43,16 @@ def product(
 ) -> jax.Array:
     """Returns the product (rows, out) in dtype `result`.
 
-    x           (rows, in)                   float8_e4m3fn; rows, out and in are multiples of 128
+    x           (rows, in)                   float8_e4m3fn; at least 128 rows, a multiple of 8
     x_scales    (in/128, rows)               float32, transposed so that the scales of a tile are contiguous
-    kernel      (out, in)                    float8_e4m3fn
+    kernel      (out, in)                    float8_e4m3fn; both sides are multiples of 128
     scale_inv   (out/block[0], in/block[1])  float32; both sides of a block are multiples of 128
     processors  number of persistent thread blocks, one per streaming multiprocessor
+
+    The last tile of rows may reach beyond x: tensor copies read zeros there, and write nothing.
     """
     rows, columns = x.shape
-    tiles, steps = (rows // TILE, kernel.shape[0] // TILE), columns // TILE
+    tiles, steps = (pl.cdiv(rows, TILE), kernel.shape[0] // TILE), columns // TILE
     operand = warpgroup.tiled(x.dtype, TILE)
 
     def body(

@@ -70,7 +70,13 @@ class TestRows:
 
     @pytest.mark.parametrize("processors", [1, 132, *slow(4)])
     def test_tiles_are_shared_out_among_however_many_processors(self, processors):
-        self.check(256, 384, 128, processors=processors)
+        self.check(200, 384, 128, processors=processors)
+
+    # The last tile of rows, and one of its warpgroups, has no row at all or only some.
+    @pytest.mark.slow
+    @pytest.mark.parametrize("rows", [136, 192, 248])
+    def test_rows_that_are_no_multiple_of_a_tile(self, rows):
+        self.check(rows, 128, 256)
 
     @pytest.mark.slow
     def test_the_snake_ends_in_a_narrower_tile(self):
@@ -111,9 +117,17 @@ class TestColumns:
             assert y.dtype == dtype(result)
             assert_product(y, wide, widened(kernel, scale_inv, sides), roundings=4)
 
-    @pytest.mark.parametrize("rows", [16, 256, *slow(8, 64, 128)])
+    @pytest.mark.parametrize("rows", [16, 200, *slow(8, 64, 128, 256)])
     def test_one_and_several_tiles_of_rows(self, rows):
         self.check(wide_rows(rows, 256, "bfloat16"), None, [128])
+
+    # Rows beyond the last one must not reach the partial sums of the next split.
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("rows", "narrow"), [(136, False), (200, True)])
+    def test_rows_that_are_no_multiple_of_a_tile(self, monkeypatch, rows, narrow):
+        monkeypatch.setattr(hopper_columns, "splits", lambda *_: 2)
+        x, x_scales = narrow_rows(rows, 256) if narrow else (wide_rows(rows, 256, "bfloat16"), None)
+        self.check(x, x_scales, [128])
 
     @pytest.mark.parametrize("rows", [256, *slow(8, 64, 128)])
     def test_w8a8(self, rows):
@@ -164,7 +178,7 @@ class TestQuantize:
 
     @pytest.mark.parametrize("of", ["bfloat16", "float32", *slow("float16")])
     def test_is_quantize_up_to_the_quotient_s_last_bit(self, of):
-        x = wide_rows(128, 256, of).at[3].set(0).at[70, :128].set(0)
+        x = wide_rows(136, 256, of).at[3].set(0).at[70, :128].set(0)
         values, scales = hopper_quantize.quantize(x)
         want, want_scales = quantize(x, FP8, (1, 128))
         np.testing.assert_allclose(scales.T, want_scales, rtol=QUOTIENT_ERROR, atol=0)
@@ -176,6 +190,14 @@ class TestQuantize:
         below, above = (quantize_by(x, want_scales, 1 + sign * 4 * QUOTIENT_ERROR) for sign in (-1, 1))
         assert off.mean() < 0.01
         assert ((found == below) | (found == above))[off].all()
+
+    @pytest.mark.slow
+    def test_rows_that_are_no_multiple_of_a_block(self):
+        x = wide_rows(136, 256, "bfloat16")
+        values, scales = hopper_quantize.quantize(x)
+        want, want_scales = hopper_quantize.quantize(jnp.pad(x, ((0, 56), (0, 0))))
+        assert list(bits(values)) == list(bits(want[:136]))
+        assert list(bits(scales)) == list(bits(want_scales[:, :136]))
 
     def test_extremes_keep_their_scale(self):
         sizes = jnp.asarray(2.0 ** np.arange(-64, 64), jnp.float32)[:, None]
