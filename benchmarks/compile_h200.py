@@ -165,7 +165,7 @@ def examine(
         "registers": registers,
         "spilled bytes": spilled if ours else None,
         "stages": sorted({call["max_concurrent_steps"] for call in calls}),
-        "splits": sorted({kernels[0][1] // BLOCK // call["grid"][0] for call in calls}),
+        "splits": sorted({kernels[0][1] // BLOCK // call["grid"][-1] for call in calls}),
         "temporary MiB": round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 2),
         "seconds to trace": round(tracing, 2),
         "to compile": "known" if len(printed) < len(ours) else round(seconds, 2),
