@@ -2,8 +2,8 @@
 
 After DeepSeek-V3 (arXiv:2412.19437, section 3.3): float8 tensor cores have sums of about 14 bits, so each sum of 128
 columns starts at zero and is scaled and added to a float32 sum in registers.  Thread blocks are persistent and process
-the tiles in a snake-like order, so that adjacent blocks share operands in the second-level cache.  The pipeline of copies
-goes on across tiles: the first operands of a tile are copied while the tile before it is computed and stored.
+the tiles in a snake-like order, so that adjacent blocks share operands in the second-level cache.  Their pipeline of
+copies goes on across tiles: the first operands of a tile are copied while the tile before it is computed and stored.
 """
 
 from __future__ import annotations

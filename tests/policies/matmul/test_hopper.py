@@ -1,5 +1,6 @@
 """The kernels for Hopper, by the interpreter: tiles, grids, splits and result dtypes against float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from matmuls import FP8, assert_product, widened
 
 from perparam import quantize
 from perparam.policies.matmul import hopper_columns, hopper_quantize, hopper_rows
+from perparam.policies.scales import amax_rule
 
 pytestmark = required
 
@@ -205,6 +207,15 @@ class TestQuantize:
         values, scales = hopper_quantize.quantize(x)
         assert (np.asarray(values).astype(np.float32) == 448).all()
         np.testing.assert_allclose(scales[0], sizes[:, 0] / 448, rtol=QUOTIENT_ERROR, atol=0)
+
+    def test_scales_are_those_of_the_rule_bit_for_bit(self):
+        random = np.random.default_rng(0)
+        amax = random.uniform(1, 2, 100_000) * 2.0 ** random.integers(-126, 128, 100_000)
+        edges = [0, 1e-40, 2.0**-126, 448 * 2.0**-126, 3.4e38, np.finfo(np.float32).max, np.inf, np.nan]
+        amax = jnp.asarray([*amax, *edges], jnp.float32)
+        want = amax_rule(amax, dtype(FP8), dtype("float32"), True)
+        for scales_of in (hopper_quantize.scales_of, jax.jit(hopper_quantize.scales_of)):
+            np.testing.assert_array_equal(scales_of(amax), want)
 
     def test_two_runs_are_equal_bit_for_bit(self):
         x = wide_rows(64, 256, "bfloat16")
