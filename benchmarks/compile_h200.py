@@ -317,7 +317,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("kernels", help="each product's instructions, registers, spills, stages, splits and memory")
-    models_help = f"some of {', '.join(LAYERS)}; default: 8B"
+    models_help = f"some of {', '.join(shapes.LAYERS)}; default: 8B"
     decode = commands.add_parser("decode", help="memory and launches of a decoding step, and wide copies of kernels")
     decode.add_argument("models", nargs="*", default=["8B"], metavar="MODEL", help=models_help)
     target_help = "target of the implementations; those for cuda:8.0 widen kernels, which tests the check itself"
