@@ -56,6 +56,10 @@ SLOTS, PROMPT = 1024, 8000  # unlike any side of a kernel, so that kernels are r
 MAX_TEMPORARY, MAX_LAUNCHES = 16, 30
 """Limits of a decoding step: MiB of temporary memory, less than a wide kernel needs, and launches per layer."""
 
+PTXAS_COMPLAINT, HARMLESS = r"ptxas.*(?:[Ww]arning|Performance Loss).*", "(C7504)"
+"""What ptxas must not say, but for one thing: in JAX 0.12 it ignores `setmaxnreg`, which only matters if registers are
+spilled for want of it, see `warpgroup.py`."""
+
 NO_OPERATION = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
 """Instructions of a program that launch nothing and write nothing."""
 
@@ -148,7 +152,7 @@ def examine(
     names = re.findall(r"\b((?:wgmma\.mma_async|mma)\.sync[\w.]*)", text)
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", text)]
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
-    faults = re.findall(r"ptxas.*(?:[Ww]arning|Performance Loss).*", text) + ["spills"] * bool(spilled)
+    faults = [line for line in re.findall(PTXAS_COMPLAINT, text) if HARMLESS not in line] + ["spills"] * bool(spilled)
     if implementation.startswith("hopper"):
         operands = {"W8A16": ".bf16.bf16", "W8A8": ".e4m3.e4m3"}[mode]
         if not any(name.startswith("wgmma") and name.endswith(operands) for name in names):
@@ -161,7 +165,7 @@ def examine(
         "registers": registers,
         "spilled bytes": spilled if ours else None,
         "stages": sorted({call["max_concurrent_steps"] for call in calls}),
-        "splits": sorted({kernels[0][1] // BLOCK // call["grid"][0] for call in calls}),
+        "splits": sorted({kernels[0][1] // BLOCK // call["grid"][-1] for call in calls}),
         "temporary MiB": round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 2),
         "seconds to trace": round(tracing, 2),
         "to compile": "known" if len(printed) < len(ours) else round(seconds, 2),
@@ -313,7 +317,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("kernels", help="each product's instructions, registers, spills, stages, splits and memory")
-    models_help = f"some of {', '.join(LAYERS)}; default: 8B"
+    models_help = f"some of {', '.join(shapes.LAYERS)}; default: 8B"
     decode = commands.add_parser("decode", help="memory and launches of a decoding step, and wide copies of kernels")
     decode.add_argument("models", nargs="*", default=["8B"], metavar="MODEL", help=models_help)
     target_help = "target of the implementations; those for cuda:8.0 widen kernels, which tests the check itself"

@@ -6,13 +6,17 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from .errors import UnknownTarget
 
 HOPPER = (9, 0)
-"""The compute capability of H100 and H200."""
+"""The compute capability of H100, H200 and H20."""
+
+MULTIPROCESSORS = 132
+"""Streaming multiprocessors of an H200 and an H100 SXM: for programs that are compiled for a GPU that is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +73,35 @@ def here() -> Target:
     """Returns the current target: that of `targeting`, else of the current mesh, else of JAX's default device."""
     if isinstance(_override.value, Target):
         return _override.value
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None and "NVIDIA" in device.device_kind:
+    device = _mesh_device()
+    if device is not None:
         hopper = ("H100", "H200", "H800", "H20", "GH200")
         return Target("cuda", HOPPER if any(name in device.device_kind for name in hopper) else None)
+    return _local()
+
+
+def multiprocessors() -> int:
+    """Returns the number of streaming multiprocessors of the GPU for which a program is compiled.
+
+    114 for an H100 PCIe and 78 for an H20; `MULTIPROCESSORS` where it is not known, because the program is compiled for
+    a target that is not the device of this process.
+    """
+    device = _mesh_device()
+    if device is not None:
+        return device.num_cores or MULTIPROCESSORS
+    if jax.default_backend() != "gpu" or here() != _local():
+        return MULTIPROCESSORS
+    return getattr(jax.local_devices()[0], "core_count", None) or MULTIPROCESSORS
+
+
+def _mesh_device() -> Any:
+    """Returns a description of the NVIDIA GPUs of the current mesh, its `device_kind` and `num_cores`, or None."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device if device is not None and "NVIDIA" in device.device_kind else None
+
+
+def _local() -> Target:
+    """Returns the target of JAX's default device."""
     platform = jax.default_backend()
     if platform != "gpu":
         return Target(platform)

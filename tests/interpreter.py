@@ -15,10 +15,12 @@ try:  # private, and so perhaps somewhere else in the next version
     from jax._src.pallas.mosaic.interpret import thread_map
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    from jax._src.pallas.mosaic_gpu.interpret.shared_memory import GPUSharedMemory
 except ImportError as error:
     MISSING = f"this JAX has no interpreter of Mosaic GPU kernels: {error}"
 else:
     MISSING = ""
+    _store = GPUSharedMemory.store_buffer_content
 
 PATIENCE = 900
 """Seconds after which nobody believes any more that a file of tests goes on: each takes one of them or two."""
@@ -35,12 +37,16 @@ def interpreted():
     interpreter's threads waiting for each other: then the process ends, and says where it was.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("load", "load_kernel", "product", "zeros", "store_transposed"):
+        for name in ("load", "product", "product_widened", "zeros", "store_transposed"):
             patch.setattr(warpgroup, name, globals()[f"_{name}"])
         if jax.__version_info__ < (0, 11):  # which compiles every block of the grid, and every thread of it, anew
             patch.setattr(thread_map, "_run_jaxpr", _run_jaxpr)
+        if jax.__version_info__ < (0, 11):  # which drops a copy that reaches beyond its target
+            patch.setattr(GPUSharedMemory, "store_buffer_content", _store_within_bounds)
+        # Where a tensor copy reads beyond its source, a GPU fills in zeros, as JAX 0.11 does; in JAX 0.10 it is NaN.
+        parameters = InterpretGPUParams(out_of_bounds_reads="uninitialized")
         for module, name in ((hopper_rows, "product"), (hopper_columns, "products"), (hopper_quantize, "quantize")):
-            patch.setattr(module, name, functools.partial(getattr(module, name), interpret=InterpretGPUParams()))
+            patch.setattr(module, name, functools.partial(getattr(module, name), interpret=parameters))
         patch.setattr(face, "unless_portable", lambda kernel, portable: kernel)  # which takes no side effects
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
         try:
@@ -55,13 +61,14 @@ def _load(ref, layout):
     return ref[...]
 
 
-def _load_kernel(ref, dtype):
-    return ref[...].astype(dtype)
-
-
 def _product(a, b):
     a, b = ((operand if isinstance(operand, jax.Array) else operand[...]).astype(jnp.float32) for operand in (a, b))
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision="highest")
+
+
+def _product_widened(a, b, columns):
+    parts = [slice(start, start + columns) for start in range(0, a.shape[1], columns)]
+    return sum(_product(a[:, part], b[:, part]) for part in parts)
 
 
 def _zeros(columns):
@@ -79,3 +86,11 @@ def _evaluate(jaxpr, consts, *args):
 def _run_jaxpr(jaxpr, consts, *args):
     """As later versions have it: a function of the module's, under which JAX finds the compiled program again."""
     jax.jit(_evaluate, static_argnums=0).trace(jaxpr, consts, *args).lower().compile()(consts, *args)
+
+
+def _store_within_bounds(self, key, ranges, value, *args, **kwargs):
+    """Stores the part of a value that is within the buffer, as tensor copies do."""
+    sides = list(zip(ranges, self.mem[key].logical_shape, strict=False))
+    kept = tuple(slice(max(side - one.start, 0)) for one, side in sides if isinstance(one, slice))
+    within = tuple(slice(one.start, min(one.stop, side)) if isinstance(one, slice) else one for one, side in sides)
+    return _store(self, key, within, value[kept], *args, **kwargs)

@@ -13,6 +13,7 @@ from ..blocks import Block
 from ..errors import count
 from ..formats import ROW_BLOCK, Format, ScaledArray, stored_format
 from ..scales import E4M3, F32, decode_scales
+from ..targets import multiprocessors
 from .calls import Call, Implementation, Operands
 
 SIDE = 128
@@ -20,6 +21,9 @@ SIDE = 128
 
 FEW_ROWS = 64
 """Rows of x up to which 128-row tiles would be mostly empty; then only the kernel with swapped operands runs."""
+
+ROW_MULTIPLE = 8
+"""Rows of x and of the result are multiples of this, the rows of a swizzled tile; the last tile may reach beyond."""
 
 ROWS_FORMAT = Format(E4M3, ROW_BLOCK, F32)
 """The only format of narrow activations that the kernels accept."""
@@ -76,8 +80,11 @@ def _refuses_rows(call: Call) -> str | None:
     return None if _many_rows(call) else f"its tiles would be mostly empty with {count(call.rows or 0, 'row')}"
 
 
-def _pad(x: jax.Array, multiple: int) -> jax.Array:
-    return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0)))
+def _pad(x: jax.Array, tile: int) -> jax.Array:
+    """Returns x (rows, …) with zeros below: up to `tile` rows, or to a multiple of `ROW_MULTIPLE` if it has more."""
+    rows = x.shape[0]
+    missing = tile - rows if rows < tile else -rows % ROW_MULTIPLE
+    return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
 
 
 def _quantize(x: jax.Array, format: Format) -> ScaledArray:
@@ -107,7 +114,13 @@ def _rows(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.
         assert isinstance(pair.x, ScaledArray)
         x, x_scales = _pad(pair.x.values, hopper_rows.TILE), _pad(pair.x.scale_inv, hopper_rows.TILE).T
         y = hopper_rows.product(
-            x, x_scales, _values(pair.kernel), _scales(pair.kernel), block=_block(call), result=call.result
+            x,
+            x_scales,
+            _values(pair.kernel),
+            _scales(pair.kernel),
+            block=_block(call),
+            result=call.result,
+            processors=multiprocessors(),
         )
         results.append(y[: pair.x.shape[0]])
     return tuple(results)
@@ -129,6 +142,7 @@ def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[j
         tuple(_scales(pair.kernel) for pair in operands),
         blocks=tuple(map(_block, calls)),
         result=calls[0].result,
+        processors=multiprocessors(),
     )
     return tuple(y[:rows] for y in results)
 

@@ -42,18 +42,18 @@ def row_tile(rows: int) -> int:
     return tile
 
 
-def splits(tiles: int, steps: int, tile: int, processors: int = 132) -> int:
+def splits(tiles: int, steps: int, tile: int, processors: int) -> int:
     """Returns the number of thread blocks among which the columns of each tile are split.
 
     tiles       number of tiles of the result
     steps       number of 128-column steps of each tile
     tile        rows of x in a tile
-    processors  streaming multiprocessors: 132 on H100 and H200
+    processors  streaming multiprocessors of the GPU
 
     The cost of a wave of `processors` blocks is its number of steps, about four steps to fill and drain the pipeline,
     and for partial sums the bytes written and read, as a fraction of the bytes of a step.
 
-    >>> splits(32, 32, 8), splits(192, 32, 8), splits(1187, 32, 8)
+    >>> splits(32, 32, 8, 132), splits(192, 32, 8, 132), splits(1187, 32, 8, 132)
     (4, 2, 1)
     """
 
@@ -71,6 +71,15 @@ def stages(length: int, tile: int, x: np.dtype, out: np.dtype) -> int:
     return min(length, (SHARED_MEMORY - result) // step, 12)
 
 
+def widened_columns(tile: int) -> int:
+    """Returns the number of columns of a kernel that are widened at the same time, for `tile` rows of x.
+
+    With 128 rows the sums of a thread occupy 128 registers, and all widened columns another 32; together with addresses
+    they would be more than the 168 of a thread.
+    """
+    return TILE // 2 if tile > 64 else TILE
+
+
 def products(
     x: jax.Array,
     x_scales: jax.Array | None,
@@ -79,21 +88,28 @@ def products(
     *,
     blocks: tuple[tuple[int, int], ...],
     result: np.dtype,
+    processors: int,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
     """Returns the product (rows, out) in dtype `result` for each kernel, computed in one launch.
 
-    x         (rows, in)      bfloat16 or float16, or float8_e4m3fn with scales; rows a multiple of `row_tile(rows)`
+    x         (rows, in)      bfloat16 or float16, or float8_e4m3fn with scales; rows are `row_tile(rows)`, or more than
+                              128 and a multiple of 8
     x_scales  (in/128, max(rows, SCALES))  float32, or None
     kernels   (out, in) each  float8; out and in multiples of 128
     scales    (out/block[0], in/block[1]) each, float32; both sides of a block multiples of 128
     blocks    the block of each kernel
+    processors  streaming multiprocessors of the GPU
+
+    The last tile of rows may reach beyond x: tensor copies read zeros there, and write nothing.
     """
     rows, columns = x.shape
     tile, steps = row_tile(rows), columns // TILE
+    row_tiles = pl.cdiv(rows, tile)
     starts = np.cumsum([0, *(kernel.shape[0] // TILE for kernel in kernels)])
-    parts = splits(int(starts[-1]) * (rows // tile), steps, tile)
+    parts = splits(int(starts[-1]) * row_tiles, steps, tile, processors)
     length = steps // parts
+    part_columns = widened_columns(tile) if x_scales is None else TILE
     out = result if parts == 1 else np.dtype(np.float32)
     activations = [x] if x_scales is None else [x, x_scales]
 
@@ -117,7 +133,7 @@ def products(
                     by_row = warpgroup.load(first, plgpu.Layout.WGMMA.reduce(0)) * scale
                     term = partial * lax.broadcast_in_dim(by_row, partial.shape, [1])
                 else:
-                    term = warpgroup.product(warpgroup.load_kernel(kernel_tile, x.dtype), x_smem) * scale
+                    term = warpgroup.product_widened(kernel_tile, x_smem, part_columns) * scale
                 new_total: jax.Array = total + term
                 return new_total
 
@@ -133,7 +149,9 @@ def products(
             x_spec = operand((tile, TILE), lambda k: (m, part * length + k), transforms=warpgroup.tiled(x.dtype, TILE))
             scales_spec = operand((1, max(tile, SCALES)), lambda k: (part * length + k, m))
             kernel_spec = operand(
-                (TILE, TILE), lambda k: (local, part * length + k), transforms=warpgroup.tiled(kernel_gmem.dtype, TILE)
+                (TILE, TILE),
+                lambda k: (local, part * length + k),
+                transforms=warpgroup.tiled(kernel_gmem.dtype, part_columns),
             )
             specs = [x_spec, *([scales_spec] * (len(activations) - 1)), kernel_spec]
             warpgroup.pipeline(
@@ -155,7 +173,7 @@ def products(
     launch = warpgroup.kernel(
         body,
         jax.ShapeDtypeStruct((parts, rows, width), out),
-        grid=(int(starts[-1]), rows // tile, parts),
+        grid=(int(starts[-1]), row_tiles, parts),
         grid_names=("kernel_tile", "row_tile", "split"),
         scratch_types={
             "out_smem": plgpu.SMEM((2, tile, warpgroup.ROWS), out, transforms=warpgroup.tiled(out, warpgroup.ROWS))

@@ -2,7 +2,8 @@
 
 After DeepSeek-V3 (arXiv:2412.19437, section 3.3): float8 tensor cores have sums of about 14 bits, so each sum of 128
 columns starts at zero and is scaled and added to a float32 sum in registers.  Thread blocks are persistent and process
-the tiles in a snake-like order, so that adjacent blocks share operands in the second-level cache.
+the tiles in a snake-like order, so that adjacent blocks share operands in the second-level cache.  Their pipeline of
+copies goes on across tiles: the first operands of a tile are copied while the tile before it is computed and stored.
 """
 
 from __future__ import annotations
@@ -38,75 +39,70 @@ def product(
     *,
     block: tuple[int, int],
     result: np.dtype,
-    processors: int = 132,
+    processors: int,
     interpret: Any = None,
 ) -> jax.Array:
     """Returns the product (rows, out) in dtype `result`.
 
-    x           (rows, in)                   float8_e4m3fn; rows, out and in are multiples of 128
+    x           (rows, in)                   float8_e4m3fn; at least 128 rows, a multiple of 8
     x_scales    (in/128, rows)               float32, transposed so that the scales of a tile are contiguous
-    kernel      (out, in)                    float8_e4m3fn
+    kernel      (out, in)                    float8_e4m3fn; both sides are multiples of 128
     scale_inv   (out/block[0], in/block[1])  float32; both sides of a block are multiples of 128
-    processors  number of persistent thread blocks, one per streaming multiprocessor: 132 on H100 and H200
+    processors  number of persistent thread blocks, one per streaming multiprocessor
+
+    The last tile of rows may reach beyond x: tensor copies read zeros there, and write nothing.
     """
     rows, columns = x.shape
-    tiles, steps = (rows // TILE, kernel.shape[0] // TILE), columns // TILE
-    operand = warpgroup.tiled(x.dtype, TILE)
+    tiles, steps = (pl.cdiv(rows, TILE), kernel.shape[0] // TILE), columns // TILE
+    processors = min(processors, tiles[0] * tiles[1])
 
     def body(
         x_gmem: Any, x_scales_gmem: Any, kernel_gmem: Any, scale_gmem: Any, out_gmem: Any, *, out_smem: Any
     ) -> None:
-        def pipeline(step: Any, context: Any) -> Any:
-            specs = [
-                plgpu.BlockSpec((TILE, TILE), lambda k: (0, k), transforms=operand, memory_space=plgpu.SMEM),
-                plgpu.BlockSpec((1, TILE), lambda k: (k, 0), memory_space=plgpu.SMEM),
-                plgpu.BlockSpec((TILE, TILE), lambda k: (0, k), transforms=operand, memory_space=plgpu.SMEM),
-            ]
-            return warpgroup.pipeline(
-                step, grid=(steps,), in_specs=specs, max_concurrent_steps=min(STAGES, steps), compute_context=context
-            )
+        half, processor = lax.axis_index("warpgroup"), lax.axis_index("processor")
+        half_rows = pl.ds(half * warpgroup.ROWS, warpgroup.ROWS)
 
-        nothing = lambda *_: None  # noqa: E731
-        allocations = pipeline(nothing, nothing).get_allocations(x_gmem, x_scales_gmem, kernel_gmem)
+        def place(i: Any) -> Any:
+            """Returns the row and the column of this thread block's tile number `i`."""
+            return plgpu.planar_snake(i * processors + processor, tiles, 1, min(SNAKE, tiles[1]))
 
-        @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="warpgroup")
-        def _(allocations: Any) -> None:
-            half = lax.axis_index("warpgroup")
+        def step(index: Any, x_smem: Any, x_scales_smem: Any, kernel_smem: Any, total: jax.Array) -> Any:
+            i, k = index
+            m, n = place(i)
+            scale = scale_gmem[n * TILE // block[0], k * TILE // block[1]]
+            partial = warpgroup.product(x_smem.at[half_rows], kernel_smem)
+            scales = warpgroup.load(x_scales_smem.at[0, half_rows], plgpu.Layout.WGMMA.reduce(1)) * scale
+            total += partial * lax.broadcast_in_dim(scales, partial.shape, [0])
 
-            @plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="processor")
-            def _(loop: Any) -> None:
-                m, n = plgpu.planar_snake(loop.index[0], tiles, 1, min(SNAKE, tiles[1]))
-                rows_here, out_here = pl.ds(m * TILE, TILE), pl.ds(n * TILE, TILE)
-                half_rows = pl.ds(half * warpgroup.ROWS, warpgroup.ROWS)
+            def finish() -> jax.Array:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out_smem[half] = total.astype(result)
+                plgpu.commit_smem()
+                half_here = pl.ds(m * TILE + half * warpgroup.ROWS, warpgroup.ROWS)
+                plgpu.copy_smem_to_gmem(out_smem.at[half], out_gmem.at[half_here, pl.ds(n * TILE, TILE)])
+                return warpgroup.zeros(TILE)
 
-                def step(index: Any, x_smem: Any, x_scales_smem: Any, kernel_smem: Any, total: jax.Array) -> jax.Array:
-                    (k,) = index
-                    scale = scale_gmem[n * TILE // block[0], k * TILE // block[1]]
-                    partial = warpgroup.product(x_smem.at[half_rows], kernel_smem)
-                    scales = warpgroup.load(x_scales_smem.at[0, half_rows], plgpu.Layout.WGMMA.reduce(1)) * scale
-                    return total + partial * lax.broadcast_in_dim(scales, partial.shape, [0])
+            return lax.cond(k == steps - 1, finish, lambda: total)
 
-                def context(run: Any) -> None:
-                    total = run(warpgroup.zeros(TILE))
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out_smem[half] = total.astype(result)
-                    plgpu.commit_smem()
-                    half_here = pl.ds(m * TILE + half * warpgroup.ROWS, warpgroup.ROWS)
-                    plgpu.copy_smem_to_gmem(out_smem.at[half], out_gmem.at[half_here, out_here])
-
-                pipeline(step, context)(
-                    x_gmem.at[rows_here],
-                    x_scales_gmem.at[:, rows_here],
-                    kernel_gmem.at[out_here],
-                    allocations=allocations,
-                )
-
+        operand = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM)
+        tiled = warpgroup.tiled(x.dtype, TILE)
+        warpgroup.pipeline(
+            step,
+            grid=((tiles[0] * tiles[1] - processor + processors - 1) // processors, steps),
+            in_specs=[
+                operand((TILE, TILE), lambda i, k: (place(i)[0], k), transforms=tiled),
+                operand((1, TILE), lambda i, k: (k, place(i)[0])),
+                operand((TILE, TILE), lambda i, k: (place(i)[1], k), transforms=tiled),
+            ],
+            max_concurrent_steps=STAGES,
+            compute_context=lambda run: run(warpgroup.zeros(TILE)),
+        )(x_gmem, x_scales_gmem, kernel_gmem)
         plgpu.wait_smem_to_gmem(0)
 
     run = warpgroup.kernel(
         body,
         jax.ShapeDtypeStruct((rows, kernel.shape[0]), result),
-        grid=(min(processors, tiles[0] * tiles[1]),),
+        grid=(processors,),
         grid_names=("processor",),
         scratch_types={
             "out_smem": plgpu.SMEM((2, warpgroup.ROWS, TILE), result, transforms=warpgroup.tiled(result, TILE))

@@ -1,7 +1,11 @@
 """Warpgroup operations of the Hopper kernels: loads, matrix products and layouts, for every supported JAX version.
 
 The tests run the kernels in Pallas' interpreter, which has neither registers nor tensor cores, and replace `load`,
-`load_kernel`, `product`, `zeros` and `store_transposed`.
+`product`, `product_widened`, `zeros` and `store_transposed`.
+
+A thread may have 168 registers: the 65536 of a multiprocessor among three warpgroups.  `pipeline` moves registers from
+the warpgroup that copies to those that compute, which then have 224, but JAX 0.12 compiles with libnvJitLink, as a
+relocatable unit, in which ptxas ignores this (C7504).  So all kernels must do without spills with 168.
 """
 
 from __future__ import annotations
@@ -34,8 +38,8 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *whole, layout=layout)
 
 
-def load_kernel(ref: Any, dtype: Any) -> jax.Array:
-    """Returns a (64, 128) tile of a narrow kernel in registers, widened exactly to `dtype`, as a left operand."""
+def widened(ref: Any, dtype: Any) -> jax.Array:
+    """Returns a tile of a narrow kernel, (64, k) in shared memory, widened exactly to `dtype`, as a left operand."""
     narrow = load(ref, plgpu.Layout.WGMMA_UPCAST_2X)
     # The hardware converts float8 only to float16; bfloat16 needs a second conversion through float32.
     wide = narrow.astype(jnp.float16)
@@ -46,14 +50,35 @@ def load_kernel(ref: Any, dtype: Any) -> jax.Array:
 
 
 def product(a: Any, b: Any) -> jax.Array:
-    """Returns a @ b.T in float32 (64, n), for a (64, k) in registers or shared memory and b (n, k) in shared memory.
+    """Returns a @ b.T in float32 (64, n), for a (64, k) and b (n, k) of one dtype in shared memory.
 
     The sum starts at zero, not at an accumulator: each block of columns is scaled before it is added to the others, and
     the float8 sums of tensor cores, which have fewer bits than float32, have few terms.
     """
 
     def multiply(accumulator: Any) -> jax.Array:
-        plgpu.wgmma(accumulator, a, plgpu.transpose_ref(b, (1, 0)))
+        plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
+        result: jax.Array = accumulator[...]
+        return result
+
+    result: jax.Array = pl.run_scoped(multiply, plgpu.ACC((ROWS, b.shape[0]), jnp.float32))
+    return result
+
+
+def product_widened(a: Any, b: Any, columns: int) -> jax.Array:
+    """Returns `product(a, b)` for a narrow a, of which `columns` columns at a time are widened to the dtype of b.
+
+    A part is loaded after the product of the part before it, so that both are widened in the same registers.
+    """
+    parts = a.shape[1] // columns
+
+    def multiply(accumulator: Any) -> jax.Array:
+        for i in range(parts):
+            part = pl.ds(i * columns, columns)
+            left, right = (a.at[:, part], b.at[:, part]) if parts > 1 else (a, b)
+            plgpu.wgmma(accumulator, widened(left, b.dtype), right.transpose((1, 0)))
+            if i < parts - 1:
+                plgpu.wgmma_wait(0)
         result: jax.Array = accumulator[...]
         return result
 
@@ -69,7 +94,7 @@ def zeros(columns: int) -> jax.Array:
 
 def store_transposed(ref: Any, values: jax.Array) -> None:
     """Writes values (64, n) in registers to shared memory (n, 64)."""
-    plgpu.transpose_ref(ref, (1, 0))[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+    ref.transpose((1, 0))[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
 pipeline: Any = functools.partial(

@@ -1,7 +1,6 @@
 """The kernels for Hopper, by the interpreter: tiles, grids, splits and result dtypes against float64."""
 
-import functools
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from matmuls import FP8, assert_product, widened
 
 from perparam import quantize
 from perparam.policies.matmul import hopper_columns, hopper_quantize, hopper_rows
+from perparam.policies.scales import amax_rule
 
 pytestmark = required
 
@@ -18,6 +18,9 @@ QUOTIENT_ERROR = 2.0**-23
 """A float32 quotient an ulp off: XLA on a CPU multiplies with the reciprocal of what is constant along a loop."""
 
 BLOCK = (128, 128)
+
+PROCESSORS = 132
+"""Streaming multiprocessors of H100 and H200."""
 
 
 def slow(*values):
@@ -58,16 +61,24 @@ def float64(values, scales) -> np.ndarray:
 class TestRows:
     """Tiles of 128 rows of x by 128 of the kernel; at least two of them, since JAX 0.10 crashes on a CPU with one."""
 
-    def check(self, rows, out, features, result="float32", block=BLOCK, **processors):
+    def check(self, rows, out, features, result="float32", block=BLOCK, processors=PROCESSORS):
         x, x_scales = narrow_rows(rows, features)
         kernel, scale_inv, sides = kernel_of(out, features, block)
-        y = hopper_rows.product(x, x_scales, kernel, scale_inv, block=sides, result=dtype(result), **processors)
+        y = hopper_rows.product(
+            x, x_scales, kernel, scale_inv, block=sides, result=dtype(result), processors=processors
+        )
         assert y.dtype == dtype(result)
         assert_product(y, float64(x, x_scales), widened(kernel, scale_inv, sides), roundings=4)
 
     @pytest.mark.parametrize("processors", [1, 132, *slow(4)])
     def test_tiles_are_shared_out_among_however_many_processors(self, processors):
-        self.check(256, 384, 128, processors=processors)
+        self.check(200, 384, 128, processors=processors)
+
+    # The last tile of rows, and one of its warpgroups, has no row at all or only some.
+    @pytest.mark.slow
+    @pytest.mark.parametrize("rows", [136, 192, 248])
+    def test_rows_that_are_no_multiple_of_a_tile(self, rows):
+        self.check(rows, 128, 256)
 
     @pytest.mark.slow
     def test_the_snake_ends_in_a_narrower_tile(self):
@@ -93,22 +104,32 @@ REST = [(1, True), (132, False), (8, False), (8, True)]
 class TestColumns:
     """The kernels by tiles of x, their columns split among blocks of the grid."""
 
-    def check(self, x, x_scales, outs, block=BLOCK, of=FP8, result="float32"):
+    def check(self, x, x_scales, outs, block=BLOCK, of=FP8, result="float32", processors=PROCESSORS):
         kernels, scales, blocks = zip(*(kernel_of(out, x.shape[1], block, of) for out in outs), strict=True)
         padded = x_scales
         if x_scales is not None:  # what a copy to shared memory takes beyond the rows is never read
             missing = max(hopper_columns.SCALES - x_scales.shape[1], 0)
             padded = jnp.pad(x_scales, ((0, 0), (0, missing)), constant_values=jnp.nan)
-        results = hopper_columns.products(x, padded, kernels, scales, blocks=blocks, result=dtype(result))
+        results = hopper_columns.products(
+            x, padded, kernels, scales, blocks=blocks, result=dtype(result), processors=processors
+        )
         wide = np.asarray(x).astype(np.float64) if x_scales is None else float64(x, x_scales)
         assert len(results) == len(outs)
         for y, kernel, scale_inv, sides in zip(results, kernels, scales, blocks, strict=True):
             assert y.dtype == dtype(result)
             assert_product(y, wide, widened(kernel, scale_inv, sides), roundings=4)
 
-    @pytest.mark.parametrize("rows", [16, 256, *slow(8, 64, 128)])
+    @pytest.mark.parametrize("rows", [16, 200, *slow(8, 64, 128, 256)])
     def test_one_and_several_tiles_of_rows(self, rows):
         self.check(wide_rows(rows, 256, "bfloat16"), None, [128])
+
+    # Rows beyond the last one must not reach the partial sums of the next split.
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("rows", "narrow"), [(136, False), (200, True)])
+    def test_rows_that_are_no_multiple_of_a_tile(self, monkeypatch, rows, narrow):
+        monkeypatch.setattr(hopper_columns, "splits", lambda *_: 2)
+        x, x_scales = narrow_rows(rows, 256) if narrow else (wide_rows(rows, 256, "bfloat16"), None)
+        self.check(x, x_scales, [128])
 
     @pytest.mark.parametrize("rows", [256, *slow(8, 64, 128)])
     def test_w8a8(self, rows):
@@ -130,12 +151,10 @@ class TestColumns:
         ("processors", "narrow"),
         [(1, False), (132, True), *(pytest.param(*both, marks=pytest.mark.slow) for both in REST)],
     )
-    def test_columns_whole_and_split(self, monkeypatch, processors, narrow):
-        split = functools.partial(hopper_columns.splits, processors=processors)
-        monkeypatch.setattr(hopper_columns, "splits", split)
-        assert split(2, 4, 8) == {1: 1, 8: 4, 132: 4}[processors]
+    def test_columns_whole_and_split(self, processors, narrow):
+        assert hopper_columns.splits(2, 4, 8, processors) == {1: 1, 8: 4, 132: 4}[processors]
         x, x_scales = narrow_rows(8, 512) if narrow else (wide_rows(8, 512, "bfloat16"), None)
-        self.check(x, x_scales, [256], result="bfloat16")
+        self.check(x, x_scales, [256], result="bfloat16", processors=processors)
 
     def test_more_steps_than_stages(self, monkeypatch):
         monkeypatch.setattr(hopper_columns, "splits", lambda *_: 1)
@@ -149,7 +168,9 @@ class TestColumns:
         x = wide_rows(8, 256, "bfloat16")
         pairs = [kernel_of(256, 256, (256, 256)), kernel_of(128, 256, (128, 128))]
         kernels, scales, blocks = zip(*pairs, strict=True)
-        results = hopper_columns.products(x, None, kernels, scales, blocks=blocks, result=dtype("float32"))
+        results = hopper_columns.products(
+            x, None, kernels, scales, blocks=blocks, result=dtype("float32"), processors=PROCESSORS
+        )
         for y, pair in zip(results, pairs, strict=True):
             assert_product(y, np.asarray(x).astype(np.float64), widened(*pair))
 
@@ -159,7 +180,7 @@ class TestQuantize:
 
     @pytest.mark.parametrize("of", ["bfloat16", "float32", *slow("float16")])
     def test_is_quantize_up_to_the_quotient_s_last_bit(self, of):
-        x = wide_rows(128, 256, of).at[3].set(0).at[70, :128].set(0)
+        x = wide_rows(136, 256, of).at[3].set(0).at[70, :128].set(0)
         values, scales = hopper_quantize.quantize(x)
         want, want_scales = quantize(x, FP8, (1, 128))
         np.testing.assert_allclose(scales.T, want_scales, rtol=QUOTIENT_ERROR, atol=0)
@@ -172,12 +193,29 @@ class TestQuantize:
         assert off.mean() < 0.01
         assert ((found == below) | (found == above))[off].all()
 
+    @pytest.mark.slow
+    def test_rows_that_are_no_multiple_of_a_block(self):
+        x = wide_rows(136, 256, "bfloat16")
+        values, scales = hopper_quantize.quantize(x)
+        want, want_scales = hopper_quantize.quantize(jnp.pad(x, ((0, 56), (0, 0))))
+        assert list(bits(values)) == list(bits(want[:136]))
+        assert list(bits(scales)) == list(bits(want_scales[:, :136]))
+
     def test_extremes_keep_their_scale(self):
         sizes = jnp.asarray(2.0 ** np.arange(-64, 64), jnp.float32)[:, None]
         x = jnp.ones((128, 128), jnp.float32) * sizes
         values, scales = hopper_quantize.quantize(x)
         assert (np.asarray(values).astype(np.float32) == 448).all()
         np.testing.assert_allclose(scales[0], sizes[:, 0] / 448, rtol=QUOTIENT_ERROR, atol=0)
+
+    def test_scales_are_those_of_the_rule_bit_for_bit(self):
+        random = np.random.default_rng(0)
+        amax = random.uniform(1, 2, 100_000) * 2.0 ** random.integers(-126, 128, 100_000)
+        edges = [0, 1e-40, 2.0**-126, 448 * 2.0**-126, 3.4e38, np.finfo(np.float32).max, np.inf, np.nan]
+        amax = jnp.asarray([*amax, *edges], jnp.float32)
+        want = amax_rule(amax, dtype(FP8), dtype("float32"), True)
+        for scales_of in (hopper_quantize.scales_of, jax.jit(hopper_quantize.scales_of)):
+            np.testing.assert_array_equal(scales_of(amax), want)
 
     def test_two_runs_are_equal_bit_for_bit(self):
         x = wide_rows(64, 256, "bfloat16")

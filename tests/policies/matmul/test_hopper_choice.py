@@ -1,8 +1,11 @@
 """What the kernels for Hopper take, and how they cut it into tiles, splits and stages."""
 
 import dataclasses
+import functools
 import math
+import types
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,12 +14,13 @@ from matmuls import FP8, Case
 from shapes import ROWS, SHAPES
 
 from perparam.policies.formats import Format
-from perparam.policies.matmul import hopper
+from perparam.policies.matmul import face, hopper, matmul_override, scaled_matmul, warpgroup
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, matmul_plan
 from perparam.policies.matmul.hopper_columns import TILE, row_tile, splits, stages
+from perparam.policies.targets import MULTIPROCESSORS, multiprocessors
 
-PROCESSORS = 132
-"""Streaming multiprocessors of H100 and H200."""
+PROCESSORS = {"H200": 132, "H100 PCIe": 114, "H20": 78}
+"""Streaming multiprocessors of GPUs of compute capability 9.0."""
 
 SHARED_MEMORY = 227 * 1024
 """What a block may have of a multiprocessor's shared memory at compute capability 9.0, in bytes."""
@@ -36,40 +40,91 @@ class TestRowTile:
             assert padded % row_tile(padded) == 0
 
 
-def cost(parts: int, tiles: int, steps: int, tile: int) -> float:
+def cost(parts: int, tiles: int, steps: int, tile: int, processors: int) -> float:
     """Waves of blocks times the steps of each, four to fill and drain, and the partial sums in bytes of a step."""
     partial = 0 if parts == 1 else 2 * TILE * tile * 4 / (TILE * (TILE + 2 * tile))
-    return math.ceil(tiles * parts / PROCESSORS) * (steps / parts + 4 + partial)
+    return math.ceil(tiles * parts / processors) * (steps / parts + 4 + partial)
 
 
 CALLS = [
-    (math.ceil(rows / row_tile(rows)) * out // TILE, features // TILE, row_tile(rows))
+    (math.ceil(rows / row_tile(rows)) * out // TILE, features // TILE, row_tile(rows), processors)
     for out, features in SHAPES
     for rows in ROWS
+    for processors in PROCESSORS.values()
 ]
-"""What `splits` is asked for all real shapes: tiles, steps of each, rows of a tile."""
+"""What `splits` is asked for all real shapes: tiles, steps of each, rows of a tile, multiprocessors."""
 
 
 class TestSplits:
     def test_divide_the_steps(self):
-        for tiles, steps, tile in CALLS:
-            assert steps % splits(tiles, steps, tile) == 0
+        for call in CALLS:
+            assert call[1] % splits(*call) == 0
 
     def test_are_never_dearer_than_none(self):
         for call in CALLS:
             assert cost(splits(*call), *call) <= cost(1, *call)
 
     def test_are_the_cheapest(self):
-        for tiles, steps, tile in CALLS:
-            least = min(cost(parts, tiles, steps, tile) for parts in range(1, steps + 1) if steps % parts == 0)
-            assert cost(splits(tiles, steps, tile), tiles, steps, tile) == pytest.approx(least)
+        for call in CALLS:
+            least = min(cost(parts, *call) for parts in range(1, call[1] + 1) if call[1] % parts == 0)
+            assert cost(splits(*call), *call) == pytest.approx(least)
 
     def test_of_a_single_step_or_of_many_waves_there_are_none(self):
-        assert splits(8, 1, 8) == 1
-        assert splits(100 * PROCESSORS, 40, 128) == 1
+        assert splits(8, 1, 8, 132) == 1
+        assert splits(100 * 132, 40, 128, 132) == 1
 
     def test_fill_an_otherwise_idle_device(self):
-        assert splits(8, 32, 8) > 1
+        assert splits(8, 32, 8, 132) > 1
+
+    def test_differ_among_devices(self):
+        assert [splits(48, 32, 8, processors) for processors in PROCESSORS.values()] == [2, 2, 1]
+
+
+class TestMultiprocessors:
+    @staticmethod
+    def run_on(monkeypatch, cores: dict[str, int]):
+        client = types.SimpleNamespace(platform_version="cuda 12.9")
+        device = types.SimpleNamespace(client=client, compute_capability="9.0", **cores)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
+
+    @pytest.mark.parametrize("processors", PROCESSORS.values())
+    def test_are_those_of_the_device(self, monkeypatch, processors):
+        self.run_on(monkeypatch, {"core_count": processors})
+        assert multiprocessors() == processors
+        with matmul_override(target="cuda:9.0"):
+            assert multiprocessors() == processors
+
+    def test_are_those_of_an_h200_where_they_are_not_known(self, monkeypatch):
+        with matmul_override(target="cuda:9.0"):  # on a machine without a GPU
+            assert multiprocessors() == MULTIPROCESSORS
+        self.run_on(monkeypatch, {})
+        assert multiprocessors() == MULTIPROCESSORS
+        self.run_on(monkeypatch, {"core_count": 78})
+        with matmul_override(target="cuda:8.0"):  # not the device of this process
+            assert multiprocessors() == MULTIPROCESSORS
+
+    @pytest.mark.parametrize("kind", ["NVIDIA H20", "NVIDIA H100 PCIe"])
+    def test_are_those_of_the_devices_of_a_mesh(self, monkeypatch, kind):
+        device = types.SimpleNamespace(device_kind=kind, num_cores=PROCESSORS[kind.removeprefix("NVIDIA ")])
+        mesh = types.SimpleNamespace(abstract_device=device)
+        monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+        assert multiprocessors() == device.num_cores
+
+    @pytest.mark.parametrize(("rows", "compute"), [(512, FP8), (8, None)])
+    @pytest.mark.parametrize("processors", [132, 4])
+    def test_bound_the_thread_blocks_of_a_launch(self, monkeypatch, rows, compute, processors):
+        monkeypatch.setattr(hopper, "multiprocessors", lambda: processors)
+        grids = []
+        launch = warpgroup.kernel
+        monkeypatch.setattr(
+            warpgroup, "kernel", lambda *a, grid, **k: (grids.append(grid), launch(*a, grid=grid, **k))[1]
+        )
+        case = Case(rows, (1024, 1024), compute=compute)
+        with matmul_override(target="cuda:9.0"):
+            jax.jit(functools.partial(scaled_matmul, **case.settings)).trace(*case.operands())
+        face._matmuls.clear_cache()
+        assert grids == [{(512, 132): (32,), (512, 4): (4,), (8, 132): (8, 1, 8), (8, 4): (8, 1, 1)}[rows, processors]]
 
 
 class TestStages:

@@ -19,11 +19,15 @@ def shapes_of(case: Case):
     return x, kernel, jax.ShapeDtypeStruct(grid_shape(case.shape, case.sides), jnp.float32)
 
 
-def kernels_in(run, *arguments, target: str = "cuda:9.0") -> int:
-    """Launches of kernels in `run`, traced for `target` and lowered for CUDA."""
+def lowered_text(run, *arguments, target: str = "cuda:9.0") -> str:
+    """The program of `run`, traced for `target` and lowered for CUDA."""
     with matmul_override(target=target):
-        lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
-    return lowered.as_text().count("custom_call @mosaic_gpu")
+        return jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels_in(run, *arguments, target: str = "cuda:9.0") -> int:
+    """Launches of kernels in `run`."""
+    return lowered_text(run, *arguments, target=target).count("custom_call @mosaic_gpu")
 
 
 def kernels_of(case: Case, target: str = "cuda:9.0") -> int:
@@ -103,6 +107,15 @@ class TestModes:
             return scaled_matmul(x, kernel, scale_inv).astype(jnp.float32).sum()
 
         assert kernels_in(jax.value_and_grad(loss), *shapes_of(Case(8))) == 1
+
+
+class TestRowsThatAreNoMultipleOfATile:
+    @pytest.mark.parametrize("compute", [None, pytest.param(FP8, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(("rows", "padded"), [(1000, False), (1001, True), (100, True)])
+    def test_are_padded_to_eight_or_a_whole_tile(self, rows, padded, compute):
+        case = Case(rows, compute=compute)
+        text = lowered_text(functools.partial(scaled_matmul, **case.settings), *shapes_of(case))
+        assert ("stablehlo.pad" in text) == padded
 
 
 class TestSeveralKernels:
