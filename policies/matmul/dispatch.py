@@ -16,8 +16,8 @@ from ..blocks import DEFAULT_BLOCK, Block, as_block, block_sides
 from ..checks import Check, check, checking, clauses
 from ..errors import UnknownImplementation, UnsupportedCast
 from ..formats import Format, as_format, quantize_rows
-from ..targets import HOPPER, Target, targeting
-from . import cpu, hopper, trials, xla
+from ..targets import Target, targeting
+from . import blackwell, cpu, hopper, trials, xla
 from .calls import Call, Implementation
 from .oracle import ORACLE
 
@@ -47,10 +47,20 @@ class Choice:
 _CPU = (cpu.SLABS, cpu.TWO_ROWS, xla.DOT)
 _ANY = (xla.DOT, xla.REDUCTION, xla.BY_BLOCK, xla.WIDENED)
 _HOPPER = (xla.DOT, hopper.ROWS, hopper.COLUMNS, *_ANY[1:])
+_BLACKWELL = (xla.DOT, blackwell.BLOCK_SCALED, *_ANY[1:])
+_TARGETS: dict[tuple[str, int | None, int | None], tuple[Implementation, ...]] = {
+    ("cpu", None, None): _CPU,
+    ("cuda", 8, None): _ANY,  # Ampere and Ada (8.9), whose float8 tensor cores XLA does not use with scales of blocks
+    ("cuda", 9, 0): _HOPPER,
+    ("cuda", 10, None): _BLACKWELL,  # B200, B300
+    ("cuda", 12, None): _BLACKWELL,  # RTX 50, RTX PRO and DGX Spark
+}
+"""Implementations in order of preference, by platform and compute capability; None: any. Of others, `_ANY`."""
+
 GENERIC = frozenset(one.name for one in _ANY)
 """Names of the implementations that no device has to itself: what a matmul falls back to."""
 
-IMPLEMENTATIONS = {one.name: one for one in (*_CPU, *_HOPPER, ORACLE)}
+IMPLEMENTATIONS = {one.name: one for one in (*_CPU, *_HOPPER, *_BLACKWELL, ORACLE)}
 
 
 # A user context is part of JAX's cache keys: a function that was traced outside the context is traced again inside it.
@@ -130,9 +140,11 @@ def choose(
 
 def candidates(target: Target) -> tuple[Implementation, ...]:
     """Returns the implementations for `target` in order of preference."""
-    if target.platform == "cpu":
-        return _CPU
-    return _HOPPER if target.platform == "cuda" and target.capability == HOPPER else _ANY
+    major, minor = target.capability or (None, None)
+    for key in ((target.platform, major, minor), (target.platform, major, None)):
+        if key in _TARGETS:
+            return _TARGETS[key]
+    return _ANY
 
 
 def describe(

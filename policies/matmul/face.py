@@ -195,7 +195,8 @@ class _Group:
         if not any(implementation.opaque for implementation in implementations):
             return products
         portable = [choose(call, Target(target.platform))[0] for call in self.calls]
-        return unless_portable(products, functools.partial(self._products, portable))
+        exportable = all(implementation.exportable for implementation in implementations)
+        return unless_portable(products, functools.partial(self._products, portable), exportable)
 
     def _products(
         self, implementations: list[Implementation], x: jax.Array, kernels: tuple[Kernel, ...]
