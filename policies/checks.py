@@ -137,8 +137,10 @@ def _compared(trial: Trial, device: jax.Device) -> Verdict:
                 verdicts.append(Verdict(trial.compare()))
         except Exception as error:
             text = next(iter(str(error).splitlines()), "")
-            # Memory that other arrays occupy says nothing about the kernel: another process checks again.
-            verdicts.append(Verdict(f"it raised {type(error).__name__}: {text}", "RESOURCE_EXHAUSTED" not in text))
+            # Memory that other arrays occupy, and warnings that this process turns into errors, say nothing about the
+            # kernel: another process checks again.
+            lasting = "RESOURCE_EXHAUSTED" not in text and not isinstance(error, Warning)
+            verdicts.append(Verdict(f"it raised {type(error).__name__}: {text}", lasting))
 
     thread = threading.Thread(target=compare, name="perparam-check", daemon=True)
     thread.start()

@@ -142,11 +142,18 @@ class TestRecords:
             check(RIGHT)
         assert sum(compared.values()) == 1
 
-    def test_memory_that_others_occupy_says_nothing_about_the_kernel(self, tmp_path):
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte"),
+            DeprecationWarning("in this process warnings are errors"),
+        ],
+    )
+    def test_what_says_nothing_about_the_kernel_is_not_kept(self, tmp_path, error):
         def compare():
-            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
+            raise error
 
-        with planted.device(tmp_path), pytest.warns(RuntimeWarning, match="RESOURCE_EXHAUSTED"):
+        with planted.device(tmp_path), pytest.warns(RuntimeWarning, match=f"it raised {type(error).__name__}: "):
             assert check(Trial("a kernel", "a kind", compare)).state == "refused"
         with planted.device(tmp_path) as compared:
             assert check(RIGHT).state == "checked"
