@@ -26,8 +26,8 @@ MANY_ROWS = 1500
 tiles than a GPU has multiprocessors."""
 
 SHAPES = ((256, 1664), (4096, 1664))
-"""The kernels of a trial.  Alone, the first has so few tiles that its columns are split among thread blocks; both in
-one launch have enough for whole rows, of 13 steps of 128 columns: more than there are slots in shared memory."""
+"""The kernels of a trial.  Up to 128 rows, the first alone has so few tiles that its columns are split among thread
+blocks; both in one launch have whole rows of 13 steps of 128 columns, more than there are slots in shared memory."""
 
 QUANTISED = (200, 512)
 """Rows and columns of the activations that are quantised in a trial; the last tile of 64 rows is not full."""
