@@ -1,6 +1,7 @@
 """Mixed-precision policies per parameter: rules, formats, plans, storage, casts, the matmul and the Flax wrappers."""
 
 from .blocks import DEFAULT_BLOCK
+from .checks import Check
 from .dtypes import as_dtype, dtype_name, saturating_cast
 from .errors import (
     InvalidCheckpoint,
@@ -37,6 +38,7 @@ __all__ = [
     "FORMATS",
     "SLOTS",
     "ArrayInfo",
+    "Check",
     "Choice",
     "Format",
     "InvalidCheckpoint",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import dtypes
+from .checks import clauses
 from .errors import count
 from .matmul import Target, matmul_plan
 from .matmul.dispatch import GENERIC, candidates
@@ -43,6 +44,8 @@ class Row:
     matmul          for a kernel in a plan with a target: the implementations of the matmul for 1 | 512 rows
     matmul_refused  for a kernel without an implementation made for the target: which ones do not accept it, and why,
                     or that none is made
+    matmul_checks   for a kernel whose implementations include kernels made for the target: which of them were checked
+                    on a device of this process or refused, which were not, and why
     """
 
     path: str
@@ -61,6 +64,7 @@ class Row:
     bytes: int
     matmul: str | None = None
     matmul_refused: str | None = None
+    matmul_checks: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields of the row, with the names of dtypes."""
@@ -165,7 +169,8 @@ class Plan(Report):
             f"{labels[0]}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {why}"
             for why, labels in refused.items()
         )
-        return [*filter(None, [shown]), *reasons]
+        checks = dict.fromkeys(row.matmul_checks for row in self.rows if row.matmul_checks is not None)
+        return [*filter(None, [shown]), *reasons, *checks]
 
     def _notes(self) -> list[str]:
         return self.summary().splitlines()
@@ -283,6 +288,7 @@ def _with_matmul(row: Row, param: ResolvedParam, activations: np.dtype | None, t
         matmul=" | ".join(dict.fromkeys(choice.implementation for choice in choices)),
         matmul_refused="; ".join(f"not {' or '.join(names)}: {why}" if names else why for why, names in refused.items())
         or None,
+        matmul_checks="; ".join(clauses(check for choice in choices for check in choice.checks)) or None,
     )
 
 

@@ -111,6 +111,20 @@ def _local() -> Target:
     return Target("cuda", _capability(device.compute_capability))
 
 
+def local_device(target: Target) -> jax.Device | None:
+    """Returns a device of this process that is the target; None when compiling for another machine.
+
+    Only NVIDIA GPUs of a known compute capability are looked for.
+    """
+    if target.platform != "cuda" or target.capability is None:
+        return None
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return None
+    return next((device for device in devices if _capability(device.compute_capability) == target.capability), None)
+
+
 def host_device() -> jax.Device | None:
     """JAX's CPU device; None if JAX_PLATFORMS excludes it."""
     try:

@@ -64,13 +64,14 @@ class Operands:
 class Implementation:
     """One way to compute calls.
 
-    name      its name in plans and errors
-    gist      its method in one line
-    refuses   returns the reason why it does not accept a call: it cannot compute it, or would be slower than the next
-              implementation; None if it accepts the call
-    run       returns the products (rows, out), in their result dtypes, of calls that share x
-    quantize  returns activations (rows, in) in a narrow format, for W8A8 calls
-    opaque    whether it is a kernel that XLA cannot see into
+    name        its name in plans and errors
+    gist        its method in one line
+    refuses     returns the reason why it does not accept a call: it cannot compute it, or would be slower than the next
+                implementation; None if it accepts the call
+    run         returns the products (rows, out), in their result dtypes, of calls that share x
+    quantize    returns activations (rows, in) in a narrow format, for W8A8 calls
+    opaque      whether it is a kernel that XLA cannot see into, which is checked before its first use on a device
+    exportable  whether `jax.export` accepts its kernel
     """
 
     name: str
@@ -79,6 +80,7 @@ class Implementation:
     run: Callable[[tuple[Call, ...], tuple[Operands, ...]], tuple[jax.Array, ...]]
     quantize: Callable[[jax.Array, Format], ScaledArray] = quantize_rows
     opaque: bool = False
+    exportable: bool = True
 
 
 def one_by_one(

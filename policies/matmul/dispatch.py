@@ -13,10 +13,11 @@ from jax.typing import DTypeLike
 
 from .. import dtypes
 from ..blocks import DEFAULT_BLOCK, Block, as_block, block_sides
+from ..checks import Check, check, checking, clauses
 from ..errors import UnknownImplementation, UnsupportedCast
-from ..formats import Format, as_format
-from ..targets import HOPPER, Target, targeting
-from . import cpu, hopper, xla
+from ..formats import Format, as_format, quantize_rows
+from ..targets import Target, targeting
+from . import blackwell, cpu, hopper, trials, xla
 from .calls import Call, Implementation
 from .oracle import ORACLE
 
@@ -28,24 +29,38 @@ class Choice:
     implementation  its name
     gist            its method in one line
     refused         names of the preferred implementations, and why each does not accept the call
+    checks          for each kernel made for the device that accepts the call: whether it was compared with the
+                    reference on this device, and is used or not
     """
 
     implementation: str
     gist: str
     refused: tuple[tuple[str, str], ...] = ()
+    checks: tuple[Check, ...] = ()
 
     def __str__(self) -> str:
         reasons = "".join(f"; not {name}: {why}" for name, why in self.refused)
-        return f"{self.implementation} ({self.gist}{reasons})"
+        checks = "".join(f"; {clause}" for clause in clauses(self.checks))
+        return f"{self.implementation} ({self.gist}{reasons}{checks})"
 
 
 _CPU = (cpu.SLABS, cpu.TWO_ROWS, xla.DOT)
 _ANY = (xla.DOT, xla.REDUCTION, xla.BY_BLOCK, xla.WIDENED)
 _HOPPER = (xla.DOT, hopper.ROWS, hopper.COLUMNS, *_ANY[1:])
+_BLACKWELL = (xla.DOT, blackwell.BLOCK_SCALED, *_ANY[1:])
+_TARGETS: dict[tuple[str, int | None, int | None], tuple[Implementation, ...]] = {
+    ("cpu", None, None): _CPU,
+    ("cuda", 8, None): _ANY,  # Ampere and Ada (8.9), whose float8 tensor cores XLA does not use with scales of blocks
+    ("cuda", 9, 0): _HOPPER,
+    ("cuda", 10, None): _BLACKWELL,  # B200, B300
+    ("cuda", 12, None): _BLACKWELL,  # RTX 50, RTX PRO and DGX Spark
+}
+"""Implementations in order of preference, by platform and compute capability; None: any. Of others, `_ANY`."""
+
 GENERIC = frozenset(one.name for one in _ANY)
 """Names of the implementations that no device has to itself: what a matmul falls back to."""
 
-IMPLEMENTATIONS = {one.name: one for one in (*_CPU, *_HOPPER, ORACLE)}
+IMPLEMENTATIONS = {one.name: one for one in (*_CPU, *_HOPPER, *_BLACKWELL, ORACLE)}
 
 
 # A user context is part of JAX's cache keys: a function that was traced outside the context is traced again inside it.
@@ -53,13 +68,17 @@ _override = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def matmul_override(implementation: str | None = None, target: str | Target | None = None) -> Iterator[None]:
-    """A context in which all matmuls use `implementation`, or are traced for `target`.
+def matmul_override(
+    implementation: str | None = None, target: str | Target | None = None, check: bool | None = None
+) -> Iterator[None]:
+    """A context in which all matmuls use `implementation`, are traced for `target`, or use kernels without a check.
 
     For tests, benchmarks, and compiling for another machine.
 
-    implementation  a key of `IMPLEMENTATIONS`, such as "oracle"; None: the choice of the dispatch
+    implementation  a key of `IMPLEMENTATIONS`, such as "oracle", which is not checked; None: the choice of the dispatch
     target          "cpu", "cuda:9.0", …, see `Target.parse`; None: the current target
+    check           whether kernels are compared with the reference before their first use on a device of this process;
+                    None: as before, at the outset yes, unless the environment has PERPARAM_CHECK_KERNELS=0
 
     >>> with matmul_override(target="cuda:9.0"):
     ...     matmul_plan(1, (4096, 4096), block=(128, 128)).implementation
@@ -73,13 +92,23 @@ def matmul_override(implementation: str | None = None, target: str | Target | No
         raise UnknownImplementation(
             f"no implementation {implementation!r}. Write one of these: {', '.join(IMPLEMENTATIONS)}."
         )
-    with _override(implementation or _override.value), targeting(target):
+    with _override(implementation or _override.value), targeting(target), checking(check):
         yield
 
 
-def choose(call: Call, target: Target) -> tuple[Implementation, Choice]:
+def choose(
+    call: Call, target: Target, x: np.dtype | None = None, *, run_checks: bool = True
+) -> tuple[Implementation, Choice]:
     """Returns the first implementation for `target` that accepts the call, and its description as a Choice.
 
+    A kernel that differs from the reference on this device does not accept the call; if only its kernel that quantises
+    activations does, `quantize_rows` replaces that.
+
+    x           dtype of the activations before any quantisation; None: unknown, their quantisation is not checked
+    run_checks  False: only results of earlier checks count
+
+    Warns:
+      RuntimeWarning: once for each kind of kernel that differs from the reference.
     Raises:
       UnsupportedCast: if the implementation of `matmul_override` does not accept the call.
     """
@@ -91,19 +120,31 @@ def choose(call: Call, target: Target) -> tuple[Implementation, Choice]:
             )
         return implementation, Choice(implementation.name, implementation.gist)
     refused: list[tuple[str, str]] = []
+    checks: list[Check] = []
     for implementation in candidates(target):
         why = implementation.refuses(call)
+        if why is None and implementation.opaque:
+            checks.append(check(trials.of_product(implementation, call), target, run=run_checks))
+            why = "its check failed" if checks[-1].state == "refused" else None
         if why is None:
-            return implementation, Choice(implementation.name, implementation.gist, tuple(refused))
+            if x is not None and call.x.narrow and implementation.quantize is not quantize_rows:
+                trial = trials.of_quantisation(implementation, call.x, x)
+                checks.append(check(trial, target, run=run_checks))
+                if checks[-1].state == "refused":
+                    implementation = dataclasses.replace(implementation, quantize=quantize_rows)
+            choice = Choice(implementation.name, implementation.gist, tuple(refused), tuple(checks))
+            return implementation, choice
         refused.append((implementation.name, why))
     raise AssertionError(f"no implementation accepts {call}")
 
 
 def candidates(target: Target) -> tuple[Implementation, ...]:
     """Returns the implementations for `target` in order of preference."""
-    if target.platform == "cpu":
-        return _CPU
-    return _HOPPER if target.platform == "cuda" and target.capability == HOPPER else _ANY
+    major, minor = target.capability or (None, None)
+    for key in ((target.platform, major, minor), (target.platform, major, None)):
+        if key in _TARGETS:
+            return _TARGETS[key]
+    return _ANY
 
 
 def describe(
@@ -155,6 +196,8 @@ def matmul_plan(
 ) -> Choice:
     """Returns the implementation that `scaled_matmul` chooses for operands of these shapes and formats, and the reason.
 
+    Nothing runs on a device: the checks of the Choice are results of earlier calls on a device of this process.
+
     rows          product of the leading axes of x
     kernel_shape  (out, in)
     x             dtype of x
@@ -168,5 +211,6 @@ def matmul_plan(
     'fused reduction'
     """
     format = as_format(kernel).completed(as_block(block))
-    call = describe(rows, kernel_shape, dtypes.as_dtype(x), format, None if compute is None else as_format(compute))
-    return choose(call, Target.parse(target))[1]
+    activations = dtypes.as_dtype(x)
+    call = describe(rows, kernel_shape, activations, format, None if compute is None else as_format(compute))
+    return choose(call, Target.parse(target), activations, run_checks=False)[1]

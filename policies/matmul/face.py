@@ -159,7 +159,11 @@ class _Group:
         def products(x: jax.Array, kernels: tuple[Kernel, ...]) -> list[jax.Array]:
             gpu = self.target if self.target.platform == "cuda" else Target("cuda")
             results: list[jax.Array] = jax.lax.platform_dependent(
-                x, kernels, cpu=self._on(Target("cpu")), cuda=self._on(gpu), default=self._on(Target("tpu"))
+                x,
+                kernels,
+                cpu=self._on(Target("cpu"), x.dtype),
+                cuda=self._on(gpu, x.dtype),
+                default=self._on(Target("tpu"), x.dtype),
             )
             return results
 
@@ -184,14 +188,15 @@ class _Group:
         results: list[jax.Array] = products(x, kernels)
         return results
 
-    def _on(self, target: Target) -> Callable[..., list[jax.Array]]:
-        """Returns a function that computes the products with the implementations for `target`."""
-        implementations = [choose(call, target)[0] for call in self.calls]
+    def _on(self, target: Target, x: np.dtype) -> Callable[..., list[jax.Array]]:
+        """Returns a function that computes the products of activations of dtype `x` as is best for `target`."""
+        implementations = [choose(call, target, x)[0] for call in self.calls]
         products = functools.partial(self._products, implementations)
         if not any(implementation.opaque for implementation in implementations):
             return products
         portable = [choose(call, Target(target.platform))[0] for call in self.calls]
-        return unless_portable(products, functools.partial(self._products, portable))
+        exportable = all(implementation.exportable for implementation in implementations)
+        return unless_portable(products, functools.partial(self._products, portable), exportable)
 
     def _products(
         self, implementations: list[Implementation], x: jax.Array, kernels: tuple[Kernel, ...]

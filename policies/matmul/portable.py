@@ -13,31 +13,35 @@ _choice = Primitive("perparam_kernel")
 _choice.multiple_results = True
 
 
-def unless_portable(kernel: Callable[..., Any], portable: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that runs `kernel`, or `portable` in programs that cannot contain a Pallas kernel.
+def unless_portable(
+    kernel: Callable[..., Any], portable: Callable[..., Any], exportable: bool = True
+) -> Callable[..., Any]:
+    """Returns a function that runs `kernel`, or `portable` in programs that cannot contain the kernel.
 
     These are programs lowered for several platforms at once, as `jax.export` can do, and programs that XLA partitions
-    over several devices, since XLA cannot partition a kernel.  (Inside `shard_map` XLA does not partition.)  Neither is
-    known when a function is traced.
+    over several devices, since XLA cannot partition a kernel.  (Inside `shard_map` XLA does not partition.)  If the
+    kernel is not `exportable`, they are all programs of `jax.export`.  Nothing of this is known when a function is
+    traced.
     """
 
     def call(*operands: Any) -> Any:
         leaves = jax.tree.leaves(operands)
         first, shapes = jax.make_jaxpr(kernel, return_shape=True)(*operands)
         second = jax.make_jaxpr(portable)(*operands)
-        return jax.tree.unflatten(jax.tree.structure(shapes), _choice.bind(*leaves, kernel=first, portable=second))
+        results = _choice.bind(*leaves, kernel=first, portable=second, exportable=exportable)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return call
 
 
-def _abstract(*_: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr) -> list[Any]:
+def _abstract(*_: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr, exportable: bool) -> list[Any]:
     return list(kernel.out_avals)
 
 
 _choice.def_abstract_eval(_abstract)
 
 
-def _run(*operands: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr) -> list[Any]:
+def _run(*operands: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr, exportable: bool) -> list[Any]:
     result: list[Any] = jaxpr_as_fun(kernel)(*operands)
     return result
 
@@ -45,10 +49,11 @@ def _run(*operands: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr) -> list[Any
 _choice.def_impl(_run)
 
 
-def _lower(context: Any, *operands: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr) -> Any:
+def _lower(context: Any, *operands: Any, kernel: ClosedJaxpr, portable: ClosedJaxpr, exportable: bool) -> Any:
     module = context.module_context
     partitioned = getattr(module.axis_context, "num_devices", 1) not in (1, None)
-    chosen = portable if partitioned or len(module.platforms) > 1 else kernel
+    exported = module.lowering_parameters.for_export and not exportable
+    chosen = portable if partitioned or exported or len(module.platforms) > 1 else kernel
     return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(context, *operands)
 
 

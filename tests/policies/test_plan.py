@@ -7,13 +7,16 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import planted
 import pytest
 from flax import linen as nn
 from flax import nnx
+from matmuls import Case
 from plans import TREE, YAML
 
 from perparam import Policy, get_policy, init
-from perparam.policies import InvalidScale, UnknownTarget, UnpairedScale
+from perparam.policies import InvalidScale, UnknownTarget, UnpairedScale, check_records
+from perparam.policies.matmul import IMPLEMENTATIONS, trials
 
 F32, BF16, F8 = np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -85,7 +88,8 @@ class TestRows:
         rows = rows_of(plan)
         formats = {path: (row.pop("format"), row.pop("compute_format")) for path, row in rows.items()}
         assert rows == {
-            path: {"path": path, "matmul": None, "matmul_refused": None, **row} for path, row in expected.items()
+            path: {"path": path, "matmul": None, "matmul_refused": None, "matmul_checks": None, **row}
+            for path, row in expected.items()
         }
         assert formats == {
             "dense/bias": ("bf16", "f32"),
@@ -206,6 +210,29 @@ class TestTarget:
         plan = Policy().explain(self.tree, target="tpu")
         assert {(row.matmul, row.matmul_refused) for row in plan.rows} == {("dot", None), (None, None)}
 
+    def test_kernels_of_another_machine_are_unchecked(self):
+        policy = Policy.loads(YAML.replace("compute:\n  kernel: null", "compute:\n  kernel: f8_e4m3fn"))
+        plan = policy.explain(self.tree, target="cuda:9.0")
+        names = "hopper columns and hopper rows and hopper rows quantisation"
+        why = f"{names} unchecked: this process has no device cuda:9.0 to compare it on"
+        assert {row.matmul_checks for row in plan.rows} == {None, why}
+        assert str(plan).count(f"\n{why}\n") == 1
+
+    def test_kernels_of_this_machine_are_as_their_checks_found(self, tmp_path):
+        policy = Policy.loads(YAML.replace("default: f32", "default: bf16"))
+        with planted.device(tmp_path):
+            for rows, difference in ((1, None), (512, "the product is 1 instead of 2")):
+                call = Case(rows).call
+                trial = trials.of_product(IMPLEMENTATIONS["hopper columns"], call)
+                found = check_records.Verdict(difference)
+                check_records.write("a device", trial.kernel, trial.kind, found)
+            (row,) = (row for row in policy.explain(self.tree, target="cuda:9.0").rows if row.path == "wide/kernel")
+        assert row.matmul == "hopper columns | widen, then dot"
+        assert row.matmul_checks == (
+            "hopper columns checked: it agrees with the reference on this device; "
+            "hopper columns refused: on this device the product is 1 instead of 2"
+        )
+
     def test_without_one_there_is_no_column(self):
         plan = Policy.loads(YAML).explain(self.tree)
         assert "matmul (" not in str(plan)
@@ -254,6 +281,7 @@ class TestJson:
             "bytes": 60_000,
             "matmul": None,
             "matmul_refused": None,
+            "matmul_checks": None,
         }
         assert len(read["rows"]) == len(plan.rows)
         assert read["bytes"] == plan.total_bytes
