@@ -75,6 +75,7 @@ Generator = Callable[[np.ndarray, int], Any]
 def perparam_generator(model: Any, part: int | None = None) -> Generator:
     """Returns a greedy generator with perparam, which returns tokens in parts of `part`, or all at once."""
     import perparam
+    from perparam.generation import GenerationConfig
     from perparam.models import decode
 
     def generate(prompts, count):
@@ -112,16 +113,16 @@ def steps(batch: int) -> int:
     return NEW[max(size for size in NEW if size <= batch)]
 
 
-def prompts(batch: int, length: int) -> np.ndarray:
+def prompts(batch: int, length: int, vocabulary: int = VOCABULARY) -> np.ndarray:
     """Returns random ids (batch, length), which are the same in every process."""
-    return np.random.default_rng(length).integers(1, VOCABULARY, (batch, length))
+    return np.random.default_rng(length).integers(1, vocabulary, (batch, length))
 
 
-def measure(generate: Generator, batch: int) -> dict[str, float]:
+def measure(generate: Generator, batch: int, vocabulary: int = VOCABULARY) -> dict[str, float]:
     """Returns the seconds of a prefill and of a decoding step."""
 
     def seconds(length: int, count: int) -> float:
-        ids = prompts(batch, length)
+        ids = prompts(batch, length, vocabulary)
         start = time.perf_counter()
         generate(ids, count)
         return time.perf_counter() - start
@@ -283,10 +284,11 @@ def device(arguments: argparse.Namespace) -> tuple[str, Report]:
         generate = perparam_generator(model)
         results[size] = {"weight bytes": weights, "batches": {}}
         for batch in arguments.batches:
-            measure(generate, batch)  # compiles
+            vocabulary = model.config.vocab_size
+            measure(generate, batch, vocabulary)  # compiles
             rounds = []
             for _ in range(arguments.rounds):
-                rounds.append(measure(generate, batch) | {"copy": copy.moved / copy.sample()})
+                rounds.append(measure(generate, batch, vocabulary) | {"copy": copy.moved / copy.sample()})
             column = {what: np.array([times[what] for times in rounds]) for what in rounds[0]}
             results[size]["batches"][str(batch)] = {
                 "prefill, tokens per second": spread(length(batch) * batch / column["prefill"]),

@@ -24,8 +24,10 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,7 +40,7 @@ import torch_cuda
 from shapes import ROWS, SHAPES, linears
 
 from perparam.policies import matmul_override, matmul_plan, quantize, scaled_matmul
-from perparam.policies.formats import Format
+from perparam.policies.formats import Format, ScaledArray
 from perparam.policies.matmul import cpu, dispatch, oracle, quantize_rows
 from perparam.policies.targets import HOPPER, here
 
@@ -87,14 +89,14 @@ class Case:
     exact      (rows, out)               float32, the product with the weight before it was rounded or quantised
     """
 
-    def __init__(self, rows: int, shape: Shape):
+    def __init__(self, rows: int, shape: Shape, rotated: int):
         self.rows, self.shape = rows, shape
         self.operations = 2 * rows * shape[0] * shape[1]
         keys = jax.random.split(jax.random.key(timing.SEED))
         weight = jax.random.normal(keys[0], shape) / np.sqrt(shape[1])
         x = jax.random.normal(keys[1], (rows, shape[1]), BF16)
         kernel, scale_inv = quantize(weight, E4M3, BLOCK)
-        self.copies = max(2, -(-timing.rotated_bytes() // (kernel.nbytes + scale_inv.nbytes + x.nbytes)))
+        self.copies = max(2, -(-rotated // (kernel.nbytes + scale_inv.nbytes + x.nbytes)))
         self.x, self.kernel, self.scale_inv = self.copied(x), self.copied(kernel), self.copied(scale_inv)
         self.weight = self.copied(weight.astype(BF16))
         self.exact = oracle.dot(x.astype(jnp.float32), weight)
@@ -150,8 +152,8 @@ class Case:
 
     def error(self, result: Any) -> float | None:
         """Returns the norm of the error divided by the norm of the exact product; None for a part of a product."""
-        if getattr(result, "shape", None) != self.exact.shape:
-            return None
+        if isinstance(result, ScaledArray) or getattr(result, "shape", None) != self.exact.shape:
+            return None  # quantised activations have the shape of the product if the kernel is square
         return float(jnp.linalg.norm(result.astype(jnp.float32) - self.exact) / jnp.linalg.norm(self.exact))
 
     def measured(self, modes: Sequence[str], rounds: int, yardsticks: dict[str, timing.Timed]) -> dict[str, Any]:
@@ -254,6 +256,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, of one small shape")
     parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="no case begins later than this many seconds after the start"
+    )
+    parser.add_argument(
+        "--rotated", type=int, metavar="BYTES", help="of operands that calls cycle through; default: above all caches"
+    )
+    parser.add_argument(
         "--results", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results", help="folder to write to"
     )
     arguments = parser.parse_args()
@@ -264,25 +272,32 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     """Measures all cases, prints and writes their results, and draws the picture."""
-    arguments = parse()
+    arguments, start = parse(), time.monotonic()
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     cases = list(QUICK_CASES) if arguments.quick else default_cases()
     if arguments.shapes or arguments.rows:
         rows, shapes = zip(*cases, strict=True)
         cases = list(itertools.product(arguments.rows or sorted(set(rows)), arguments.shapes or sorted(set(shapes))))
+    rotated = arguments.rotated or timing.rotated_bytes()
     results = timing.machine() | {
         "target": str(here()),
         "instructions for bfloat16": cpu.multiplies_bfloat16(),
         "rounds": rounds,
-        "rotated bytes": timing.rotated_bytes(),
+        "rotated bytes": rotated,
         "cases": [],
+        "not measured": [],
     }
     name = f"matmul-{timing.slug(results['device'])}{'-quick' if arguments.quick else ''}.json"
     path = arguments.results / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    yardsticks = timing.yardsticks()
-    for rows, shape in cases:
-        results["cases"].append(Case(rows, shape).measured(arguments.modes, rounds, yardsticks))
+    yardsticks = timing.yardsticks(rotated)
+    for i, (rows, shape) in enumerate(cases):
+        if time.monotonic() - start > arguments.seconds:
+            results["not measured"] = cases[i:]
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"\n{len(cases) - i} of {len(cases)} cases not measured after {arguments.seconds:.0f} s")
+            break
+        results["cases"].append(Case(rows, shape, rotated).measured(arguments.modes, rounds, yardsticks))
         print(report.table(results["cases"][-1]), flush=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwritten to {path}\n{report.draw(path)}")

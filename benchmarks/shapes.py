@@ -42,6 +42,11 @@ def linears(model: str) -> dict[str, tuple[int, int]]:
 SHAPES = tuple(sorted({shape for model in _MODELS for shape in linears(model).values()}))
 """`(out, in)` of them all, each once."""
 
+TINY = "tiny"
+"""A model of one layer, to test the scripts."""
+
+_TINY = (256, 512, 2, 1)
+
 LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
 TIED = ("0.6B", "1.7B", "4B")
 VOCABULARY = 151936
@@ -51,12 +56,12 @@ MODES = {"W8A16": "fp8_weight_only", "W8A8": "fp8_dynamic"}
 
 def abstract_model(size: str, mode: str = "W8A16") -> Qwen3:
     """A Qwen3 of shapes, stored as its FP8 checkpoint is: FP8 kernels, other parameters in bfloat16."""
-    hidden, intermediate, heads, kv_heads = _MODELS[size]
+    hidden, intermediate, heads, kv_heads = _TINY if size == TINY else _MODELS[size]
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=511 if size == TINY else VOCABULARY,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=LAYERS[size],
+        num_hidden_layers=1 if size == TINY else LAYERS[size],
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=128,

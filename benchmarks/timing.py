@@ -140,9 +140,12 @@ def kernels(program: str) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
-def yardsticks() -> dict[str, Timed]:
-    """Returns measures of the machine: a copy of an array, a large bfloat16 product, and the smallest program."""
-    source = jnp.ones(rotated_bytes() // 4, jnp.float32)
+def yardsticks(rotated: int | None = None) -> dict[str, Timed]:
+    """Returns measures of the machine: a copy of an array, a large bfloat16 product, and the smallest program.
+
+    rotated  bytes of the array; None: `rotated_bytes()`
+    """
+    source = jnp.ones((rotated or rotated_bytes()) // 4, jnp.float32)
     # The copy goes to an existing array: a new array costs a CPU a page fault every 4 KiB.
     copy = jax.jit(lambda source, target: jnp.copy(source), donate_argnums=1, keep_unused=True)
     target = [jnp.zeros_like(source)]

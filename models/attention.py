@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from ..policies.matmul.portable import unless_portable
 from ..policies.targets import here
@@ -22,7 +23,7 @@ SCORES = 2**26
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillKV:
-    """Keys and values (b, t, kv, d) of a prompt that enters an empty cache, and its mask of real tokens (b, t) bool."""
+    """Keys and values (b, t, kv, d) of tokens that follow no others, and their mask (b, t) bool, padding at the end."""
 
     k: jax.Array
     v: jax.Array
@@ -43,7 +44,7 @@ def attend(
     slots    (b, s) int32  positions of the keys
     window   a query sees the keys less than `window` positions before it; None: all
     prefill  the same keys and values before they entered an empty cache, for cuDNN's flash attention, where that
-             accepts the call; without a derivative
+             accepts the call; derivatives and batches (`vmap`) are those of attention over the slots
     weights  function without arguments that returns the attention weights (b, h, t, s) in q's dtype
 
     Scores and softmax are float32. The queries of a long prompt are processed in chunks, so that never more than SCORES
@@ -69,7 +70,51 @@ def attend(
     ):
         return over_slots(q, cache, queries, slots), weights
     on_gpu = unless_portable(flash_attention, over_slots)
-    return jax.lax.platform_dependent(q, cache, queries, slots, prefill, cuda=on_gpu, default=over_slots), weights
+
+    def dispatched(*operands: Any) -> jax.Array:
+        output: jax.Array = jax.lax.platform_dependent(*operands, cuda=on_gpu, default=over_slots)
+        return output
+
+    return _differentiated_as(over_slots, dispatched)(q, cache, queries, slots, prefill), weights
+
+
+def in_row_major_order(cache: LayerCache) -> LayerCache:
+    """`cache`; on a GPU its axes are in memory in their order.
+
+    Otherwise XLA may fill the cache in the order that cuDNN requires of k and v, and transpose all of it afterwards.
+    """
+    if here().platform != "cuda":
+        return cache
+
+    def constrained(cache: LayerCache) -> LayerCache:
+        return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), cache)
+
+    on_gpu = unless_portable(constrained, lambda cache: cache)
+
+    def dispatched(cache: LayerCache) -> LayerCache:
+        result: LayerCache = jax.lax.platform_dependent(cache, cuda=on_gpu, default=lambda cache: cache)
+        return result
+
+    return _differentiated_as(lambda cache: cache, dispatched)(cache)
+
+
+def _differentiated_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, an implementation of `plain` that JAX can neither differentiate nor batch."""
+    batchable = jax.custom_batching.custom_vmap(function)
+    result = jax.custom_jvp(batchable)
+
+    @batchable.def_vmap
+    def _(size: int, batched: Any, *operands: Any) -> tuple[Any, Any]:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+        results = jax.vmap(plain, in_axes=tuple(axes), axis_size=size)(*operands)
+        return results, jax.tree.map(lambda _: True, results)
+
+    @result.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        results: tuple[Any, Any] = jax.jvp(plain, primals, tangents)
+        return results
+
+    return result
 
 
 def _grouped(q: jax.Array, cache: LayerCache) -> jax.Array:

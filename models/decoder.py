@@ -28,7 +28,7 @@ from .heads import check_causal_lm, last_token
 from .kv_cache import EMPTY, KVCache, LayerCache, token_positions
 from .layers import Embedding, Linear, RMSNorm, scope_of
 from .summary import ModelSummary, summarise
-from .tokens import checked_tokens
+from .tokens import checked_tokens, padding_last
 from .transformer import Attention, Layer, LinearFactory, Step
 
 
@@ -206,9 +206,14 @@ class Decoder(nnx.Module):
         """Hidden states (b, t, hidden) before the last norm, and the cache that includes the call's tokens.
 
         cache  the tokens so far; None: the returned cache holds this call's tokens and has no room for more
-        first  whether `cache` is empty, which allows cuDNN's flash attention on a GPU; that has no derivative
+        first  whether `cache` is empty, which allows cuDNN's flash attention on a GPU, also with padding; the tokens
+               enter the slots of the cache without the padding between them, which is in the last slots
         """
         ids, mask = checked_tokens(input_ids, attention_mask, self.config.vocab_size)
+        if first:
+            # Once for all layers, since cuDNN supports padding at the end only.
+            order, back = padding_last(mask)
+            ids, mask = (jnp.take_along_axis(x, order, axis=1) for x in (ids, mask))
         if cache is not None:
             cache.check_room(ids.shape[1])
         past = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.tokens
@@ -219,7 +224,8 @@ class Decoder(nnx.Module):
             slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, slots, start, axis=1)
         config = self.config
         cos_sin = rope.cos_sin(queries, config.head_dim, config.rope_theta, config.rope_scaling, self.activations)
-        step = Step(*cos_sin, queries, slots, start, self.kv_cache, mask if first else None)
+        unpadded = cache is None and attention_mask is None
+        step = Step(*cos_sin, queries, slots, start, self.kv_cache, mask if first or unpadded else None)
         x, caches = taps.tap("embed_tokens", self.embed_tokens(ids)), []
         for i, layer in enumerate(self.layers):
             with taps.within("layers", i):
@@ -227,6 +233,8 @@ class Decoder(nnx.Module):
             x = taps.tap(f"layers/{i}", x)
             caches.append(layer_cache)
         tokens = past + mask.sum(axis=1, dtype=jnp.int32)
+        if first:
+            x = jnp.take_along_axis(x, back[:, :, None], axis=1)
         return x, KVCache.of(caches, slots, jnp.asarray(start + ids.shape[1], jnp.int32), tokens)
 
     def summary(self) -> ModelSummary:

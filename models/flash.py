@@ -48,29 +48,24 @@ def attend(
     window: int | None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Causal attention within prompts that enter an empty cache, (b, t, h, d) in q's dtype.
+    """Causal attention within prompts that follow no other tokens, (b, t, h, d) in q's dtype.
 
     q               (b, t, h, d)
     k, v            (b, t, kv, d), in q's dtype
-    mask            (b, t) bool, True for real tokens, anywhere in a row; the result of other tokens is zero
+    mask            (b, t) bool, True for real tokens, which are at the beginning of each row, since cuDNN supports
+                    padding at the end only; the result of padding is zero
     window          a query sees the keys less than `window` positions before it; None: all
     implementation  of `jax.nn.dot_product_attention`; "xla" holds all scores, and is a reference for tests
 
     Raises:
       RuntimeError, NotImplementedError: from JAX, without a cuDNN that supports the call; see `traces`.
     """
-    # cuDNN supports padding only at the end of rows.
-    order = jnp.argsort(~mask, axis=1, stable=True)
-
-    def reorder(x: jax.Array, order: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
-
     lengths = mask.sum(axis=1, dtype=jnp.int32)
     with jax.numpy_dtype_promotion("standard"):  # which JAX's own function needs
         mixed = jax.nn.dot_product_attention(
-            reorder(q, order),
-            reorder(k, order),
-            reorder(v, order),
+            q,
+            k,
+            v,
             is_causal=True,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
@@ -78,7 +73,7 @@ def attend(
             implementation=implementation,
         )
     # Padding is zero, since its values in the next layer are multiplied by weights of zero, and NaN would stay NaN.
-    return jnp.where(mask[:, :, None, None], reorder(mixed, jnp.argsort(order, axis=1)), 0)
+    return jnp.where(mask[:, :, None, None], mixed, 0)
 
 
 def traces(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, window: int | None) -> bool:

@@ -45,6 +45,19 @@ def checked_tokens(
     return jnp.where(mask, jnp.asarray(ids, jnp.int32), 0), mask
 
 
+def padding_last(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`(order, back)`, both (b, t) int32: the real tokens of each row first, in their order, and the inverse.
+
+    For `jnp.take_along_axis`; mask (b, t) bool, True for real tokens.
+
+    >>> order, back = padding_last(jnp.array([[False, True, False, True]]))
+    >>> order.tolist(), jnp.take_along_axis(order, back, axis=1).tolist()
+    ([[1, 3, 0, 2]], [[0, 1, 2, 3]])
+    """
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    return order, jnp.argsort(order, axis=1)
+
+
 def _mask(values: Any) -> Any:
     """`values` as booleans, (batch, length)."""
     floating = jnp.issubdtype(values.dtype, jnp.floating)

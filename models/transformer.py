@@ -15,7 +15,7 @@ from flax import nnx
 
 from ..policies.scope import Scope
 from . import rope, taps
-from .attention import PrefillKV, attend
+from .attention import PrefillKV, attend, in_row_major_order
 from .config import DecoderConfig
 from .kv_cache import LayerCache
 from .layers import RMSNorm, project
@@ -62,8 +62,9 @@ class Attention(nnx.Module):
             cache = past.put(cache, step.start)
         prefill = None if step.prefill_mask is None else PrefillKV(k, v, step.prefill_mask)
         mixed, weights = attend(q, cache, step.queries, step.slots, self.window, prefill)
-        if prefill is not None:  # otherwise XLA fills the cache at the end, and keeps k and v until then
-            mixed, cache = jax.lax.optimization_barrier((mixed, cache))
+        if prefill is not None and past is not None:
+            # Otherwise XLA fills the cache at the end, and keeps k and v until then.
+            mixed, cache = jax.lax.optimization_barrier((mixed, in_row_major_order(cache)))
         taps.offer("weights", weights)
         return self.o_proj(mixed), cache
 
@@ -123,7 +124,7 @@ class Step:
     slots         positions of the cache's slots, (b, s)
     start         first slot of the call's tokens
     cache_dtype   dtype of the cache
-    prefill_mask  real tokens (b, t) of a call that fills an empty cache; None for every other call
+    prefill_mask  real tokens (b, t) of a call that follows no other tokens, padding at the end; None for other calls
     """
 
     cos: jax.Array

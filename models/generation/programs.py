@@ -18,6 +18,7 @@ from flax import nnx
 from ..decoder import CausalLM
 from ..heads import last_token
 from ..kv_cache import EMPTY, KVCache
+from ..tokens import padding_last
 from .sampling import History, Kind, draw, process
 
 
@@ -88,6 +89,8 @@ def extend(
 def _process(
     model: CausalLM, ids: jax.Array, mask: jax.Array, cache: KVCache, tokens: jax.Array, *, first: bool = False
 ) -> Prefix:
+    if first:  # as `hidden` places them in the cache
+        ids, mask = (jnp.take_along_axis(x, padding_last(mask)[0], axis=1) for x in (ids, mask))
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, ids, cache.length, axis=1)
     hidden, cache = model.hidden(ids, mask, cache, first=first)
     return Prefix(cache, tokens, model.logits(last_token(hidden, mask)).astype(jnp.float32))

@@ -3,6 +3,8 @@
 import functools
 
 import jax
+import jax.extend
+import jax.interpreters.mlir
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,7 +15,8 @@ from flax import nnx
 from perparam import Policy
 from perparam.models import Qwen3, Qwen3Config, attention, flash, generation
 from perparam.models.generation import programs
-from perparam.models.kv_cache import LayerCache, token_positions
+from perparam.models.kv_cache import EMPTY, LayerCache, token_positions
+from perparam.models.tokens import padding_last
 from perparam.policies.matmul import matmul_override
 from perparam.policies.matmul.dispatch import Target
 
@@ -37,10 +40,14 @@ def inputs(dtype):
 @pytest.mark.parametrize("padding", MASKS)
 def test_it_is_attention_over_slots(padding, window):
     """With JAX's plain implementation of the same function in cuDNN's place."""
-    mask, (q, k, v) = MASKS[padding], inputs(np.float32)
-    queries, slots = token_positions(jnp.asarray(mask), jnp.zeros(2, jnp.int32))
+    mask, (q, k, v) = jnp.asarray(MASKS[padding]), inputs(np.float32)
+    queries, slots = token_positions(mask, jnp.zeros(2, jnp.int32))
     expected, _ = attention.attend(q, LayerCache.of(k, v, F32), queries, slots, window)
-    found = flash.attend(q, k, v, jnp.asarray(mask), window, "xla").reshape(expected.shape)
+    order, back = padding_last(mask)
+    moved = [jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (q, k, v)]
+    found = flash.attend(*moved, jnp.take_along_axis(mask, order, axis=1), window, "xla")
+    found = jnp.take_along_axis(found, back[:, :, None, None], axis=1).reshape(expected.shape)
+    mask = np.asarray(mask)
     assert relative_error(found, expected, mask) <= 2e-6
     assert (np.asarray(found)[~mask] == 0).all()
 
@@ -138,12 +145,93 @@ def test_others_are_read_over_slots(calls, policy, length, platforms):
     assert scores(lowered(policy, length, platforms), length)
 
 
-def test_what_has_to_have_a_derivative_is_not_read_by_it(calls):
-    model = Qwen3(CONFIG, policy="bf16", rngs=nnx.Rngs(0))
-    ids = jax.ShapeDtypeStruct((1, flash.LEAST), jnp.int32)
+def call_lowered(function, *arrays):
+    """A program for a GPU, of a model that is called without a cache."""
+    graphdef, state = nnx.split(Qwen3(CONFIG, policy="bf16", rngs=None))
     with matmul_override(target="cuda:9.0"):
-        jax.eval_shape(lambda ids: model(ids), ids)
+        traced = jax.jit(lambda state, *arrays: function(nnx.merge(graphdef, state), *arrays)).trace(state, *arrays)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+IDS = jax.ShapeDtypeStruct((1, flash.LEAST), jnp.int32)
+SQUARE = f"x{flash.LEAST}x{flash.LEAST}xf32>"
+"""In the text of a program that holds all scores."""
+
+
+def test_a_call_without_cache_and_padding_uses_it(calls):
+    call_lowered(lambda model, ids: model(ids), IDS)
+    assert len(calls) >= CONFIG.num_hidden_layers
+
+
+def test_a_call_with_a_mask_does_not(calls):
+    mask = jax.ShapeDtypeStruct(IDS.shape, bool)
+    assert SQUARE in call_lowered(lambda model, ids, mask: model(ids, mask), IDS, mask)
     assert calls == []
+
+
+@pytest.fixture
+def opaque(monkeypatch):
+    """In cuDNN's place a primitive that has neither a derivative nor a batching rule, and returns what it should."""
+    primitive = jax.extend.core.Primitive("cudnn")
+    primitive.def_abstract_eval(lambda q, *_, window: q)
+    lowered_calls = []
+    real = flash.attend
+
+    def lower(context, *operands, window):
+        lowered_calls.append(window)
+        plain = functools.partial(real, window=window, implementation="xla")
+        return jax.interpreters.mlir.lower_fun(plain, multiple_results=False)(context, *operands)
+
+    jax.interpreters.mlir.register_lowering(primitive, lower)
+    monkeypatch.setattr(flash, "attend", lambda *operands: primitive.bind(*operands[:4], window=operands[4]))
+    monkeypatch.setattr(flash, "refuses", lambda *_: None)
+    monkeypatch.setattr(attention, "unless_portable", lambda kernel, _: kernel)
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *operands, default, cuda=None, **_: (cuda or default)(*operands)
+    )
+    return lowered_calls
+
+
+def attends(window):
+    """`attention.attend` of tokens that follow no others, as a function of q, k and v."""
+    mask = jnp.ones((2, LENGTH), bool)
+    queries, slots = token_positions(mask, jnp.zeros(2, jnp.int32))
+
+    def attend(q, k, v, with_flash=True):
+        prefill = attention.PrefillKV(k, v, mask) if with_flash else None
+        return attention.attend(q, LayerCache.of(k, v, F32), queries, slots, window, prefill)[0]
+
+    return attend
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_derivatives_are_those_over_slots(opaque, window):
+    attend, qkv = attends(window), inputs(np.float32)
+    towards = jnp.asarray(np.random.default_rng(1).normal(size=(2, LENGTH, HEADS * D)), jnp.float32)
+
+    def loss(with_flash, *qkv):
+        return jnp.sum(attend(*qkv, with_flash) * towards)
+
+    found, expected = (
+        [*jax.grad(functools.partial(loss, flag), (0, 1, 2))(*qkv), jax.jvp(functools.partial(loss, flag), qkv, qkv)[1]]
+        for flag in (True, False)
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert np.abs(other).max() > 0.1
+    assert opaque == []
+    np.testing.assert_allclose(jax.jit(attend)(*qkv), attend(*qkv, False), rtol=0, atol=1e-5)
+    assert opaque == [window]
+
+
+def test_batches_of_calls_are_those_over_slots(opaque):
+    attend, qkv = attends(None), inputs(np.float32)
+    batches = [jnp.stack([x, x[::-1]]) for x in qkv]
+    found = jax.vmap(attend)(*batches)
+    assert opaque == []
+    np.testing.assert_allclose(found, jnp.stack([attend(*x, False) for x in zip(*batches, strict=True)]), atol=1e-5)
+    found = jax.vmap(lambda q: attend(q, *qkv[1:]))(batches[0])
+    np.testing.assert_allclose(found[0], attend(*qkv, False), rtol=0, atol=1e-5)
 
 
 def test_a_machine_without_cudnn_reads_over_slots(monkeypatch):
@@ -170,5 +258,12 @@ def test_padding_is_no_part_of_what_the_model_reads(calls, monkeypatch):
     programs.prefill.clear_cache()
     found = generation.prefill(model, ids, mask)
     assert len(calls) >= CONFIG.num_hidden_layers
+    # The slots have the tokens of each row first, and padding last; ids and positions agree.
+    positions, tokens = np.asarray(found.cache.positions), np.asarray(found.tokens)
+    for row in range(2):
+        count = mask[row].sum()
+        np.testing.assert_array_equal(positions[row, :count], np.arange(count))
+        assert (positions[row, count:] == EMPTY).all()
+        np.testing.assert_array_equal(tokens[row, :count], ids[row, mask[row]])
     # bfloat16 is rounded at other places within the softmax.
     assert relative_error(found.logits, expected.logits) <= 2**-6
