@@ -1,5 +1,7 @@
 """Random operands of the Hopper kernels, as the kernels take them, and the products in float64."""
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 from helpers import dtype
@@ -30,11 +32,12 @@ def wide_rows(rows: int, features: int, of: str):
     return jnp.asarray(np.random.default_rng([rows, features]).normal(size=(rows, features)).astype(dtype(of)))
 
 
-def rows_product(rows, out, features, result="float32", block=BLOCK, check=assert_product, **processors) -> None:
+def rows_product(rows, out, features, result="float32", block=BLOCK, check=assert_product, processors=132) -> None:
     """Runs `hopper_rows.product`, and checks it."""
     x, x_scales = narrow_rows(rows, features)
     kernel, scale_inv, sides = kernel_of(out, features, block)
-    y = hopper_rows.product(x, x_scales, kernel, scale_inv, block=sides, result=dtype(result), **processors)
+    settings = {"block": sides, "result": dtype(result), "processors": processors}
+    y = hopper_rows.product(x, x_scales, kernel, scale_inv, **settings)
     if check is not None:
         wide = widened(x, np.asarray(x_scales).T, (1, 128))
         check(y, wide, widened(kernel, scale_inv, sides), roundings=4)
@@ -51,7 +54,11 @@ def columns_products(rows, outs, features, x="bfloat16", result="float32", of=FP
         values, x_scales = wide_rows(rows, features, x), None
         wide = np.asarray(values).astype(np.float64)
     kernels, scales, blocks = zip(*(kernel_of(out, features, of=of, seed=i) for i, out in enumerate(outs)), strict=True)
-    results = hopper_columns.products(values, x_scales, kernels, scales, blocks=blocks, result=dtype(result))
+    # Where the number of processors has no default, it is that of an H200.
+    settings = {"processors": 132} if "processors" in inspect.signature(hopper_columns.products).parameters else {}
+    results = hopper_columns.products(
+        values, x_scales, kernels, scales, blocks=blocks, result=dtype(result), **settings
+    )
     for y, kernel, scale_inv, sides in zip(results, kernels, scales, blocks, strict=True):
         if check is not None:
             check(y, wide, widened(kernel, scale_inv, sides), roundings=4)

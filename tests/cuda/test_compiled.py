@@ -6,6 +6,7 @@ The addresses and tensor maps are those that the beginning of a thread block use
 import itertools
 import re
 
+import jax
 import pytest
 from emulator.compiled import compile_kernels
 from shapes import SHAPES, linears
@@ -17,6 +18,13 @@ STEPS = 3000
 
 MODES = {"W8A16": "bf16.bf16", "W8A8": "e4m3.e4m3"}
 """Operands of the matrix instructions."""
+
+REGISTERS = 168
+"""Of each thread, the most that ptxas has for 384 threads of a block."""
+
+IGNORED = "(C7504)" if jax.__version_info__ >= (0, 12) else None
+"""Since JAX 0.12, all kernels are compiled as parts of a larger program, in which ptxas ignores setmaxnreg: then no
+warpgroup has more than `REGISTERS`, and the kernels have to do without spills all the same."""
 
 LAYER = linears("8B")
 TOGETHER = [
@@ -44,9 +52,11 @@ def test_compiled_kernels(case):
     assert kernels
     products = set()
     for kernel in kernels:
-        assert re.search(r"Used \d+ registers", kernel.text), "no log of ptxas"
-        assert not re.findall(r"ptxas.*(?:[Ww]arning|Performance Loss|\(C75\d\d\)).*", kernel.text)
-        assert set(re.findall(r"(\d+) bytes spill", kernel.text)) == {"0"}
+        (registers,) = map(int, re.findall(r"Used (\d+) registers", kernel.text))
+        assert registers <= REGISTERS
+        complaints = re.findall(r"ptxas.*(?:[Ww]arning|Performance Loss|\(C75\d\d\)).*", kernel.text)
+        assert not [text for text in complaints if not IGNORED or IGNORED not in text]
+        assert set(re.findall(r"(\d+) bytes spill", kernel.text)) == {"0"}, "registers are spilled"
         (record,) = kernel.run(kernel.zeros(), blocks=1, steps=STEPS)
         for address, tensor in record.loads + record.stores:
             assert address % 128 == 0

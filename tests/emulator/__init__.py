@@ -10,7 +10,9 @@ arithmetic   instructions without effects beyond a register
 effects      instructions that access memory, synchronise or start something asynchronous
 machine      the scheduler of a thread block
 
-Values are exact except for the tensor core's sums, which are rounded once to float32; the hardware's float8 sums have
-about 14 bits.  A fault is anything that the programming model leaves undefined, whether or not it harms in the
-schedule that is run.  Clusters are not supported.
+Values are the hardware's, with two exceptions: the tensor core's sums are rounded once to float32, where the hardware's
+float8 sums have about 14 bits, and `div.full` is rounded correctly, where the hardware's may be two ulps off.
+
+A fault is anything that the programming model leaves undefined, whether or not it harms in the schedule that is run.
+Clusters are not supported.
 """

@@ -185,7 +185,13 @@ def _logic(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np
     return result
 
 
-_FLOAT = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fma}
+def _reciprocal(a: np.ndarray) -> np.ndarray:
+    """Approximate: as far off as the hardware may be, by an ulp for every other number."""
+    exact = np.float32(1) / a
+    return np.where(a.view(np.uint32) & 1 == 1, np.nextafter(exact, np.float32(np.inf)), exact)
+
+
+_FLOAT = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fma, "rcp": _reciprocal}
 _INTEGER = {
     "add": np.add,
     "sub": np.subtract,
@@ -297,6 +303,20 @@ def _select(ins: Instruction, dtype: np.dtype) -> Step:
     return lambda group: group.write(target, np.where(choose(group), a(group), b(group)).view(raw(dtype)))
 
 
+def _comparison(ins: Instruction, dtype: np.dtype) -> Step:
+    return _elementwise(_compare(ins.parts[1]), ins, dtype, np.dtype(bool))
+
+
+def _compare_with(ins: Instruction, dtype: np.dtype) -> Step:
+    """A comparison combined with a predicate: `setp.eq.and.b32`."""
+    target, a, b, other = ins.operands
+    read_a, read_b, read = source(a, dtype), source(b, dtype), source(other.removeprefix("!"), np.dtype(bool))
+    compare, combine = _compare(ins.parts[1]), {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+    return lambda group: group.write(
+        target, combine[ins.parts[2]](compare(read_a(group), read_b(group)), read(group) != (other[0] == "!"))
+    )
+
+
 def compile_arithmetic(ins: Instruction) -> Step | None:
     """Returns what an instruction does to a warpgroup, or None if it is not one of this file."""
     root, last = ins.parts[0], ins.parts[-1]
@@ -322,7 +342,7 @@ def compile_arithmetic(ins: Instruction) -> Step | None:
     if root == "selp":
         return _select(ins, dtype)
     if root == "setp":
-        return _elementwise(_compare(ins.parts[1]), ins, dtype, np.dtype(bool))
+        return _compare_with(ins, dtype) if len(ins.operands) > 3 else _comparison(ins, dtype)
     if root in ("shl", "shr"):
         return _shift(ins, dtype)
     if root in ("mul", "mad") and "wide" in ins.parts:

@@ -75,6 +75,34 @@ def _store(ins: Instruction) -> Effect:
     return effect
 
 
+def _matrices(ins: Instruction) -> Effect:
+    """Loads or stores of 8×8 matrices: eight threads have the addresses of a matrix' rows, four the values of a row."""
+    loads = ins.parts[0] == "ldmatrix"
+    registers, place = (ins.operands[0], ins.operands[1]) if loads else (ins.operands[1], ins.operands[0])
+    names, at = inside(registers), address(place)
+    sources = [] if loads else [source(name, U32) for name in names]
+    if ins.parts[-1] != "b16" or "m8n8" not in ins.parts:
+        raise NotImplementedError(str(ins))
+    count, transposed = len(names), "trans" in ins.parts
+
+    def effect(group: Warpgroup, mask: np.ndarray) -> Iterator[None]:
+        yield
+        rows = at(group).reshape(4, 32)[:, : 8 * count].reshape(-1, 1) + np.arange(16)
+        warps, shared = np.repeat(group.warps, 8 * count), group.block.shared
+        if loads:
+            data = shared.load(warps, rows).view(np.uint16).reshape(4, count, 8, 8)
+            data = np.ascontiguousarray(data.swapaxes(2, 3) if transposed else data)
+            for i, name in enumerate(names):
+                group.write(name, data[:, i].copy().view(np.uint32).reshape(THREADS), mask)
+        else:
+            values = np.stack([read(group).reshape(4, 32) for read in sources], axis=1)
+            data = values.view(np.uint16).reshape(4, count, 8, 8)
+            data = np.ascontiguousarray(data.swapaxes(2, 3) if transposed else data)
+            shared.store(warps, rows, data.view(np.uint8).reshape(-1, 16))
+
+    return effect
+
+
 def _param(ins: Instruction) -> Effect:
     (name,) = inside(ins.operands[1])
 
@@ -385,6 +413,8 @@ _TABLE: tuple[tuple[str, Callable[[Instruction], Effect]], ...] = (
     ("ld.global", _load),
     ("st.shared", _store),
     ("st.global", _store),
+    ("ldmatrix", _matrices),
+    ("stmatrix", _matrices),
     ("mbarrier.init", _init),
     ("mbarrier.arrive", _arrive),
     ("mbarrier.try_wait.parity", _wait),

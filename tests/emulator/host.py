@@ -16,6 +16,9 @@ from .tensor_maps import TensorMap
 ITEMSIZES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 2, 6: 4, 7: 2}
 """Bytes of an element by Mosaic's number of the dtype: integers of 8 to 64 bits, float16, float32, bfloat16."""
 
+ARGUMENTS = {"mosaic_gpu_launch_kernel": 12, "mosaic_gpu_build_kernel_spec": 13}
+"""Place of the table of the kernel's arguments in those of the function that launches it, which JAX 0.12 renamed."""
+
 _WIDTHS = {"ptr": 8, "i64": 8, "i32": 4, "i8": 1}
 
 
@@ -36,8 +39,8 @@ class Launch:
 class _Code:
     """Values of a function's variables, and the memory that it has written, by address."""
 
-    def __init__(self, buffers: Sequence[int]):
-        self.values: dict[str, Any] = {"%0": 0, "%1": 0, "%2": 1 << 20}
+    def __init__(self, buffers: Sequence[int], argument: str):
+        self.values: dict[str, Any] = {"%0": 0, "%1": 0, argument: 1 << 20}
         self.cells: dict[int, Any] = {(1 << 20) + 8 * i: address for i, address in enumerate(buffers)}
         self.maps: dict[int, TensorMap] = {}
         self.top = 1 << 24
@@ -74,7 +77,7 @@ class _Code:
             assert match
             result = self.value(match[1])[match[2]]
         elif operation == "getelementptr":
-            result = self.element(rest.removeprefix("inbounds "))
+            result = self.element(re.sub(r"^(?:inbounds |nuw |nusw )*", "", rest))
         elif operation == "load":
             kind, pointer = re.fullmatch(r"(.*), ptr (\S+), align \d+", rest).groups()  # type: ignore[union-attr]
             address = self.value(pointer)
@@ -112,12 +115,13 @@ class _Code:
             arrays = (self.array(place, rank) for place in (sizes, strides, box))
             self.maps[address] = TensorMap(base, ITEMSIZES[kind], *arrays, swizzle)
             return None
-        if match[1] != "mosaic_gpu_launch_kernel":
+        if match[1] not in ARGUMENTS:
             raise NotImplementedError(f"host code: {rest}")
         if any(side > 1 for side in values[4:7]):
             raise NotImplementedError("clusters of thread blocks")
+        table = values[ARGUMENTS[match[1]]]
         arguments: list[int | dict[int, TensorMap]] = []
-        while (place := values[12] + 8 * len(arguments)) in self.cells:
+        while (place := table + 8 * len(arguments)) in self.cells:
             address = self.cells[place]
             maps = {at - address: found for at, found in self.maps.items() if 0 <= at - address < 1 << 16}
             arguments.append(self.cells.get(address, maps))
@@ -126,11 +130,13 @@ class _Code:
 
 def launch(text: str, buffers: Sequence[int]) -> Launch:
     """Returns the launch in LLVM IR of a kernel's host code, for operands and results at the addresses `buffers`."""
-    match = re.search(r"^define void @\w+\(ptr %0, ptr %1, ptr %2\) \{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE)
+    match = re.search(
+        r"^define void @\w+\((?:ptr %\d, )+ptr (%\d)\) \{\n([^}]*?insertvalue.*?)^\}", text, re.DOTALL | re.M
+    )
     if not match:
         raise ValueError("no host code: set MOSAIC_GPU_DUMP_HOST_LLVM before the kernel is compiled")
-    code = _Code(buffers)
-    for line in match[1].splitlines():
+    code = _Code(buffers, match[1])
+    for line in match[2].splitlines():
         if found := code.run(line):
             return found
     raise ValueError("the host code launches nothing")

@@ -148,7 +148,7 @@ def compile_program(program: Program) -> Code:
                 raise NotImplementedError(f"the emulator does not know the instruction {ins}")
         condition = None if ins.predicate is None else source(ins.predicate, np.dtype(bool))
         reads = frozenset() if ins.opcode.startswith("wgmma") else _names(ins.operands[1:])
-        if ins.opcode.startswith("st."):
+        if ins.opcode.startswith(("st.", "stmatrix")):
             reads = _names(ins.operands)
         code.append((ins, arithmetic, effect, condition, reads))
     return code
