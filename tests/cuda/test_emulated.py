@@ -1,0 +1,85 @@
+"""The compiled kernels for Hopper in the emulator: results against float64, in random schedules without any fault."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulator.compiled import emulated
+from hopper_operands import columns_products, rows_product, wide_rows
+from matmuls import FP8
+
+from perparam import quantize
+from perparam.policies.matmul import hopper_quantize
+
+pytestmark = [pytest.mark.cuda, pytest.mark.optimised]
+
+SCHEDULES = 3
+"""Of each launch: copies that arrive at random, late and early.  Each thread block of a launch has another one."""
+
+
+def run_in_all_schedules(kernel, arrays):
+    """Runs a kernel in several schedules, whose results have to be the same bit by bit."""
+    first = None
+    for schedule in range(SCHEDULES):
+        again = [array.copy() for array in arrays]
+        kernel.run(again, schedule=schedule)
+        first = first or again
+        for one, other in zip(first, again, strict=True):
+            np.testing.assert_array_equal(one, other)
+    for array, found in zip(arrays, first, strict=True):
+        array[:] = found
+
+
+@pytest.fixture(autouse=True)
+def in_the_emulator(compiler):
+    with emulated(run_in_all_schedules):
+        yield
+
+
+class TestRows:
+    @pytest.mark.parametrize(
+        ("rows", "out", "features", "processors"),
+        [(128, 128, 128, 132), (256, 256, 640, 132), (128, 384, 640, 1), (256, 384, 256, 2)],
+        ids=["one step", "a tile per block", "three tiles in a block", "several tiles per block"],
+    )
+    def test_tiles(self, rows, out, features, processors):
+        rows_product(rows, out, features, processors=processors)
+
+    @pytest.mark.parametrize("result", ["bfloat16", "float16"])
+    def test_results_in_16_bits(self, result):
+        rows_product(128, 256, 256, result, processors=1)
+
+    def test_blocks_of_several_tiles(self):
+        rows_product(128, 256, 512, block=(256, 256))
+
+
+class TestColumns:
+    @pytest.mark.parametrize("rows", [8, 16, 32, 64])
+    @pytest.mark.parametrize("x", ["bfloat16", "float16", FP8])
+    def test_split_columns(self, x, rows):
+        columns_products(rows, [128], 512, x)
+
+    @pytest.mark.parametrize("x", ["bfloat16", FP8])
+    def test_tiles_of_rows(self, x):
+        columns_products(256, [128], 128, x)
+
+    @pytest.mark.parametrize("x", ["bfloat16", "float16"])
+    def test_e5m2(self, x):
+        columns_products(8, [128], 256, x, of="float8_e5m2")
+
+    @pytest.mark.parametrize(("x", "result"), [("bfloat16", "bfloat16"), ("float16", "float16"), (FP8, "bfloat16")])
+    def test_several_kernels_in_a_launch(self, x, result):
+        columns_products(8, [256, 128, 128], 256, x, result)
+
+    def test_more_steps_than_stages(self):
+        columns_products(8, [128 * 31], 128 * 13, FP8)
+
+
+@pytest.mark.parametrize("of", ["bfloat16", "float16", "float32"])
+def test_quantisation_is_that_of_the_formats(of):
+    x = np.array(wide_rows(64, 256, of))
+    x[3] = 0
+    x[7, :128] = 0
+    values, scales = hopper_quantize.quantize(jnp.asarray(x))
+    expected, expected_scales = quantize(jnp.asarray(x, jnp.float32), FP8, (1, 128))
+    np.testing.assert_array_equal(np.asarray(scales).T, expected_scales)
+    np.testing.assert_array_equal(np.asarray(values).view(np.uint8), np.asarray(expected).view(np.uint8))
