@@ -1,6 +1,7 @@
 """Compiles perparam's programs for an NVIDIA H200 on a machine without one, and checks the compiled code.
 
     python benchmarks/compile_h200.py kernels           # the linear layers of the dense Qwen3 models, by number of rows
+    python benchmarks/compile_h200.py kernels 8B        # those of some models
     python benchmarks/compile_h200.py decode 8B 32B     # one decoding step of whole models
     python benchmarks/compile_h200.py prefill 8B        # a prompt of 8000 tokens
 
@@ -103,11 +104,12 @@ def build(lowered: jax.stages.Lowered, **options: str) -> tuple[jax.stages.Compi
 Shape = tuple[int, int]
 
 
-def cases() -> Iterator[tuple[tuple[Shape, ...], int, str, str]]:
-    """Yields `(kernels, rows, mode, target)`: every shape, projections of 8B that share x, and one shape on an A100."""
+def cases(models: list[str]) -> Iterator[tuple[tuple[Shape, ...], int, str, str]]:
+    """Yields `(kernels, rows, mode, target)`: the shapes of `models`, projections of 8B that share x, and an A100's."""
     layer = shapes.linears("8B")
     together = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
-    groups = [(shape,) for shape in shapes.SHAPES] + [tuple(layer[name] for name in names) for names in together]
+    groups = [(shape,) for shape in sorted({shape for model in models for shape in shapes.linears(model).values()})]
+    groups += [tuple(layer[name] for name in names) for names in together]
     yield from itertools.product(groups, sorted(ROWS), MODES, [HOPPER])
     yield from itertools.product([(layer["o_proj"],)], shapes.ROWS, MODES, ["cuda:8.0"])
 
@@ -176,7 +178,7 @@ def examine(
 def examine_kernels(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields the results of all cases; an error of compilation is listed as a fault."""
     known: dict[str, str] = {}
-    for kernels, rows, mode, target in cases():
+    for kernels, rows, mode, target in cases(arguments.models):
         plans = [matmul_plan(rows, kernel, compute=MODES[mode], target=target) for kernel in kernels]
         implementation = ", ".join(dict.fromkeys(plan.implementation for plan in plans))
         result = {
@@ -316,8 +318,12 @@ def main() -> int:
     """Runs a command and returns the exit code: 0 if all checks pass, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("kernels", help="each product's instructions, registers, spills, stages, splits and memory")
-    models_help = f"some of {', '.join(shapes.LAYERS)}; default: 8B"
+    some = f"some of {', '.join(shapes.LAYERS)}"
+    kernels = commands.add_parser("kernels", help="each product's instructions, registers, spills, splits and memory")
+    kernels.add_argument(
+        "models", nargs="*", default=list(shapes.LAYERS), metavar="MODEL", help=f"{some}; default: all"
+    )
+    models_help = f"{some}; default: 8B"
     decode = commands.add_parser("decode", help="memory and launches of a decoding step, and wide copies of kernels")
     decode.add_argument("models", nargs="*", default=["8B"], metavar="MODEL", help=models_help)
     target_help = "target of the implementations; those for cuda:8.0 widen kernels, which tests the check itself"
@@ -331,7 +337,8 @@ def main() -> int:
     results = list((examine_kernels if arguments.command == "kernels" else examine_models)(arguments))
     print(table(results))
     if arguments.command == "kernels" or arguments.target == HOPPER:
-        write(arguments.command, results)
+        partly = arguments.command == "kernels" and arguments.models != list(shapes.LAYERS)
+        write(" ".join([arguments.command, *arguments.models]) if partly else arguments.command, results)
     faulty = [result for result in results if result["faults"]]
     print(f"{len(results) - len(faulty)} of {len(results)} pass all checks")
     return 1 if faulty else 0
