@@ -66,7 +66,9 @@ HARMLESS = {
     ("store", "store commit", "store"): "the group of the next store contains this one",
     ("store wait", "sync", "end"): "the last instruction",
     ("load", "wait", "wait"): "the next waits are for later steps, which end after this one",
-    ("wait", "wait", ANY): "the end of a pipeline: later steps end after this one, or nothing is copied any more",
+    ("wait", "wait", "wait"): "the end of a pipeline: later steps end after this one, or nothing is copied any more",
+    ("wait", "wait", "end"): "the end of a pipeline: nothing is copied any more",
+    ("wait", "wait", "store wait"): "the end of a pipeline: nothing is copied any more",
 }
 """Deletions that may leave a right program: the instruction between its neighbours among those of `KINDS`, and why."""
 
