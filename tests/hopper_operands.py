@@ -1,7 +1,5 @@
 """Random operands of the Hopper kernels, as the kernels take them, and the products in float64."""
 
-import inspect
-
 import jax.numpy as jnp
 import numpy as np
 from helpers import dtype
@@ -54,10 +52,8 @@ def columns_products(rows, outs, features, x="bfloat16", result="float32", of=FP
         values, x_scales = wide_rows(rows, features, x), None
         wide = np.asarray(values).astype(np.float64)
     kernels, scales, blocks = zip(*(kernel_of(out, features, of=of, seed=i) for i, out in enumerate(outs)), strict=True)
-    # Where the number of processors has no default, it is that of an H200.
-    settings = {"processors": 132} if "processors" in inspect.signature(hopper_columns.products).parameters else {}
     results = hopper_columns.products(
-        values, x_scales, kernels, scales, blocks=blocks, result=dtype(result), **settings
+        values, x_scales, kernels, scales, blocks=blocks, result=dtype(result), processors=132
     )
     for y, kernel, scale_inv, sides in zip(results, kernels, scales, blocks, strict=True):
         if check is not None:
