@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import bits, dtype
+from hopper_operands import BLOCK, kernel_of, narrow_rows, wide_rows
 from interpreter import interpreted, required
 from matmuls import FP8, assert_product, widened
 
@@ -16,8 +17,6 @@ pytestmark = required
 
 QUOTIENT_ERROR = 2.0**-23
 """A float32 quotient an ulp off: XLA on a CPU multiplies with the reciprocal of what is constant along a loop."""
-
-BLOCK = (128, 128)
 
 PROCESSORS = 132
 """Streaming multiprocessors of H100 and H200."""
@@ -32,26 +31,6 @@ def slow(*values):
 def on_a_cpu():
     with interpreted():
         yield
-
-
-def kernel_of(out: int, features: int, block=BLOCK, of: str = FP8, seed: int = 0):
-    """`(kernel, scale_inv)`, the scales of every block another."""
-    random = np.random.default_rng([seed, out, features])
-    sides = min(block[0], out), min(block[1], features)
-    kernel = random.normal(size=(out, features)).astype(dtype(of))
-    grid = -(-out // sides[0]), -(-features // sides[1])
-    return jnp.asarray(kernel), jnp.asarray(random.uniform(0.5, 2, grid), jnp.float32), sides
-
-
-def narrow_rows(rows: int, features: int):
-    """`(values, scales)` as the kernels take them, the scales of a block of columns side by side."""
-    random = np.random.default_rng([rows, features])
-    values = random.normal(size=(rows, features)).astype(dtype(FP8))
-    return jnp.asarray(values), jnp.asarray(random.uniform(0.5, 2, (features // 128, rows)), jnp.float32)
-
-
-def wide_rows(rows: int, features: int, of: str):
-    return jnp.asarray(np.random.default_rng([rows, features]).normal(size=(rows, features)).astype(dtype(of)))
 
 
 def float64(values, scales) -> np.ndarray:
