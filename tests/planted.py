@@ -47,7 +47,7 @@ def device(folder, columns=None, rows=None, quantize=None, identity="a device"):
             face._matmuls.clear_cache()
 
 
-def products(x, x_scales, kernels, scales, *, blocks, result):
+def products(x, x_scales, kernels, scales, *, blocks, result, processors):
     """What `hopper_columns.products` returns."""
     wide = x.astype(jnp.float32)
     if x_scales is not None:
@@ -56,7 +56,7 @@ def products(x, x_scales, kernels, scales, *, blocks, result):
     return tuple(jnp.matmul(wide, weight.T, precision="highest").astype(result) for weight in weights)
 
 
-def product(x, x_scales, kernel, scale_inv, *, block, result):
+def product(x, x_scales, kernel, scale_inv, *, block, result, processors):
     """What `hopper_rows.product` returns."""
     return products(x, x_scales, (kernel,), (scale_inv,), blocks=(block,), result=result)[0]
 

@@ -114,6 +114,10 @@ VALUES = np.arange(128, dtype=np.float32) - 64
         ("bfe.s32 %value, %x, 0, 4;", ((np.arange(128) - 64 + 8) & 15) - 8),
         ("bfe.u32 %value, %x, 4, 28;", ((np.arange(128) - 64).astype(np.uint32) >> 4)),
         ("mul.hi.u32 %value, %x, 65536;", (np.arange(128) - 64).astype(np.uint32) >> 16),
+        (
+            "cvt.u16.u32 %short, %x; mul.hi.u16 %high, %short, 497; cvt.u32.u16 %value, %high;",
+            (np.arange(128) - 64).astype(np.uint16).astype(np.uint32) * 497 >> 16,
+        ),
         ("prmt.b32 %value, %x, 0, 0x4440;", (np.arange(128) - 64) & 255),
         ("lop3.b32 %value, %x, 255, 15, 0x28;", ((np.arange(128) - 64) ^ 255) & 15),
         ("shfl.sync.bfly.b32 %value, %tid, 4, 31, -1;", np.arange(128) ^ 4),

@@ -153,7 +153,9 @@ def _wide(ins: Instruction, dtype: np.dtype) -> Step:
 
 
 def _high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a.astype(f"{a.dtype.kind}8") * b.astype(f"{a.dtype.kind}8")) >> a.dtype.type(32)
+    """The upper half of a product of 16 or 32 bits."""
+    wide = np.dtype(f"{a.dtype.kind}{2 * a.itemsize}")
+    return ((a.astype(wide) * b.astype(wide)) >> wide.type(8 * a.itemsize)).astype(a.dtype)
 
 
 def _packed(ins: Instruction, dtype: np.dtype, function: Callable[..., np.ndarray]) -> Step:

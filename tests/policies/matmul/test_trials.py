@@ -25,6 +25,7 @@ from perparam.policies.matmul import (
     warpgroup,
 )
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, choose
+from perparam.policies.targets import MULTIPROCESSORS
 
 W8A16, W8A8, PREFILL = Case(1), Case(1, compute=FP8), Case(129, compute=FP8)
 
@@ -133,8 +134,8 @@ class TestVerdicts:
         sums = [features // hopper_columns.TILE for _, features in trials.SHAPES]
         tiles = [out // hopper_columns.TILE for out, _ in trials.SHAPES]
         bf16 = np.dtype(jnp.bfloat16)
-        assert hopper_columns.splits(tiles[0], sums[0], tile) > 1
-        assert hopper_columns.splits(sum(tiles), sums[0], tile) == 1
+        assert hopper_columns.splits(tiles[0], sums[0], tile, MULTIPROCESSORS) > 1
+        assert hopper_columns.splits(sum(tiles), sums[0], tile, MULTIPROCESSORS) == 1
         assert min(sums) == max(sums) > hopper_columns.stages(sums[0], tile, bf16, bf16)
 
     @pytest.mark.parametrize("compute", [None, FP8])
