@@ -16,6 +16,7 @@ A new kernel needs an entry in `gpu_checks.checks`; a new benchmark is a script 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -45,7 +46,7 @@ device = jax.devices()[0]
 driver = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
 try:
     driver = subprocess.run(driver, capture_output=True, text=True, check=True).stdout.strip()
-except OSError:
+except (OSError, subprocess.CalledProcessError):
     driver = None
 capability = getattr(device, "compute_capability", None)
 print(json.dumps(timing.machine() | {"slug": timing.slug(timing.machine()["device"]), "capability": capability,
@@ -139,8 +140,10 @@ def run_part(part: Part, dry: bool) -> dict[str, Any]:
             output = stopped.stdout or ""
             output = output if isinstance(output, str) else output.decode(errors="replace")
             why = f"stopped after {part.seconds:.0f} s"
-        files = sorted(pathlib.Path(folder).glob("*.json"))
-        results = [json.loads(file.read_text()) for file in files]
+        results = []
+        for file in sorted(pathlib.Path(folder).glob("*.json")):
+            with contextlib.suppress(ValueError):  # a part that was stopped while it wrote
+                results.append(json.loads(file.read_text()))
     return {
         "name": part.name,
         "seconds": round(time.monotonic() - start, 1),

@@ -69,7 +69,7 @@ def attend(
         or not flash.traces(q, prefill.k, prefill.v, prefill.mask, window)
     ):
         return over_slots(q, cache, queries, slots), weights
-    on_gpu = unless_portable(flash_attention, over_slots)
+    on_gpu = unless_portable(flash_attention, over_slots, exportable=False)
 
     def dispatched(*operands: Any) -> jax.Array:
         output: jax.Array = jax.lax.platform_dependent(*operands, cuda=on_gpu, default=over_slots)
@@ -89,7 +89,7 @@ def in_row_major_order(cache: LayerCache) -> LayerCache:
     def constrained(cache: LayerCache) -> LayerCache:
         return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), cache)
 
-    on_gpu = unless_portable(constrained, lambda cache: cache)
+    on_gpu = unless_portable(constrained, lambda cache: cache, exportable=False)
 
     def dispatched(cache: LayerCache) -> LayerCache:
         result: LayerCache = jax.lax.platform_dependent(cache, cuda=on_gpu, default=lambda cache: cache)

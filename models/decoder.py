@@ -65,7 +65,10 @@ class CausalLM(Protocol):
         *,
         first: bool = False,
     ) -> tuple[jax.Array, KVCache]:
-        """Hidden states (b, t, hidden) before the last norm, and the cache that includes the call's tokens."""
+        """Hidden states (b, t, hidden) before the last norm, and the cache that includes the call's tokens.
+
+        first  `cache` is empty; then padding is in the last of the slots that the call fills
+        """
         ...
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -103,8 +103,11 @@ def read(identity: str, kernel: str, kind: str) -> Verdict | None:
     return Verdict(difference) if difference is None or isinstance(difference, str) else None
 
 
-def write(identity: str, kernel: str, kind: str, verdict: Verdict) -> None:
-    """Writes the result of a check, so that another process reads either all of it or nothing."""
+def write(identity: str, kernel: str, kind: str, verdict: Verdict) -> bool:
+    """Writes the result of a check, so that another process reads either all of it or nothing.
+
+    Returns whether it was written.
+    """
     path = _path(identity, kernel, kind)
     record = {"identity": identity, "kernel": kernel, "kind": kind, "difference": verdict.difference}
     with contextlib.suppress(OSError):
@@ -117,6 +120,8 @@ def write(identity: str, kernel: str, kind: str, verdict: Verdict) -> None:
         except OSError:
             os.unlink(temporary)
             raise
+        return True
+    return False
 
 
 def _path(identity: str, kernel: str, kind: str) -> pathlib.Path:

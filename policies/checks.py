@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from . import check_records
 from .check_records import Verdict
@@ -29,6 +30,10 @@ VARIABLE = "PERPARAM_CHECK_KERNELS"
 LIMIT = 120.0
 """Seconds after which a check has failed: a kernel whose barriers never complete does not return.  Compiling the
 kernels of a check takes seconds."""
+
+FAULTS = ("ILLEGAL_ADDRESS", "MISALIGNED_ADDRESS", "ILLEGAL_INSTRUCTION", "INVALID_PC", "LAUNCH_FAILED")
+"""Faults of a kernel, which end the process's use of a GPU.  Other exceptions say little about the kernel, such as too
+little memory: another process compares it again."""
 
 State = Literal["checked", "unchecked", "refused"]
 
@@ -110,8 +115,8 @@ def check(trial: Trial, target: Target, *, run: bool = True) -> Check:
             return Check(trial.kernel, "unchecked", "its first call on this device compares it with the reference")
         if verdict is None:
             verdict = _compared(trial, device)
-            if verdict.lasting:
-                check_records.write(*key, verdict)
+            if verdict.lasting and not check_records.write(*key, verdict):
+                verdict = dataclasses.replace(verdict, lasting=False)
         _verdicts[key] = verdict
         is_news = verdict.refused and run and key not in _warned
         if is_news:
@@ -132,26 +137,32 @@ def _compared(trial: Trial, device: jax.Device) -> Verdict:
     verdicts: list[Verdict] = []
 
     def compare() -> None:
+        ready = False
         try:
             with jax.default_device(device), jax.disable_jit(False), jax.transfer_guard("allow"):
+                jnp.zeros(1).block_until_ready()  # after an earlier fault of another program this raises
+                ready = True
                 verdicts.append(Verdict(trial.compare()))
         except Exception as error:
             text = next(iter(str(error).splitlines()), "")
-            # Memory that other arrays occupy, and warnings that this process turns into errors, say nothing about the
-            # kernel: another process checks again.
-            lasting = "RESOURCE_EXHAUSTED" not in text and not isinstance(error, Warning)
+            lasting = ready and any(fault in text for fault in FAULTS)
             verdicts.append(Verdict(f"it raised {type(error).__name__}: {text}", lasting))
 
     thread = threading.Thread(target=compare, name="perparam-check", daemon=True)
     thread.start()
     thread.join(LIMIT)
-    return verdicts[0] if verdicts else Verdict(f"it did not finish in {LIMIT:.0f} s")
+    if verdicts:
+        return verdicts[0]
+    return Verdict(f"it did not finish in {LIMIT:.0f} s, and may still occupy the device: restart the process", False)
 
 
 def _warning(trial: Trial, device: jax.Device, verdict: Verdict) -> str:
+    kept = (
+        f"Please report this. The result is kept in {check_records.folder()}, and later processes read it; remove the "
+        "folder to check again. "
+    )
     return (
         f"the kernel {trial.kernel!r} ({trial.kind}) is not used: on this {device.device_kind} {verdict.difference}. "
-        "Slower implementations for any device replace it. Please report this. The result is kept in "
-        f"{check_records.folder()}, and later processes read it; remove the folder to check again. "
+        f"Another implementation replaces it; matmul_plan says which. {kept if verdict.lasting else ''}"
         f"matmul_override(check=False), or {VARIABLE}=0 in the environment, uses kernels without a check."
     )

@@ -58,7 +58,7 @@ def products(x, x_scales, kernels, scales, *, blocks, result, processors):
 
 def product(x, x_scales, kernel, scale_inv, *, block, result, processors):
     """What `hopper_rows.product` returns."""
-    return products(x, x_scales, (kernel,), (scale_inv,), blocks=(block,), result=result)[0]
+    return products(x, x_scales, (kernel,), (scale_inv,), blocks=(block,), result=result, processors=processors)[0]
 
 
 def quantized(x):

@@ -21,7 +21,8 @@ class History:
     """The tokens so far, for a processor of logits.
 
     tokens  (b, slots) int32, prompt and answer; meaningless where `real` is False
-    real    (b, slots) bool, True for tokens of prompt or answer, False for padding and empty slots
+    real    (b, slots) bool, True for tokens of prompt or answer, False for padding and empty slots; padding may stand
+            between the prompt and the answer
     prompt  (b, vocabulary) bool, whether a token is in the prompt; None without penalties
     answer  (b, vocabulary) int32, count of each token in the answer; likewise
     """

@@ -118,7 +118,8 @@ def choose(
             raise UnsupportedCast(
                 f"{name!r}, the implementation in matmul_override, does not accept this call: {why}. Use another one."
             )
-        return implementation, Choice(implementation.name, implementation.gist)
+        named = Check(name, "unchecked", "matmul_override names it")
+        return implementation, Choice(implementation.name, implementation.gist, (), (named,) * implementation.opaque)
     refused: list[tuple[str, str]] = []
     checks: list[Check] = []
     for implementation in candidates(target):

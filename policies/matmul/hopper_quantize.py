@@ -30,7 +30,7 @@ LARGEST = dtypes.largest(E4M3)
 
 
 def scales_of(amax: jax.Array) -> jax.Array:
-    """Returns the scales (rows,) of largest magnitudes (rows,): `amax_rule`'s, bit for bit.
+    """Returns the scales (rows,) of largest magnitudes (rows,): those of `amax_rule`, correctly rounded.
 
     Mosaic's division is PTX's `div.full.f32`, which is up to 2 ulp off.  Here the remainder of an approximate quotient
     is exact in float32, fused or not, since 448 q = 512 q - 64 q.  Half of it does not overflow, and small magnitudes
@@ -52,9 +52,10 @@ def quantize(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Arr
     values  (rows, in)      float8_e4m3fn
     scales  (in/128, rows)  float32
 
-    Scales are exactly those of `amax_rule`.  The quotients x / scale are PTX's `div.full.f32`, at most 2 ulp of float32
-    off, so that about two values in a million are rounded to the other of two e4m3 neighbours.  Correct rounding would
-    cost hardly any instructions, but 24 to 64 more registers per thread.
+    Scales are those of `amax_rule`, correctly rounded; XLA's own code for GPUs may be an ulp off.  The quotients
+    x / scale are PTX's `div.full.f32`, at most 2 ulp of float32 off, so that about two values in a million are rounded
+    to the other of two e4m3 neighbours.  Correct rounding would cost hardly any instructions, but 24 to 64 more
+    registers per thread.
 
     The last block of rows may reach beyond x: tensor copies read zeros there, and write nothing.  Scales are copied as
     plain bytes, without bounds, so that their target is padded.

@@ -59,8 +59,9 @@ def of_product(implementation: Implementation, call: Call) -> Trial:
 def of_quantisation(implementation: Implementation, format: Format, x: np.dtype) -> Trial:
     """Returns the trial of an implementation's kernel that quantises activations of dtype `x` to `format`.
 
-    Bounds: for a scale 2**-22 relative to that of `quantize_rows`, since both divide; for a value the error of rounding
-    to e4m3 with this scale, `max(|x| * 2**-4, scale * 2**-10)`, with a margin of 2**-20 for inexact quotients.
+    Bounds: for a scale 2**-22 relative to that of `quantize_rows`, since one of them may be an ulp off; for a value the
+    error of rounding to e4m3 with this scale, `max(|x| * 2**-4, scale * 2**-10)`, with a margin of 2**-20
+    for inexact quotients.
     """
     kind = f"x {dtypes.dtype_name(x)} as {format}"
     return Trial(

@@ -44,6 +44,9 @@ class TestRows:
     def test_tiles(self, rows, out, features, processors):
         rows_product(rows, out, features, processors=processors)
 
+    def test_the_last_tile_reaches_beyond_the_rows(self):
+        rows_product(136, 256, 256, processors=1)
+
     @pytest.mark.parametrize("result", ["bfloat16", "float16"])
     def test_results_in_16_bits(self, result):
         rows_product(128, 256, 256, result, processors=1)
@@ -58,9 +61,10 @@ class TestColumns:
     def test_split_columns(self, x, rows):
         columns_products(rows, [128], 512, x)
 
+    @pytest.mark.parametrize("rows", [136, 256])
     @pytest.mark.parametrize("x", ["bfloat16", FP8])
-    def test_tiles_of_rows(self, x):
-        columns_products(256, [128], 128, x)
+    def test_tiles_of_rows(self, x, rows):
+        columns_products(rows, [128], 128, x)
 
     @pytest.mark.parametrize("x", ["bfloat16", "float16"])
     def test_e5m2(self, x):
@@ -74,9 +78,9 @@ class TestColumns:
         columns_products(8, [128 * 31], 128 * 13, FP8)
 
 
-@pytest.mark.parametrize("of", ["bfloat16", "float16", "float32"])
-def test_quantisation_is_that_of_the_formats(of):
-    x = np.array(wide_rows(64, 256, of))
+@pytest.mark.parametrize(("of", "rows"), [("bfloat16", 64), ("float16", 64), ("float32", 64), ("bfloat16", 72)])
+def test_quantisation_is_that_of_the_formats(of, rows):
+    x = np.array(wide_rows(rows, 256, of))
     x[3] = 0
     x[7, :128] = 0
     values, scales = hopper_quantize.quantize(jnp.asarray(x))

@@ -185,7 +185,7 @@ def opaque(monkeypatch):
     jax.interpreters.mlir.register_lowering(primitive, lower)
     monkeypatch.setattr(flash, "attend", lambda *operands: primitive.bind(*operands[:4], window=operands[4]))
     monkeypatch.setattr(flash, "refuses", lambda *_: None)
-    monkeypatch.setattr(attention, "unless_portable", lambda kernel, _: kernel)
+    monkeypatch.setattr(attention, "unless_portable", lambda kernel, _, **options: kernel)
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *operands, default, cuda=None, **_: (cuda or default)(*operands)
     )
@@ -253,7 +253,7 @@ def test_padding_is_no_part_of_what_the_model_reads(calls, monkeypatch):
     expected = generation.prefill(model, ids, mask)
     assert calls == []
     monkeypatch.setattr(flash, "refuses", lambda *_: None)
-    monkeypatch.setattr(attention, "unless_portable", lambda kernel, _: kernel)
+    monkeypatch.setattr(attention, "unless_portable", lambda kernel, _, **options: kernel)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cuda, **_: cuda(*operands))
     programs.prefill.clear_cache()
     found = generation.prefill(model, ids, mask)
@@ -267,3 +267,19 @@ def test_padding_is_no_part_of_what_the_model_reads(calls, monkeypatch):
         np.testing.assert_array_equal(tokens[row, :count], ids[row, mask[row]])
     # bfloat16 is rounded at other places within the softmax.
     assert relative_error(found.logits, expected.logits) <= 2**-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda", "cuda:9.0"])
+def test_a_prefill_is_exported_for_a_gpu(target):
+    """Without cuDNN's attention and the constraint of layouts, neither of which `jax.export` accepts."""
+    graph, state = nnx.split(Qwen3(CONFIG, policy="bf16", rngs=nnx.Rngs(0)))
+    ids = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+    def prefill(state, ids):
+        model = nnx.merge(graph, state)
+        return model.hidden(ids, None, model.empty_cache(1, 256), first=True)
+
+    with matmul_override(target=target):
+        program = jax.export.export(jax.jit(prefill), platforms=["cuda"])(state, ids)
+    assert program.platforms == ("cuda",)

@@ -37,7 +37,7 @@ class TestVerdicts:
             check(WRONG)
         text = str(caught[0].message)
         assert text.startswith("the kernel 'a kernel' (a kind) is not used: on this ")
-        assert "the product is nan instead of 1. Slower implementations for any device replace it." in text
+        assert "the product is nan instead of 1. Another implementation replaces it; matmul_plan says which." in text
         assert f"kept in {tmp_path / 'perparam' / 'kernel-checks'}, and" in text
         assert "matmul_override(check=False), or PERPARAM_CHECK_KERNELS=0 in the environment" in text
 
@@ -55,6 +55,8 @@ class TestVerdicts:
         with planted.device(tmp_path), pytest.warns(RuntimeWarning, match="it did not finish in 0 s"):
             assert check(Trial("a kernel", "a kind", ended.wait)).state == "refused"
         ended.set()
+        with planted.device(tmp_path):
+            assert check(RIGHT).state == "checked"
 
     def test_a_warning_that_is_an_error_is_raised_once(self, tmp_path):
         with planted.device(tmp_path):
@@ -147,17 +149,42 @@ class TestRecords:
         [
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte"),
             DeprecationWarning("in this process warnings are errors"),
+            OSError(28, "No space left on device"),
+            NotImplementedError("ptxas exited with code 255"),
         ],
     )
-    def test_what_says_nothing_about_the_kernel_is_not_kept(self, tmp_path, error):
+    def test_what_says_little_about_the_kernel_is_not_kept(self, tmp_path, error):
         def compare():
             raise error
 
-        with planted.device(tmp_path), pytest.warns(RuntimeWarning, match=f"it raised {type(error).__name__}: "):
+        with planted.device(tmp_path), pytest.warns(RuntimeWarning) as caught:
             assert check(Trial("a kernel", "a kind", compare)).state == "refused"
+        assert f"it raised {type(error).__name__}: " in str(caught[0].message)
+        assert "is kept" not in str(caught[0].message)
         with planted.device(tmp_path) as compared:
             assert check(RIGHT).state == "checked"
         assert sum(compared.values()) == 1
+
+    def test_a_fault_of_the_device_is_kept(self, tmp_path):
+        def compare():
+            raise RuntimeError("INTERNAL: CUDA_ERROR_MISALIGNED_ADDRESS: misaligned address")
+
+        with planted.device(tmp_path), pytest.warns(RuntimeWarning, match="is kept in"):
+            check(Trial("a kernel", "a kind", compare))
+        with planted.device(tmp_path) as compared, pytest.warns(RuntimeWarning):
+            assert check(RIGHT).state == "refused"
+        assert not compared
+
+    def test_a_device_that_runs_nothing_any_more_says_nothing_about_the_kernel(self, tmp_path, monkeypatch):
+        def broken(*_):
+            raise RuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered")
+
+        with planted.device(tmp_path), monkeypatch.context() as patch:
+            patch.setattr(checks.jnp, "zeros", broken)
+            with pytest.warns(RuntimeWarning):
+                assert check(RIGHT).state == "refused"
+        with planted.device(tmp_path):
+            assert check(RIGHT).state == "checked"
 
     @pytest.mark.parametrize(
         "content",

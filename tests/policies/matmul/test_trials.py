@@ -12,6 +12,7 @@ from interpreter import interpreted, required
 from jax import export
 from matmuls import FP8, Case
 
+from perparam.policies import as_format
 from perparam.policies.matmul import (
     Target,
     hopper_columns,
@@ -24,7 +25,7 @@ from perparam.policies.matmul import (
     trials,
     warpgroup,
 )
-from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, choose
+from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, choose, describe
 from perparam.policies.targets import MULTIPROCESSORS
 
 W8A16, W8A8, PREFILL = Case(1), Case(1, compute=FP8), Case(129, compute=FP8)
@@ -108,7 +109,7 @@ class TestVerdicts:
         def rows(*operands, **settings):
             return planted.product(*operands, **settings).at[137, -1].set(0)  # of 140 rows
 
-        with planted.device(tmp_path, rows=rows), pytest.warns(RuntimeWarning, match="'hopper rows'"):
+        with planted.device(tmp_path, rows=rows), pytest.warns(RuntimeWarning, match="'hopper rows'.*the product is"):
             assert chosen(PREFILL) == ("hopper columns", {"hopper rows": "refused", "hopper columns": "checked"})
 
     @pytest.mark.parametrize("wrong", slow_but(planted.WRONG_QUANTISATION))
@@ -138,15 +139,15 @@ class TestVerdicts:
         assert hopper_columns.splits(sum(tiles), sums[0], tile, MULTIPROCESSORS) == 1
         assert min(sums) == max(sums) > hopper_columns.stages(sums[0], tile, bf16, bf16)
 
-    @pytest.mark.parametrize("compute", [None, FP8])
     @pytest.mark.parametrize("name", [name for name, one in IMPLEMENTATIONS.items() if one.opaque])
-    def test_a_kernel_accepts_the_calls_of_its_trials(self, name, compute):
-        accepted = IMPLEMENTATIONS[name].refuses
-        for rows in (1, 9, 65, 129):
-            call = Case(rows, compute=compute).call
-            if accepted(call) is None:
-                small = [trials._small(call, shape) for shape in trials.SHAPES]
-                assert [accepted(each) for each in small] == [None, None]
+    def test_a_kernel_accepts_the_calls_of_its_trials(self, name):
+        refuses, mxfp8 = IMPLEMENTATIONS[name].refuses, as_format("mxfp8")
+        calls = [Case(rows, compute=compute).call for rows in (1, 9, 65, 129) for compute in (None, FP8)]
+        calls += [describe(rows, (256, 384), np.dtype(jnp.bfloat16), mxfp8, mxfp8) for rows in (65, 129)]
+        accepted = [call for call in calls if refuses(call) is None]
+        assert len(accepted) >= 2
+        small = [trials._small(call, shape) for call in accepted for shape in trials.SHAPES]
+        assert [refuses(call) for call in small] == [None] * len(small)
 
     @pytest.mark.slow
     def test_the_warning_has_the_numbers(self, tmp_path):
@@ -187,9 +188,9 @@ class TestInterpreted:
             assert chosen(W8A8)[0] == "fused reduction"
 
     def test_nor_is_one_with_the_rows_of_tiles_in_another_order(self, monkeypatch):
-        real = warpgroup.load_kernel
-        swapped = lambda ref, dtype: real(ref, dtype)[::-1]  # noqa: E731
-        monkeypatch.setattr(warpgroup, "load_kernel", swapped)
+        real = warpgroup.product_widened
+        swapped = lambda *operands: real(*operands)[::-1]  # noqa: E731
+        monkeypatch.setattr(warpgroup, "product_widened", swapped)
         with pytest.warns(RuntimeWarning, match="on this cpu the product is "):
             assert chosen(W8A16)[0] == "fused reduction"
 
@@ -207,7 +208,7 @@ class TestSwitch:
 
     def test_an_implementation_by_name_is_not_checked(self, tmp_path):
         with planted.device(tmp_path) as compared, matmul_override("hopper columns"):
-            assert chosen(W8A16) == ("hopper columns", {})
+            assert chosen(W8A16) == ("hopper columns", {"hopper columns": "unchecked"})
         assert not compared
 
     @pytest.mark.parametrize("target", ["cpu", "cuda", "cuda:8.0", "tpu"])
