@@ -89,9 +89,9 @@ def extend(
 def _process(
     model: CausalLM, ids: jax.Array, mask: jax.Array, cache: KVCache, tokens: jax.Array, *, first: bool = False
 ) -> Prefix:
-    if first:  # as `hidden` places them in the cache
-        ids, mask = (jnp.take_along_axis(x, padding_last(mask)[0], axis=1) for x in (ids, mask))
-    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, ids, cache.length, axis=1)
+    # As `hidden` places them in the cache.
+    in_cache = jnp.take_along_axis(ids, padding_last(mask)[0], axis=1) if first else ids
+    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, in_cache, cache.length, axis=1)
     hidden, cache = model.hidden(ids, mask, cache, first=first)
     return Prefix(cache, tokens, model.logits(last_token(hidden, mask)).astype(jnp.float32))
 
