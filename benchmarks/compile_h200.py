@@ -190,7 +190,7 @@ def examine_kernels(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
         try:
             yield result | examine(known, implementation, kernels, rows, mode, target)
-        except Exception as error:
+        except Exception as error:  # of XLA, Mosaic or ptxas; the other cases still run
             yield result | {"faults": [f"{type(error).__name__}: {error}".splitlines()[0]]}
 
 

@@ -284,7 +284,7 @@ def main() -> int:
             line({"begins": check.name})
             try:
                 line(judged(check, 2 if arguments.dry else REPEATS))
-            except Exception as error:
+            except Exception as error:  # the other checks still run, and the error is the result of this one
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                 line({"name": check.name, "passed": False, "why": why})
                 if isinstance(error, jax.errors.JaxRuntimeError):

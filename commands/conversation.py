@@ -118,7 +118,7 @@ class Chat:
             except StopIteration as end:
                 completion = end.value
             except KeyboardInterrupt:
-                pass
+                pass  # it ends the answer, and what there is of it counts
             finally:
                 pieces.close()
                 printer.end()

@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *given: Any, **options: Any):
         super().__init__(*given, **{"allow_abbrev": False, **options})
 
+    # `type: ignore`, since typeshed declares overloads for a namespace of another type, which commands do not use.
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Returns what argparse does, after a look at the names: argparse itself reports missing arguments first."""
         for word in args or ():

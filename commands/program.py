@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The message of an error is on stderr.
     """
     if sys.stderr is None:  # closed by the shell, as standard output below
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # open until the process ends
     if sys.stdout is None:
         return _failed("standard output is closed")
     options = parser().parse_args(arguments)
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(message(error))
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
+    except Exception as error:  # whatever else: an internal error, shown with its traceback
         return _unexpected(error)
     return 0
 

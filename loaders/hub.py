@@ -109,7 +109,7 @@ def _snapshot(repo: str, revision: str | None, weights: bool, required: Sequence
         remote_files = {file.rfilename for file in siblings or ()}
     except errors.RevisionNotFoundError as error:
         raise _failure(repo, revision, error) from error
-    except Exception as error:
+    except Exception as error:  # no answer from the hub, see above: the cache may do
         hub_error, missing = error, ", and the cache has no file of it"
     try:
         offline = hub_error is not None
@@ -129,7 +129,7 @@ def _snapshot(repo: str, revision: str | None, weights: bool, required: Sequence
             raise ConnectionError("the connection was lost")
     except PerparamError:
         raise
-    except Exception as error:
+    except Exception as error:  # of many kinds, see above
         # Since 1.22 the first sentence of huggingface_hub's message may say what else the cache lacks.
         if hasattr(error, "snapshot_path"):
             missing = f": {str(error).partition('. ')[0]}"
