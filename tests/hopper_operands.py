@@ -1,5 +1,8 @@
 """Random operands of the Hopper kernels, as the kernels take them, and the products in float64."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import dtype
@@ -8,6 +11,15 @@ from matmuls import FP8, assert_product, widened
 from perparam.policies.matmul import hopper_columns, hopper_rows
 
 BLOCK = (128, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The product y (rows, out) of x (rows, in) with a weight (out, in), both in float64."""
+
+    y: jax.Array
+    x: np.ndarray
+    weight: np.ndarray
 
 
 def kernel_of(out: int, features: int, block=BLOCK, of: str = FP8, seed: int = 0):
@@ -30,31 +42,37 @@ def wide_rows(rows: int, features: int, of: str):
     return jnp.asarray(np.random.default_rng([rows, features]).normal(size=(rows, features)).astype(dtype(of)))
 
 
-def rows_product(rows, out, features, result="float32", block=BLOCK, check=assert_product, processors=132) -> None:
-    """Runs `hopper_rows.product`, and checks it."""
+def rows_product(rows, out, features, result="float32", block=BLOCK, processors=132) -> Product:
+    """What `hopper_rows.product` makes of random operands."""
     x, x_scales = narrow_rows(rows, features)
     kernel, scale_inv, sides = kernel_of(out, features, block)
     settings = {"block": sides, "result": dtype(result), "processors": processors}
     y = hopper_rows.product(x, x_scales, kernel, scale_inv, **settings)
-    if check is not None:
-        wide = widened(x, np.asarray(x_scales).T, (1, 128))
-        check(y, wide, widened(kernel, scale_inv, sides), roundings=4)
+    return Product(y, widened(x, np.asarray(x_scales).T, (1, 128)), widened(kernel, scale_inv, sides))
 
 
-def columns_products(rows, outs, features, x="bfloat16", result="float32", of=FP8, check=assert_product) -> None:
-    """Runs `hopper_columns.products`, and checks them; W8A8 if x is `FP8`."""
+def columns_products(
+    rows, outs, features, x="bfloat16", result="float32", of=FP8, block=BLOCK, processors=132
+) -> list[Product]:
+    """What `hopper_columns.products` makes of random operands, in one launch; W8A8 if x is `FP8`."""
     if x == FP8:
         values, x_scales = narrow_rows(rows, features)
         wide = widened(values, np.asarray(x_scales).T, (1, 128))
+        # What a copy to shared memory takes beyond the rows is never read.
         missing = max(hopper_columns.SCALES - rows, 0)
         x_scales = jnp.pad(x_scales, ((0, 0), (0, missing)), constant_values=jnp.nan)
     else:
         values, x_scales = wide_rows(rows, features, x), None
         wide = np.asarray(values).astype(np.float64)
-    kernels, scales, blocks = zip(*(kernel_of(out, features, of=of, seed=i) for i, out in enumerate(outs)), strict=True)
-    results = hopper_columns.products(
-        values, x_scales, kernels, scales, blocks=blocks, result=dtype(result), processors=132
-    )
-    for y, kernel, scale_inv, sides in zip(results, kernels, scales, blocks, strict=True):
-        if check is not None:
-            check(y, wide, widened(kernel, scale_inv, sides), roundings=4)
+    operands = [kernel_of(out, features, block, of, seed) for seed, out in enumerate(outs)]
+    kernels, scales, blocks = zip(*operands, strict=True)
+    settings = {"blocks": blocks, "result": dtype(result), "processors": processors}
+    results = hopper_columns.products(values, x_scales, kernels, scales, **settings)
+    return [Product(y, wide, widened(*pair)) for y, pair in zip(results, operands, strict=True)]
+
+
+def assert_products(products, result="float32") -> None:
+    """Asserts that products have this dtype, and are those in float64."""
+    for one in products:
+        assert one.y.dtype == dtype(result)
+        assert_product(one.y, one.x, one.weight, roundings=4)

@@ -119,10 +119,10 @@ def compile_case(run) -> Case:
 
 
 CASES = {
-    "rows": lambda: rows_product(128, 256, 640, "bfloat16", processors=1, check=None),
-    "columns W8A16": lambda: columns_products(64, [128 * 100], 128 * 8, check=None),
-    "columns W8A16, split": lambda: columns_products(8, [128], 512, "float16", check=None),
-    "columns W8A8": lambda: columns_products(64, [128 * 100], 128 * 10, FP8, check=None),
+    "rows": lambda: rows_product(128, 256, 640, "bfloat16", processors=1),
+    "columns W8A16": lambda: columns_products(64, [128 * 100], 128 * 8),
+    "columns W8A16, split": lambda: columns_products(8, [128], 512, "float16"),
+    "columns W8A8": lambda: columns_products(64, [128 * 100], 128 * 10, FP8),
     "quantisation": lambda: hopper_quantize.quantize(jnp.asarray(wide_rows(64, 128, "bfloat16"))),
 }
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulator.compiled import emulated
-from hopper_operands import columns_products, rows_product, wide_rows
+from hopper_operands import assert_products, columns_products, rows_product, wide_rows
 from matmuls import FP8
 
 from perparam import quantize
@@ -42,40 +42,40 @@ class TestRows:
         ids=["one step", "a tile per block", "three tiles in a block", "several tiles per block"],
     )
     def test_tiles(self, rows, out, features, processors):
-        rows_product(rows, out, features, processors=processors)
+        assert_products([rows_product(rows, out, features, processors=processors)])
 
     def test_the_last_tile_reaches_beyond_the_rows(self):
-        rows_product(136, 256, 256, processors=1)
+        assert_products([rows_product(136, 256, 256, processors=1)])
 
     @pytest.mark.parametrize("result", ["bfloat16", "float16"])
     def test_results_in_16_bits(self, result):
-        rows_product(128, 256, 256, result, processors=1)
+        assert_products([rows_product(128, 256, 256, result, processors=1)], result)
 
     def test_blocks_of_several_tiles(self):
-        rows_product(128, 256, 512, block=(256, 256))
+        assert_products([rows_product(128, 256, 512, block=(256, 256))])
 
 
 class TestColumns:
     @pytest.mark.parametrize("rows", [8, 16, 32, 64])
     @pytest.mark.parametrize("x", ["bfloat16", "float16", FP8])
     def test_split_columns(self, x, rows):
-        columns_products(rows, [128], 512, x)
+        assert_products(columns_products(rows, [128], 512, x))
 
     @pytest.mark.parametrize("rows", [136, 256])
     @pytest.mark.parametrize("x", ["bfloat16", FP8])
     def test_tiles_of_rows(self, x, rows):
-        columns_products(rows, [128], 128, x)
+        assert_products(columns_products(rows, [128], 128, x))
 
     @pytest.mark.parametrize("x", ["bfloat16", "float16"])
     def test_e5m2(self, x):
-        columns_products(8, [128], 256, x, of="float8_e5m2")
+        assert_products(columns_products(8, [128], 256, x, of="float8_e5m2"))
 
     @pytest.mark.parametrize(("x", "result"), [("bfloat16", "bfloat16"), ("float16", "float16"), (FP8, "bfloat16")])
     def test_several_kernels_in_a_launch(self, x, result):
-        columns_products(8, [256, 128, 128], 256, x, result)
+        assert_products(columns_products(8, [256, 128, 128], 256, x, result), result)
 
     def test_more_steps_than_stages(self):
-        columns_products(8, [128 * 31], 128 * 13, FP8)
+        assert_products(columns_products(8, [128 * 31], 128 * 13, FP8))
 
 
 @pytest.mark.parametrize(("of", "rows"), [("bfloat16", 64), ("float16", 64), ("float32", 64), ("bfloat16", 72)])

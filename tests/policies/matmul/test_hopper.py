@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import bits, dtype
-from hopper_operands import BLOCK, kernel_of, narrow_rows, wide_rows
+from hopper_operands import assert_products, columns_products, kernel_of, rows_product, wide_rows
 from interpreter import interpreted, required
 from matmuls import FP8, assert_product, widened
 
@@ -33,21 +33,11 @@ def on_a_cpu():
         yield
 
 
-def float64(values, scales) -> np.ndarray:
-    return widened(values, np.asarray(scales).T, (1, 128))
-
-
 class TestRows:
     """Tiles of 128 rows of x by 128 of the kernel; at least two of them, since JAX 0.10 crashes on a CPU with one."""
 
-    def check(self, rows, out, features, result="float32", block=BLOCK, processors=PROCESSORS):
-        x, x_scales = narrow_rows(rows, features)
-        kernel, scale_inv, sides = kernel_of(out, features, block)
-        y = hopper_rows.product(
-            x, x_scales, kernel, scale_inv, block=sides, result=dtype(result), processors=processors
-        )
-        assert y.dtype == dtype(result)
-        assert_product(y, float64(x, x_scales), widened(kernel, scale_inv, sides), roundings=4)
+    def check(self, rows, out, features, result="float32", **settings):
+        assert_products([rows_product(rows, out, features, result, **settings)], result)
 
     @pytest.mark.parametrize("processors", [1, 132, *slow(4)])
     def test_tiles_are_shared_out_among_however_many_processors(self, processors):
@@ -83,48 +73,36 @@ REST = [(1, True), (132, False), (8, False), (8, True)]
 class TestColumns:
     """The kernels by tiles of x, their columns split among blocks of the grid."""
 
-    def check(self, x, x_scales, outs, block=BLOCK, of=FP8, result="float32", processors=PROCESSORS):
-        kernels, scales, blocks = zip(*(kernel_of(out, x.shape[1], block, of) for out in outs), strict=True)
-        padded = x_scales
-        if x_scales is not None:  # what a copy to shared memory takes beyond the rows is never read
-            missing = max(hopper_columns.SCALES - x_scales.shape[1], 0)
-            padded = jnp.pad(x_scales, ((0, 0), (0, missing)), constant_values=jnp.nan)
-        results = hopper_columns.products(
-            x, padded, kernels, scales, blocks=blocks, result=dtype(result), processors=processors
-        )
-        wide = np.asarray(x).astype(np.float64) if x_scales is None else float64(x, x_scales)
-        assert len(results) == len(outs)
-        for y, kernel, scale_inv, sides in zip(results, kernels, scales, blocks, strict=True):
-            assert y.dtype == dtype(result)
-            assert_product(y, wide, widened(kernel, scale_inv, sides), roundings=4)
+    def check(self, rows, outs, features, x="bfloat16", result="float32", **settings):
+        products = columns_products(rows, outs, features, x, result, **settings)
+        assert len(products) == len(outs)
+        assert_products(products, result)
 
     @pytest.mark.parametrize("rows", [16, 200, *slow(8, 64, 128, 256)])
     def test_one_and_several_tiles_of_rows(self, rows):
-        self.check(wide_rows(rows, 256, "bfloat16"), None, [128])
+        self.check(rows, [128], 256)
 
     # Rows beyond the last one must not reach the partial sums of the next split.
     @pytest.mark.slow
     @pytest.mark.parametrize(("rows", "narrow"), [(136, False), (200, True)])
     def test_rows_that_are_no_multiple_of_a_tile(self, monkeypatch, rows, narrow):
         monkeypatch.setattr(hopper_columns, "splits", lambda *_: 2)
-        x, x_scales = narrow_rows(rows, 256) if narrow else (wide_rows(rows, 256, "bfloat16"), None)
-        self.check(x, x_scales, [128])
+        self.check(rows, [128], 256, FP8 if narrow else "bfloat16")
 
     @pytest.mark.parametrize("rows", [256, *slow(8, 64, 128)])
     def test_w8a8(self, rows):
-        self.check(*narrow_rows(rows, 256), [256])
+        self.check(rows, [256], 256, FP8)
 
     # A bfloat16 result of e4m3 is what test_columns_whole_and_split has.
     @pytest.mark.parametrize("of", ["float8_e5m2", *slow(FP8)])
     @pytest.mark.parametrize("x", ["float16", *slow("bfloat16")])
     def test_w8a16_has_the_dtype_of_x(self, x, of):
-        self.check(wide_rows(8, 256, x), None, [128], of=of, result=x)
+        self.check(8, [128], 256, x, x, of=of)
 
     @pytest.mark.parametrize("outs", [(384, 128, 128), *slow((128, 256))])
     @pytest.mark.parametrize("narrow", [False, True])
     def test_several_kernels_in_one_launch(self, outs, narrow):
-        x, x_scales = narrow_rows(8, 128) if narrow else (wide_rows(8, 128, "bfloat16"), None)
-        self.check(x, x_scales, outs)
+        self.check(8, outs, 128, FP8 if narrow else "bfloat16")
 
     @pytest.mark.parametrize(
         ("processors", "narrow"),
@@ -132,16 +110,15 @@ class TestColumns:
     )
     def test_columns_whole_and_split(self, processors, narrow):
         assert hopper_columns.splits(2, 4, 8, processors) == {1: 1, 8: 4, 132: 4}[processors]
-        x, x_scales = narrow_rows(8, 512) if narrow else (wide_rows(8, 512, "bfloat16"), None)
-        self.check(x, x_scales, [256], result="bfloat16", processors=processors)
+        self.check(8, [256], 512, FP8 if narrow else "bfloat16", "bfloat16", processors=processors)
 
     def test_more_steps_than_stages(self, monkeypatch):
         monkeypatch.setattr(hopper_columns, "splits", lambda *_: 1)
-        self.check(wide_rows(8, 14 * 128, "bfloat16"), None, [128])
+        self.check(8, [128], 14 * 128)
 
     @pytest.mark.parametrize("block", [(256, 256), *slow((256, 128), (128, 256), (512, 512))])
     def test_blocks_of_several_tiles(self, block):
-        self.check(wide_rows(8, 512, "bfloat16"), None, [256], block=block)
+        self.check(8, [256], 512, block=block)
 
     def test_kernels_with_different_blocks(self):
         x = wide_rows(8, 256, "bfloat16")
