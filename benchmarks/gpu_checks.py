@@ -33,8 +33,10 @@ from jax.typing import ArrayLike
 
 from perparam.models import flash
 from perparam.policies import matmul_override, scaled_matmuls
-from perparam.policies.formats import ScaledArray, stored_format
-from perparam.policies.matmul import IMPLEMENTATIONS, hopper, oracle
+from perparam.policies.checks import Trial
+from perparam.policies.formats import Format, ScaledArray, stored_format
+from perparam.policies.matmul import IMPLEMENTATIONS, hopper, oracle, trials
+from perparam.policies.matmul.dispatch import describe
 
 E4M3, E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
 BF16, F16, F32 = (jnp.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -178,6 +180,27 @@ def attention(tokens: int, padding: str, window: int | None, dtype: np.dtype) ->
     return Check(name, run)
 
 
+def trial(trial: Trial) -> Check:
+    """Returns the check that a kernel passes the trial before its first use: else a benchmark measures another one."""
+
+    def run() -> Iterator[Result]:
+        if why := trial.compare():
+            raise AssertionError(why)
+        yield from ()
+
+    return Check(f"trial: {trial.kernel}, {trial.kind}", run)
+
+
+def trials_of_kernels() -> Iterator[Check]:
+    """Yields the checks of the trials that `generate.py` and the largest products need."""
+    for rows, compute in itertools.product((8, 64, 1000), (None, Format(E4M3))):
+        call = describe(rows, (4096, 4096), BF16, stored_format(E4M3, (128, 128), F32), compute)
+        for implementation in (hopper.COLUMNS, hopper.ROWS):
+            if implementation.refuses(call) is None:
+                yield trial(trials.of_product(implementation, call))
+    yield trial(trials.of_quantisation(hopper.ROWS, hopper.ROWS_FORMAT, BF16))
+
+
 def checks() -> Iterator[Check]:
     """Yields all checks, short ones first within each kind."""
     for rows, features, dtype in itertools.product((1, 64, 1000, 4096), (1024, 4096), (BF16,)):
@@ -208,6 +231,7 @@ def checks() -> Iterator[Check]:
     for padding, window in itertools.product(("none", "last"), (None, 100)):
         yield attention(1024, padding, window, BF16)
     yield attention(130, "last", None, F16)
+    yield from trials_of_kernels()
 
 
 def dry_checks() -> Iterator[Check]:

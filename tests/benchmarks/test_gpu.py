@@ -17,6 +17,7 @@ import pytest
 from interpreter import required
 from matmuls import W8A16_ERROR
 
+from perparam.policies.checks import Trial
 from perparam.policies.matmul import IMPLEMENTATIONS
 from perparam.policies.matmul.dispatch import candidates
 from perparam.policies.matmul.oracle import ORACLE, product
@@ -193,6 +194,24 @@ def test_a_kernel_that_leaves_out_a_step_fails(monkeypatch, narrow):
 
     monkeypatch.setitem(IMPLEMENTATIONS, "planted", dataclasses.replace(ORACLE, name="planted", run=run))
     assert not gpu_checks.judged(gpu_checks.products("planted", 8, (128,), 4096, narrow), 1)["passed"]
+
+
+def test_each_trial_of_a_kernel_is_a_check():
+    names = [check.name for check in gpu_checks.trials_of_kernels()]
+    assert {re.match("trial: (.*?),", name)[1] for name in names} == {
+        "hopper columns", "hopper rows", "hopper rows quantisation",
+    }  # fmt: skip
+    assert set(names) < {check.name for check in gpu_checks.checks()}
+
+
+@pytest.mark.parametrize("why", [None, "the product is nan instead of 1"])
+def test_a_trial_that_fails_is_a_check_that_fails(why):
+    check = gpu_checks.trial(Trial("a kernel", "a kind", lambda: why))
+    if why is None:
+        assert gpu_checks.judged(check, 1)["passed"]
+    else:
+        with pytest.raises(AssertionError, match=why):  # which `main` writes as the reason
+            gpu_checks.judged(check, 1)
 
 
 def test_results_that_change_fail():
