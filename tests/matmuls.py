@@ -87,23 +87,28 @@ def relative_error(found, want) -> float:
     return float(np.linalg.norm(np.asarray(found).astype(np.float64) - want) / np.linalg.norm(want))
 
 
-def marks(name: str, case: Case | None = None) -> list:
+def marks(name: str, case: Case | None = None, *, quick_kernels: bool = False) -> list:
     """The marks of a test of an implementation.
 
-    Kernels need the interpreter, in which they take some tenths of a second: the quick run has one tile of x.  70 rows
-    are for what takes no fewer.
+    Kernels need the interpreter, in which they take seconds: in the quick run they have tests of their own, and those
+    that ask for it, of one tile of x.  70 rows are for what takes no fewer.
     """
     opaque = IMPLEMENTATIONS[name].opaque
-    few_enough = case is None or (name == "hopper rows" if case.rows == 70 else not opaque or case.rows in (2, 5, 8))
-    return [interpreter.required] * opaque + [pytest.mark.slow] * (not few_enough)
+    if case is None:
+        quick = True
+    elif opaque:
+        quick = quick_kernels and (name == "hopper rows" if case.rows == 70 else case.rows in (2, 5, 8))
+    else:
+        quick = case.rows != 70
+    return [interpreter.required] * opaque + [pytest.mark.slow] * (not quick)
 
 
-def takers(*cases: Case):
-    """Each implementation with each of the cases that it takes."""
+def takers(*cases: Case, quick_kernels: bool = False):
+    """Each implementation with each of the cases that it takes; kernels in the quick run if `quick_kernels`."""
     return pytest.mark.parametrize(
         ("name", "case"),
         [
-            pytest.param(name, case, id=f"{name}: {case}", marks=marks(name, case))
+            pytest.param(name, case, id=f"{name}: {case}", marks=marks(name, case, quick_kernels=quick_kernels))
             for name, one in IMPLEMENTATIONS.items()
             for case in cases
             if one.refuses(case.call) is None

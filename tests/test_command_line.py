@@ -109,6 +109,7 @@ def test_generate_stops_at_a_text(texts, continued, capsys):
         assert 1 <= count <= 12
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_what_was_drawn(texts, continued, capsys):
     drawn = [generated(texts, capsys, "--prompt", "hello", "--temperature", "0.7", "--seed", "1") for _ in range(2)]
     assert drawn[0] == drawn[1]
@@ -116,6 +117,7 @@ def test_a_seed_repeats_what_was_drawn(texts, continued, capsys):
     assert len(others | {drawn[0][0], continued}) == 4
 
 
+@pytest.mark.slow
 def test_a_penalty_alone_draws_nothing(texts, capsys):
     options = ["--prompt", "hello", "--repetition-penalty", "1.3", "--seed"]
     assert len({generated(texts, capsys, *options, seed) for seed in "123"}) == 1
@@ -133,6 +135,7 @@ def test_generate_draws_as_generation_config_says_unless_told(texts, continued, 
     assert generated(str(folder), capsys, "--prompt", "hello", "--top-k", "1")[0] == continued
 
 
+@pytest.mark.slow
 def test_compare_prints_a_table(texts, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["perparam.loaders.compare"], "_speed", lambda *_: 1234.5)  # takes four programs
     (tmp_path / "text.txt").write_text("hello world, what is the weather there?", encoding="utf-8")

@@ -17,6 +17,7 @@ from perparam.models.generation import programs
 from perparam.models.kv_cache import EMPTY
 
 
+@pytest.mark.slow
 def test_only_thinking_and_the_summary_are_dim(chat, screen):
     talk = chat()
     talk.take("why")

@@ -77,6 +77,7 @@ def test_an_answer_comes_with_its_summary(talk):
     assert dimmed(talk.say("hello there, hello"))[0].startswith(" world there\r\n3 tokens")
 
 
+@pytest.mark.slow
 def test_thinking_is_dimmed_on_the_terminal(talk):
     assert f"{DIM}<think> think string</think>{PLAIN} answer\r\n" in talk.say("why")
 

@@ -65,6 +65,7 @@ def tuned(tmp_path, compute, steps=8):
     return model, before, losses, optimizer
 
 
+@pytest.mark.slow
 def test_over_a_checkpoint_fp8_kernels_stay_and_the_rest_learns(tmp_path):
     model, before, losses, optimizer = tuned(tmp_path, "bf16", steps=30)
     after = nnx.to_pure_dict(nnx.state(model))

@@ -146,6 +146,7 @@ def test_the_plan_is_the_policys(plain, quantised):
     assert {row.path: row for row in quantised.plan.rows} == planned
 
 
+@pytest.mark.slow
 def test_a_model_is_audited_as_its_folder_and_left_as_it_was(plain, quantised):
     model = perparam.load_model(plain)
     before = checkpoints.arrays(model)

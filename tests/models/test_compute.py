@@ -66,6 +66,7 @@ def test_weight_only_is_off_by_bfloat16s_rounding(folder, exact):
     assert FLOAT32_ERROR < error(model, exact) <= BF16_ERROR
 
 
+@pytest.mark.slow
 def test_dynamic_is_off_by_the_rounding_of_activations(folder, exact):
     model = perparam.load_model(folder, "fp8_dynamic")
     found = error(model, exact)

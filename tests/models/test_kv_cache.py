@@ -341,7 +341,8 @@ def test_without_a_cache_a_call_sees_what_a_cache_would_keep(models, name):
     assert relative_error(fed(models[name]), whole, MASK) <= 1e-5
 
 
-@pytest.mark.parametrize("activations", [BF16, pytest.param(np.dtype(np.float16), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", [BF16, np.dtype(np.float16)], ids=str)
 def test_the_activations_dtype_is_exact(folder, activations):
     """What is kept in the dtype it was made in, or a wider one, is bit for bit what is kept without the slot."""
     plain = perparam.load_model(folder, Policy(compute=activations))

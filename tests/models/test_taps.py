@@ -140,6 +140,7 @@ def test_it_works_in_compiled_functions(model, observed):
     np.testing.assert_allclose(seen[WEIGHTS[0]], observed[1][WEIGHTS[0]], rtol=0, atol=FLOAT32_ERROR)
 
 
+@pytest.mark.slow
 def test_gradients_go_through_what_is_changed(model):
     """The derivative by a value is that of adding to it: of what the second layer's window sees."""
 

@@ -178,6 +178,7 @@ class TestRegistry:
         pair = scaled_matmul(x, array.values, array.scale_inv, block=(1, 32), compute="f8_e4m3fn")
         np.testing.assert_array_equal(scaled_matmul(x, array, compute="f8_e4m3fn"), pair)
 
+    @pytest.mark.slow
     def test_several_formats_share_a_call(self):
         arrays = [quantize(np.ones((256, 256), np.float32), of) for of in ("f8_e4m3fn", "mxfp8")]
         x = jnp.ones((128, 256), jnp.bfloat16)

@@ -110,6 +110,7 @@ for name, policy in {"kept": None, "requantised": requantised}.items():
 """
 
 
+@pytest.mark.slow
 def test_a_model_over_several_devices_is_saved_as_one_on_one_device(tmp_path):
     python(OVER_DEVICES, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert_same_tensors(checkpoints.read(tmp_path / "kept cut"), checkpoints.read(tmp_path / "source"))

@@ -48,7 +48,7 @@ def read(monkeypatch):
         ([*range(3, 23)], [("extend", 16)]),
         ([*range(3, 9)], [("extend", 16)]),
         ([50, 51, 52], [("prefill", 16)]),
-        ([*range(3, 23), *range(70)], [("prefill", 96)]),
+        pytest.param([*range(3, 23), *range(70)], [("prefill", 96)], marks=pytest.mark.slow),
     ],
     ids=["goes on", "turns off", "the same", "its beginning", "another", "too long for the cache"],
 )

@@ -93,6 +93,7 @@ def test_no_wide_copy_lasts_where_activations_are_narrow_too():
     assert wide_copies(program("fp8_dynamic")) == set()
 
 
+@pytest.mark.slow
 def test_no_wide_copy_leaves_the_reading_of_prompts():
     text = read(abstract(CONFIG, NARROW), BATCH, 16, 24).compile().as_text()
     assert re.search(r"f8e4m3fn\[768,512\]\S* parameter\(", text)
@@ -230,6 +231,7 @@ def test_drawing_needs_no_sort_of_the_vocabulary_unless_asked():
     assert " sort(" in compiled(model, BATCH, LENGTH, NEW, Sampling(top_p=0.9)).as_text()
 
 
+@pytest.mark.slow
 def test_a_donated_cache_leaves_no_warning_and_is_gone(tmp_path):
     config = checkpoints.fields(num_hidden_layers=1)
     model = perparam.load_model(checkpoints.write(tmp_path, config, checkpoints.tensors(config)), "f32")

@@ -42,6 +42,7 @@ def test_a_row_is_answered_by_its_seed_whatever_the_batch(model):
         np.testing.assert_array_equal(alone[0], together[row])
 
 
+@pytest.mark.slow
 def test_the_logits_of_a_row_are_those_of_the_row_alone(model):
     together = prefill(model, EIGHT, EIGHT_MASK, max_new_tokens=NEW).logits
     for row in range(8):
@@ -50,6 +51,7 @@ def test_the_logits_of_a_row_are_those_of_the_row_alone(model):
         assert relative_error(together[row], alone[0]) <= FLOAT32_ERROR
 
 
+@pytest.mark.slow
 def test_equal_rows_of_one_seed_differ_and_calls_do_not(model):
     same = np.repeat(EIGHT[:1], 8, axis=0)
     tokens = np.asarray(generate(model, same, None, NEW, eos_token_id=(), sampling=WARM, key=3))

@@ -79,14 +79,14 @@ def multiply_if_taken(name: str, case: Case, *operands) -> np.ndarray | None:
 
 
 class TestEveryImplementation:
-    @takers(*GAUSSIAN["W8A16"])
+    @takers(*GAUSSIAN["W8A16"], quick_kernels=True)
     def test_w8a16_is_the_product_in_float64_up_to_the_rounding_of_the_result(self, name, case):
         operands = case.operands()
         y = multiply(name, case, *operands)
         assert y.dtype == dtype("bfloat16")
         assert relative_error(y, exact(*operands, case.sides)) <= W8A16_ERROR
 
-    @takers(*GAUSSIAN["W8A8"])
+    @takers(*GAUSSIAN["W8A8"], quick_kernels=True)
     def test_w8a8_is_the_product_in_float64_up_to_the_rounding_of_activations(self, name, case):
         operands = case.operands()
         y = multiply(name, case, *operands)

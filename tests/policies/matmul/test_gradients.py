@@ -77,7 +77,7 @@ def y_gradient_of(case: Case) -> np.ndarray:
     return np.random.default_rng(9).normal(size=(case.rows, case.shape[0])).astype(dtype(case.x))
 
 
-@takers(*NARROW, *PLAIN)
+@takers(*NARROW, *PLAIN, quick_kernels=True)
 def test_of_x(name, case):
     x, kernel, scale_inv = case.operands()
     dy = y_gradient_of(case)
