@@ -6,6 +6,7 @@ Heads are those of Qwen3-8B: 32 for queries, 8 for keys and values, 128 wide, in
 each round; ratios are computed within a round, and their medians and quartiles are reported.
 
     flash                 cuDNN, for a prompt without padding and with padding at the end; on NVIDIA GPUs
+    flash, mask           cuDNN with a mask in memory, as for prompts after a prefix
     plain                 XLA, with scores in memory, in chunks
     decode N of S slots   XLA, one token after N tokens in a cache of S slots
 
@@ -67,7 +68,16 @@ def prompt(rows: int, tokens: int) -> dict[str, Callable[[], timing.Timed]]:
     def build(function: Callable[..., Any], mask: jax.Array) -> Callable[[], timing.Timed]:
         return functools.partial(timing.timed, function, [(*operands, mask)] * 2, operations)
 
-    return {"plain": build(plain, real), "flash": build(by_flash, real), "flash, padded": build(by_flash, padded)}
+    def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        seen = jnp.tril(jnp.ones((tokens, tokens), bool)) & mask[:, None]
+        return flash.attend_masked(q, k, v, seen, "cudnn" if timing.on_gpu() else "xla")
+
+    return {
+        "plain": build(plain, real),
+        "flash": build(by_flash, real),
+        "flash, padded": build(by_flash, padded),
+        "flash, mask": build(masked, real),
+    }
 
 
 def decoding(rows: int, tokens: int, slots: int) -> dict[str, Callable[[], timing.Timed]]:

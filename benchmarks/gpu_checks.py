@@ -180,6 +180,24 @@ def attention(tokens: int, padding: str, window: int | None, dtype: np.dtype) ->
     return Check(name, run)
 
 
+def masked_attention(tokens: int, slots: int, dtype: np.dtype) -> Check:
+    """Returns the check of cuDNN's attention with a mask, of tokens that follow others in a cache of `slots`."""
+
+    def run() -> Iterator[Result]:
+        random = np.random.default_rng(tokens)
+        q = random.standard_normal((2, tokens, 16, 128)).astype(dtype)
+        k, v = (random.standard_normal((2, slots, 8, 128)).astype(dtype) for _ in range(2))
+        start = slots // 2 + np.arange(tokens)
+        holes = random.random((2, 1, slots)) < 0.9
+        seen = (np.arange(slots) <= start[:, None]) & holes
+        run = jax.jit(flash.attend_masked, static_argnums=4)
+        found = run(q, k, v, seen, "cudnn" if timing.on_gpu() else "xla")
+        want = run(*(array.astype(np.float32) for array in (q, k, v)), seen, "xla")
+        yield found, want, np.full(want.shape, FLASH_ERROR * np.abs(want).max())
+
+    return Check(f"flash attention with a mask: {tokens} tokens, {slots} slots, {dtype}", run)
+
+
 def trial(trial: Trial) -> Check:
     """Returns the check that a kernel passes the trial before its first use: else a benchmark measures another one."""
 
@@ -231,6 +249,8 @@ def checks() -> Iterator[Check]:
     for padding, window in itertools.product(("none", "last"), (None, 100)):
         yield attention(1024, padding, window, BF16)
     yield attention(130, "last", None, F16)
+    yield masked_attention(512, 2048, BF16)
+    yield masked_attention(131, 1000, F16)
     yield from trials_of_kernels()
 
 
@@ -241,6 +261,7 @@ def dry_checks() -> Iterator[Check]:
     yield products("hopper columns", 5, (128, 128), 128, True)
     yield products("hopper rows", 70, (256,), 128, True)
     yield attention(130, "last", None, BF16)
+    yield masked_attention(131, 280, BF16)
 
 
 def judged(check: Check, repeats: int) -> dict[str, Any]:

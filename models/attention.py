@@ -17,7 +17,10 @@ from . import flash
 from .kv_cache import LayerCache, update_slice
 
 SCORES = 2**26
-"""Most bytes of attention scores held at once, all heads together."""
+"""Most bytes of attention scores held at once, all heads together, and of masks."""
+
+Attend = Callable[[jax.Array, jax.Array, LayerCache, jax.Array], jax.Array]
+"""A function of q (b, kv, h/kv, t, d), queries, cache and slots, which returns attention in q's shape."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,18 +46,24 @@ def attend(
     queries  (b, t) int32  positions of the queries
     slots    (b, s) int32  positions of the keys
     window   a query sees the keys less than `window` positions before it; None: all
-    prefill  the same keys and values before they entered an empty cache, for cuDNN's flash attention, where that
-             accepts the call; derivatives and batches (`vmap`) are those of attention over the slots
+    prefill  the same keys and values before they entered an empty cache, for cuDNN's causal attention; None: its
+             attention with a mask, which is also for tokens that follow others
     weights  function without arguments that returns the attention weights (b, h, t, s) in q's dtype
 
-    Scores and softmax are float32. The queries of a long prompt are processed in chunks, so that never more than SCORES
-    bytes of scores are held.
+    On a GPU this is cuDNN's flash attention where that accepts the call; derivatives and batches (`vmap`) are those of
+    attention over the slots.  There, scores and softmax are float32, and the queries of a long prompt are processed in
+    chunks, so that never more than SCORES bytes of scores are held.
     """
 
     def over_slots(
         q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array, _: PrefillKV | None = None
     ) -> jax.Array:
-        return _over_slots(window, q, cache, queries, slots)
+        return _over_slots(functools.partial(_attend, window), 4 * q.shape[2], q, cache, queries, slots)
+
+    def with_mask(
+        q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array, _: PrefillKV | None = None
+    ) -> jax.Array:
+        return _over_slots(functools.partial(_attend_by_flash, window), q.dtype.itemsize, q, cache, queries, slots)
 
     def flash_attention(q: jax.Array, _: LayerCache, __: jax.Array, ___: jax.Array, prefill: PrefillKV) -> jax.Array:
         return flash.attend(q, prefill.k, prefill.v, prefill.mask, window).reshape(*q.shape[:2], -1)
@@ -63,19 +72,21 @@ def attend(
         b, t, heads, _ = q.shape
         return _weights(window, _grouped(q, cache), queries, cache, slots).astype(q.dtype).reshape(b, heads, t, -1)
 
-    if (
-        prefill is None
-        or flash.refuses(here(), q.shape[1], q.shape[3], q.dtype, cache.dtype)
-        or not flash.traces(q, prefill.k, prefill.v, prefill.mask, window)
-    ):
+    if flash.refuses(here(), q.shape[1], q.shape[3], q.dtype, cache.dtype):
         return over_slots(q, cache, queries, slots), weights
-    on_gpu = unless_portable(flash_attention, over_slots, exportable=False)
+    if prefill is not None:
+        traces = flash.traces(q, prefill.k, prefill.v, prefill.mask, window)
+    else:
+        traces = slots.shape[1] % flash.SLOTS == 0 and flash.traces_masked(q, cache.values)
+    if not traces:
+        return over_slots(q, cache, queries, slots), weights
+    on_gpu = unless_portable(with_mask if prefill is None else flash_attention, over_slots, exportable=False)
 
     def dispatched(*operands: Any) -> jax.Array:
         output: jax.Array = jax.lax.platform_dependent(*operands, cuda=on_gpu, default=over_slots)
         return output
 
-    return _differentiated_as(over_slots, dispatched)(q, cache, queries, slots, prefill), weights
+    return differentiated_as(over_slots, dispatched)(q, cache, queries, slots, prefill), weights
 
 
 def in_row_major_order(cache: LayerCache) -> LayerCache:
@@ -95,10 +106,10 @@ def in_row_major_order(cache: LayerCache) -> LayerCache:
         result: LayerCache = jax.lax.platform_dependent(cache, cuda=on_gpu, default=lambda cache: cache)
         return result
 
-    return _differentiated_as(lambda cache: cache, dispatched)(cache)
+    return differentiated_as(lambda cache: cache, dispatched)(cache)
 
 
-def _differentiated_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+def differentiated_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, an implementation of `plain` that JAX can neither differentiate nor batch."""
     batchable = jax.custom_batching.custom_vmap(function)
     result = jax.custom_jvp(batchable)
@@ -124,30 +135,38 @@ def _grouped(q: jax.Array, cache: LayerCache) -> jax.Array:
     return q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4)
 
 
-def _over_slots(window: int | None, q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array) -> jax.Array:
-    """See `attend`."""
+def _over_slots(
+    attend: Attend, row: int, q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array
+) -> jax.Array:
+    """See `attend`; the function `attend` takes `row` bytes for one query and one slot."""
     b, t, heads, d = q.shape
     grouped = _grouped(q, cache)
-    size = _chunk(t, 4 * b * heads * slots.shape[1])
+    size = _chunk(t, row * b * slots.shape[1])
     if size == t:
-        mixed = _attend(window, grouped, queries, cache, slots)
+        mixed = attend(grouped, queries, cache, slots)
     else:
         padding = -t % size
         padded = jnp.pad(grouped, ((0, 0),) * 3 + ((0, padding), (0, 0)))
         positions = jnp.pad(queries, ((0, 0), (0, padding)))
-        mixed = _attend_in_chunks(window, size, padded, positions, cache, slots)[:, :, :, :t]
+        mixed = _attend_in_chunks(attend, size, padded, positions, cache, slots)[:, :, :, :t]
     return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, heads * d)
+
+
+def _seen(window: int | None, queries: jax.Array, slots: jax.Array) -> jax.Array:
+    """Whether each query sees each slot, (b, t, s) bool."""
+    distance = queries[:, :, None] - slots[:, None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def _weights(window: int | None, q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array) -> jax.Array:
     """Attention weights of q (b, kv, g, t, d) over the slots: (b, kv, g, t, s) float32."""
-    distance = queries[:, :, None] - slots[:, None, :]
-    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     scores = _product(q, cache.typed(cache.keys)) * jnp.float32(q.shape[-1] ** -0.5)
     if cache.key_scales is not None:
         scores = scores * cache.key_scales[:, :, None, None, :]
     # Finite, so that the row of a padding token, which sees nothing, is not NaN.
-    return jax.nn.softmax(jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    return jax.nn.softmax(
+        jnp.where(_seen(window, queries, slots)[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1
+    )
 
 
 def _attend(window: int | None, q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array) -> jax.Array:
@@ -162,11 +181,22 @@ def _attend(window: int | None, q: jax.Array, queries: jax.Array, cache: LayerCa
     return (sums * largest_scale).astype(q.dtype)
 
 
+def _attend_by_flash(
+    window: int | None, q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array
+) -> jax.Array:
+    """`_attend` by cuDNN."""
+    b, kv, g, t, d = q.shape
+    by_token = q.transpose(0, 3, 1, 2, 4).reshape(b, t, kv * g, d)
+    k, v = cache.keys.transpose(0, 3, 1, 2), cache.values.transpose(0, 2, 1, 3)
+    mixed = flash.attend_masked(by_token, k, v, _seen(window, queries, slots))
+    return mixed.reshape(b, t, kv, g, d).transpose(0, 2, 3, 1, 4)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attend_in_chunks(
-    window: int | None, size: int, q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array
+    attend: Attend, size: int, q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array
 ) -> jax.Array:
-    """`_attend` for `size` queries at a time; each result overwrites its queries.
+    """`attend` for `size` queries at a time; each result overwrites its queries.
 
     A loop that collects its results starts from zeros, and XLA allocates the zeros of all layers before the first one.
     """
@@ -174,17 +204,17 @@ def _attend_in_chunks(
     def step(i: jax.Array, output: jax.Array) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(output, i * size, size, axis=3)
         positions = jax.lax.dynamic_slice_in_dim(queries, i * size, size, axis=1)
-        return update_slice(output, _attend(window, part, positions, cache, slots), i * size, axis=3)
+        return update_slice(output, attend(part, positions, cache, slots), i * size, axis=3)
 
     return jax.lax.fori_loop(0, q.shape[3] // size, step, q)
 
 
 @_attend_in_chunks.defjvp
-def _attend_in_chunks_jvp(window: int | None, size: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _attend_in_chunks_jvp(attend: Attend, size: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """The derivative collects the chunks, and computes each a second time in the backward pass."""
 
     def in_chunks(q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array) -> jax.Array:
-        mixed = jax.checkpoint(lambda part: _attend(window, part[0], part[1], cache, slots))
+        mixed = jax.checkpoint(lambda part: attend(part[0], part[1], cache, slots))
         parts = q.reshape(*q.shape[:3], -1, size, q.shape[4])
         positions = queries.reshape(queries.shape[0], -1, size)
         results = jax.lax.map(mixed, (jnp.moveaxis(parts, 3, 0), jnp.moveaxis(positions, 1, 0)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from ..policies.targets import Target
 
 LEAST = 128
 """Tokens of the shortest prompt that uses it; the scores of shorter ones are small."""
+
+SLOTS = 8
+"""Keys of a call with a mask are a multiple of this, so that the rows of the mask begin at multiples of 16 bytes."""
 
 _CAPABILITY, _WIDEST = (8, 0), 128
 
@@ -76,10 +80,40 @@ def attend(
     return jnp.where(mask[:, :, None, None], mixed, 0)
 
 
+def attend_masked(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, implementation: Literal["cudnn", "xla"] = "cudnn"
+) -> jax.Array:
+    """Attention of q over those keys that each query sees, (b, t, h, d) in q's dtype.
+
+    cuDNN adds the mask to scores as a bias in q's dtype, which is in memory, once for all heads.
+
+    q               (b, t, h, d)
+    k, v            (b, s, kv, d), in q's dtype; s is a multiple of `SLOTS`
+    seen            (b, t, s) bool; a query that sees nothing has the mean of all values
+    implementation  as for `attend`
+
+    Raises:
+      RuntimeError, NotImplementedError: from JAX, without a cuDNN that supports the call; see `traces_masked`.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation=implementation)
+
+
 def traces(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, window: int | None) -> bool:
-    """Whether the installed cuDNN supports this call."""
+    """Whether the installed cuDNN supports this call of `attend`."""
+    return _traces(lambda q, k, v, mask: attend(q, k, v, mask, window), q, k, v, mask)
+
+
+def traces_masked(q: jax.Array, values: jax.Array) -> bool:
+    """Whether the installed cuDNN supports calls of `attend_masked` for values (b, kv, s, d)."""
+    b, kv, s, d = values.shape
+    k = jax.ShapeDtypeStruct((b, s, kv, d), values.dtype)
+    return _traces(attend_masked, q, k, k, jax.ShapeDtypeStruct((b, q.shape[1], s), jnp.bool_))
+
+
+def _traces(function: Callable[..., jax.Array], *operands: Any) -> bool:
     try:
-        jax.eval_shape(lambda q, k, v, mask: attend(q, k, v, mask, window), q, k, v, mask)
+        jax.eval_shape(function, *operands)
     except (RuntimeError, NotImplementedError):
         return False
     return True

@@ -52,6 +52,25 @@ def test_it_is_attention_over_slots(padding, window):
     assert (np.asarray(found)[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("window", [None, 7])
+def test_with_a_mask_it_is_attention_over_slots(monkeypatch, window, chunk):
+    """After a prefix, with slots that hold nothing, padding between tokens, and queries in chunks."""
+    if chunk:
+        monkeypatch.setattr(attention, "_chunk", lambda *_: chunk)
+    monkeypatch.setattr(flash, "attend_masked", functools.partial(flash.attend_masked, implementation="xla"))
+    q, k, v = inputs(np.float32)
+    mask = jnp.asarray(MASKS["middle"])
+    k, v = (jnp.pad(x, ((0, 0), (0, 11), (0, 0), (0, 0)), constant_values=7) for x in (k, v))
+    _, slots = token_positions(mask, jnp.zeros(2, jnp.int32))
+    slots = jnp.pad(slots, ((0, 0), (0, 11)), constant_values=EMPTY)
+    queries = jnp.broadcast_to(jnp.arange(10, 30), (2, 20))
+    call = q[:, :20], LayerCache.of(k, v, F32), queries, slots
+    expected, _ = attention.attend(*call, window)
+    found = attention._over_slots(functools.partial(attention._attend_by_flash, window), 4, *call)
+    assert relative_error(found, expected) <= 2e-6
+
+
 def test_rows_without_a_real_token_are_zero():
     q, k, v = inputs(BF16)
     found = flash.attend(q, k, v, jnp.zeros((2, LENGTH), bool), None, "xla")
@@ -98,13 +117,18 @@ def _fresh():
 @pytest.fixture
 def calls(monkeypatch):
     """What flash attention was traced for; JAX's plain implementation stands in for cuDNN."""
-    seen, real = [], flash.attend
+    seen, real, real_masked = [], flash.attend, flash.attend_masked
 
     def attend(q, k, v, mask, window):
         seen.append(q.shape)
         return real(q, k, v, mask, window, "xla")
 
+    def attend_masked(q, k, v, mask):
+        seen.append((*q.shape, "masked"))
+        return real_masked(q, k, v, mask, "xla")
+
     monkeypatch.setattr(flash, "attend", attend)
+    monkeypatch.setattr(flash, "attend_masked", attend_masked)
     return seen
 
 
@@ -154,8 +178,6 @@ def call_lowered(function, *arrays):
 
 
 IDS = jax.ShapeDtypeStruct((1, flash.LEAST), jnp.int32)
-SQUARE = f"x{flash.LEAST}x{flash.LEAST}xf32>"
-"""In the text of a program that holds all scores."""
 
 
 def test_a_call_without_cache_and_padding_uses_it(calls):
@@ -163,10 +185,22 @@ def test_a_call_without_cache_and_padding_uses_it(calls):
     assert len(calls) >= CONFIG.num_hidden_layers
 
 
-def test_a_call_with_a_mask_does_not(calls):
+def test_a_call_with_a_mask_uses_it(calls):
     mask = jax.ShapeDtypeStruct(IDS.shape, bool)
-    assert SQUARE in call_lowered(lambda model, ids, mask: model(ids, mask), IDS, mask)
+    call_lowered(lambda model, ids, mask: model(ids, mask), IDS, mask)
+    assert set(calls) == {(1, flash.LEAST, 4, 16, "masked")}
+
+
+def test_a_mask_whose_rows_are_not_aligned_does_not(calls):
+    ids, mask = (jax.ShapeDtypeStruct((1, flash.LEAST + 1), dtype) for dtype in (jnp.int32, bool))
+    call_lowered(lambda model, ids, mask: model(ids, mask), ids, mask)
     assert calls == []
+
+
+def test_a_prompt_after_a_prefix_uses_it(calls):
+    cache = jax.eval_shape(lambda: Qwen3(CONFIG, policy="bf16", rngs=nnx.Rngs(0)).empty_cache(1, 512))
+    call_lowered(lambda model, ids, cache: model.hidden(ids, None, cache)[0], IDS, cache)
+    assert set(calls) == {(1, flash.LEAST, 4, 16, "masked")}
 
 
 @pytest.fixture
@@ -185,6 +219,7 @@ def opaque(monkeypatch):
     jax.interpreters.mlir.register_lowering(primitive, lower)
     monkeypatch.setattr(flash, "attend", lambda *operands: primitive.bind(*operands[:4], window=operands[4]))
     monkeypatch.setattr(flash, "refuses", lambda *_: None)
+    monkeypatch.setattr(flash, "traces_masked", lambda *_: False)
     monkeypatch.setattr(attention, "unless_portable", lambda kernel, _, **options: kernel)
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *operands, default, cuda=None, **_: (cuda or default)(*operands)
