@@ -117,7 +117,7 @@ class Linear(nnx.Module):
             return y.astype(dtype)
         return (y + saturating_cast(self.bias[...], self.bias_compute or dtype).astype(y.dtype)).astype(dtype)
 
-    def _launch_key(self) -> tuple[Any, ...] | None:
+    def launch_key(self) -> tuple[Any, ...] | None:
         """Equal for projections of the same x that one kernel launch can compute; None for a layer that cannot join."""
         if type(self) is not Linear or self.scale_inv is None:
             return None
@@ -127,7 +127,7 @@ class Linear(nnx.Module):
 def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
     """`layer(x)` of each layer; narrow `Linear`s that differ only in width share one `scaled_matmuls`."""
     linears = [layer for layer in layers if isinstance(layer, Linear)]
-    keys = {layer._launch_key() for layer in linears}
+    keys = {layer.launch_key() for layer in linears}
     if len(linears) < len(layers) or len(keys) > 1 or None in keys:
         return tuple(layer(x) for layer in layers)
     first = linears[0]

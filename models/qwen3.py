@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 from flax import nnx
 
 from ..policies.scope import Scope
@@ -38,9 +37,9 @@ class Qwen3Attention(Attention):
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, policy=policy.at("q_norm"), rngs=rngs)
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, policy=policy.at("k_norm"), rngs=rngs)
 
-    def normalize(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Normed queries and keys (b, t, heads, head_dim)."""
-        return self.q_norm(q), self.k_norm(k)
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm]:
+        """The norms of queries and of keys."""
+        return self.q_norm, self.k_norm
 
 
 class Qwen3(Decoder):

@@ -97,6 +97,11 @@ def within(*names: str | int) -> Iterator[None]:
         _active.reset(token)
 
 
+def active() -> bool:
+    """Whether this is a context of `using`."""
+    return _active.get() is not None
+
+
 def tap(name: str, value: jax.Array) -> jax.Array:
     """`value`, or its replacement."""
     if (active := _active.get()) is None:

@@ -6,7 +6,7 @@ Numerics follow transformers' `modeling_llama` and `modeling_qwen3`, rounding po
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,16 +45,17 @@ class Attention(nnx.Module):
         self.v_proj = projection("v_proj", config.hidden_size, self.kv_heads * self.head_dim)
         self.o_proj = projection("o_proj", self.heads * self.head_dim, config.hidden_size)
 
-    def normalize(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys (b, t, heads, head_dim) before their rotation; a family may norm them."""
-        return q, k
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
+        """The norms of each head's queries and keys before their rotation, in families that have them."""
+        return None
 
     def __call__(self, x: jax.Array, step: Step, past: LayerCache | None) -> tuple[jax.Array, LayerCache]:
         """Attention of x (b, t, hidden), of x's shape, and the layer's cache that includes x."""
         b, t, _ = x.shape
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k = self.normalize(q.reshape(b, t, self.heads, self.head_dim), k.reshape(b, t, self.kv_heads, self.head_dim))
-        v = v.reshape(b, t, self.kv_heads, self.head_dim)
+        q, k, v = (part.reshape(b, t, -1, self.head_dim) for part in (q, k, v))
+        if (norms := self.head_norms()) is not None:
+            q, k = norms[0](q), norms[1](k)
         q = rope.rotate(q, step.cos, step.sin)
         k = rope.rotate(k, step.cos, step.sin)
         cache = LayerCache.of(k, v, step.cache_dtype)
@@ -115,6 +116,20 @@ class Layer(nnx.Module):
         return x + taps.tap("mlp", self.mlp(self.post_attention_layernorm(x))), cache
 
 
+def through(
+    layers: Sequence[Layer], x: jax.Array, step: Step, caches: Sequence[LayerCache | None]
+) -> tuple[jax.Array, list[LayerCache]]:
+    """The stream x (b, t, hidden) after all layers, and their caches."""
+    results = []
+    for i, (layer, past) in enumerate(zip(layers, caches, strict=True)):
+        with taps.within("layers", i):
+            x, cache = layer(x, step, past)
+        x = taps.tap(f"layers/{i}", x)
+        results.append(cache)
+    return x, results
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
     """Values that all layers share in one call.
@@ -132,5 +147,5 @@ class Step:
     queries: jax.Array
     slots: jax.Array
     start: jax.Array | int
-    cache_dtype: np.dtype
+    cache_dtype: np.dtype = dataclasses.field(metadata={"static": True})
     prefill_mask: jax.Array | None

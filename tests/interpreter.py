@@ -45,7 +45,12 @@ def interpreted():
             patch.setattr(GPUSharedMemory, "store_buffer_content", _store_within_bounds)
         # Where a tensor copy reads beyond its source, a GPU fills in zeros, as JAX 0.11 does; in JAX 0.10 it is NaN.
         parameters = InterpretGPUParams(out_of_bounds_reads="uninitialized")
-        for module, name in ((hopper_rows, "product"), (hopper_columns, "products"), (hopper_quantize, "quantize")):
+        for module, name in (
+            (hopper_rows, "product"),
+            (hopper_columns, "products"),
+            (hopper_columns, "sums"),
+            (hopper_quantize, "quantize"),
+        ):
             patch.setattr(module, name, functools.partial(getattr(module, name), interpret=parameters))
         patch.setattr(face, "unless_portable", lambda kernel, *_: kernel)  # which takes no side effects
         faulthandler.dump_traceback_later(PATIENCE, exit=True)

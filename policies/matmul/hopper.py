@@ -5,6 +5,8 @@ Hopper is compute capability 9.0: H100 and H200.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -135,16 +137,29 @@ def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[j
     x, rows = operands[0].x, operands[0].x.shape[0]
     tile = hopper_columns.row_tile(rows)
     x_scales = _pad(x.scale_inv, max(tile, hopper_columns.SCALES)).T if isinstance(x, ScaledArray) else None
-    results = hopper_columns.products(
-        _pad(_values(x), tile),
-        x_scales,
-        tuple(_values(pair.kernel) for pair in operands),
-        tuple(_scales(pair.kernel) for pair in operands),
-        blocks=tuple(map(_block, calls)),
-        result=calls[0].result,
-        processors=multiprocessors(),
-    )
+    kernels = tuple(pair.kernel for pair in operands)
+    results = hopper_columns.products(_pad(_values(x), tile), x_scales, **_kernels(calls, kernels))
     return tuple(y[:rows] for y in results)
+
+
+def sums(
+    calls: tuple[Call, ...], x: jax.Array, x_scales: jax.Array | None, kernels: tuple[ScaledArray, ...]
+) -> jax.Array:
+    """Returns `hopper_columns.sums` of calls that share x, which is padded as the kernel requires."""
+    from . import hopper_columns
+
+    return hopper_columns.sums(x, x_scales, **_kernels(calls, kernels))
+
+
+def _kernels(calls: tuple[Call, ...], kernels: tuple[jax.Array | ScaledArray, ...]) -> dict[str, Any]:
+    """Returns the arguments of `hopper_columns` that describe the kernels."""
+    return {
+        "kernels": tuple(map(_values, kernels)),
+        "scales": tuple(map(_scales, kernels)),
+        "blocks": tuple(map(_block, calls)),
+        "result": calls[0].result,
+        "processors": multiprocessors(),
+    }
 
 
 ROWS = Implementation(

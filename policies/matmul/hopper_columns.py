@@ -91,7 +91,29 @@ def products(
     processors: int,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """Returns the product (rows, out) in dtype `result` for each kernel, computed in one launch.
+    """Returns the product (rows, out) in dtype `result` for each kernel: the `sums` of one launch, added."""
+    partial = sums(
+        x, x_scales, kernels, scales, blocks=blocks, result=result, processors=processors, interpret=interpret
+    )
+    total = partial[0] if partial.shape[0] == 1 else partial.sum(axis=0).astype(result)
+    cuts = itertools.accumulate((kernel.shape[0] for kernel in kernels), initial=0)
+    return tuple(total[:, start:end] for start, end in itertools.pairwise(cuts))
+
+
+def sums(
+    x: jax.Array,
+    x_scales: jax.Array | None,
+    kernels: tuple[jax.Array, ...],
+    scales: tuple[jax.Array, ...],
+    *,
+    blocks: tuple[tuple[int, int], ...],
+    result: np.dtype,
+    processors: int,
+    interpret: Any = None,
+) -> jax.Array:
+    """Returns the sums (parts, rows, out of all kernels) of one launch, of which the products are the sum over parts.
+
+    They are float32, or in dtype `result` if there is one part.
 
     x         (rows, in)      bfloat16 or float16, or float8_e4m3fn with scales; rows are `row_tile(rows)`, or more than
                               128 and a multiple of 8
@@ -181,7 +203,5 @@ def products(
         interpret=interpret,
     )
     operands = *activations, *kernels, *(scale.astype(jnp.float32) for scale in scales)
-    partial = vary(launch(*operands), operands)
-    total = partial[0] if parts == 1 else partial.sum(axis=0).astype(result)
-    cuts = [int(start) * TILE for start in starts]
-    return tuple(total[:, start:end] for start, end in itertools.pairwise(cuts))
+    partial: jax.Array = vary(launch(*operands), operands)
+    return partial
