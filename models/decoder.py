@@ -21,15 +21,17 @@ from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, resolve
 from ..policies.scope import Scope
 from ..policies.store import store
+from ..policies.targets import here
 from ..policies.trees import variables_by_path
 from . import rope, taps
 from .config import DecoderConfig
+from .decoding import step as decoding
 from .heads import check_causal_lm, last_token
 from .kv_cache import EMPTY, KVCache, LayerCache, token_positions
 from .layers import Embedding, Linear, RMSNorm, scope_of
 from .summary import ModelSummary, summarise
 from .tokens import checked_tokens, padding_last
-from .transformer import Attention, Layer, LinearFactory, Step
+from .transformer import Attention, Layer, LinearFactory, Step, through
 
 
 class CausalLM(Protocol):
@@ -229,12 +231,13 @@ class Decoder(nnx.Module):
         cos_sin = rope.cos_sin(queries, config.head_dim, config.rope_theta, config.rope_scaling, self.activations)
         unpadded = cache is None and attention_mask is None
         step = Step(*cos_sin, queries, slots, start, self.kv_cache, mask if first or unpadded else None)
-        x, caches = taps.tap("embed_tokens", self.embed_tokens(ids)), []
-        for i, layer in enumerate(self.layers):
-            with taps.within("layers", i):
-                x, layer_cache = layer(x, step, None if cache is None else cache.layer(i))
-            x = taps.tap(f"layers/{i}", x)
-            caches.append(layer_cache)
+        x = taps.tap("embed_tokens", self.embed_tokens(ids))
+        if cache is None:
+            x, caches = through(self.layers, x, step, [None] * len(self.layers))
+        else:
+            past_layers = [cache.layer(i) for i in range(len(self.layers))]
+            is_fused = not first and decoding.refuses(self.layers, x, past_layers, here()) is None
+            x, caches = (decoding.decode if is_fused else through)(self.layers, x, step, past_layers)
         tokens = past + mask.sum(axis=1, dtype=jnp.int32)
         if first:
             x = jnp.take_along_axis(x, back[:, :, None], axis=1)

@@ -1,0 +1,211 @@
+"""A decoding step through all layers with fused kernels: 10 launches a layer.
+
+A layer has four launches of matrix products, two of attention, and one before each product that has other operands than
+attention's.  A product leaves its sums to the launch after it, which adds them; a launch before a product quantises its
+operand where activations are narrow.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ...policies.checks import Trial, check
+from ...policies.dtypes import saturating_cast
+from ...policies.matmul import dispatch, hopper
+from ...policies.matmul.calls import Call
+from ...policies.matmul.portable import unless_portable
+from ...policies.targets import HOPPER, Target
+from .. import taps
+from ..attention import differentiated_as
+from ..kv_cache import LayerCache
+from ..layers import Linear, RMSNorm, pair
+from ..transformer import MLP, Attention, Layer, Step, through
+from .reference import Operand, product
+
+HEAD = 128
+"""The only head_dim of the kernels."""
+
+
+def refuses(layers: Sequence[Layer], x: jax.Array, caches: Sequence[LayerCache], target: Target) -> str | None:
+    """The reason not to decode x (b, t, hidden) with the fused kernels; None if they can be used.
+
+    target  device that the program is compiled for
+    """
+    if target != Target("cuda", HOPPER):
+        return "its kernels are for Hopper GPUs"
+    if x.shape[1] != 1:
+        return "it is for one token of each sequence"
+    if x.shape[0] > hopper.FEW_ROWS:
+        return f"it is for at most {hopper.FEW_ROWS} sequences"
+    if x.dtype not in (jnp.bfloat16, np.float16):
+        return "activations are not in 16 bits"
+    if taps.active():
+        return "intermediate values are observed"
+    for layer, cache in zip(layers, caches, strict=True):
+        if cache.dtype != x.dtype:
+            return "the cache has another dtype than activations"
+        if why := _refuses_layer(layer, x, target):
+            return why
+    kinds = dict.fromkeys(_trials(layers, x))
+    return next((f"the check of {one.kernel!r} failed" for one in kinds if check(one, target).state == "refused"), None)
+
+
+def _refuses_layer(layer: Layer, x: jax.Array, target: Target) -> str | None:
+    attention, mlp = layer.self_attn, layer.mlp
+    if type(layer) is not Layer or type(mlp) is not MLP:
+        return "a layer is of another class"
+    if type(attention).__call__ is not Attention.__call__:
+        return "attention is of another class"
+    if attention.head_dim != HEAD:
+        return f"head_dim is not {HEAD}"
+    if any({norm.compute or x.dtype, norm.activations or x.dtype} != {x.dtype} for norm in _norms(layer)):
+        return "a norm is not computed in the activations' dtype"
+    for linears in _products(layer):
+        if any(type(linear) is not Linear or linear.scale_inv is None for linear in linears):
+            return "a projection has a kernel that is not narrow, or is of another class"
+        if any(linear.bias is not None or linear.activations not in (None, x.dtype) for linear in linears):
+            return "a projection has a bias, or other activations"
+        if len({linear.launch_key() for linear in linears}) > 1:
+            return "projections of the same operand differ in their formats"
+        calls = [_call(linear, x.shape[0], np.dtype(x.dtype)) for linear in linears]
+        if any(dispatch.choose(call, target)[0].name != hopper.COLUMNS.name for call in calls):
+            return f"a product is not computed by {hopper.COLUMNS.name!r}"
+    return None
+
+
+def _norms(layer: Layer) -> list[RMSNorm]:
+    return [layer.input_layernorm, layer.post_attention_layernorm, *(layer.self_attn.head_norms() or ())]
+
+
+def _products(layer: Layer) -> list[tuple[Any, ...]]:
+    """The projections of a layer, in order; those with the same operand together."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    ]
+
+
+def _call(linear: Linear, rows: int, dtype: np.dtype) -> Call:
+    assert linear.scale_inv is not None
+    kernel = pair(linear.kernel, linear.scale_inv)
+    return dispatch.describe(rows, kernel.shape, dtype, kernel.format, linear.compute)
+
+
+def _narrow(linear: Linear) -> bool:
+    """Whether the operand of a projection is quantised."""
+    return linear.compute is not None and linear.compute.narrow
+
+
+def _trials(layers: Sequence[Layer], x: jax.Array) -> Iterator[Trial]:
+    """The trials of the kernels that these layers need."""
+    from . import trials
+
+    dtype = np.dtype(x.dtype)
+    for layer in layers:
+        (q, *_), (o,), (gate, *_), (down,) = _products(layer)
+        yield from (trials.of_norm(dtype, narrow=_narrow(one)) for one in (q, gate))
+        yield trials.of_rotation(dtype, normed=layer.self_attn.head_norms() is not None)
+        yield trials.of_attention(dtype, narrow=_narrow(o))
+        yield trials.of_gate(dtype, narrow=_narrow(down))
+
+
+def decode(
+    layers: Sequence[Layer], x: jax.Array, step: Step, caches: Sequence[LayerCache]
+) -> tuple[jax.Array, list[LayerCache]]:
+    """The stream x (b, 1, hidden) after all layers, and their caches; `refuses` must have no reason against it.
+
+    Where a program cannot contain kernels, and for derivatives and batches (`vmap`), this is `through`.
+    """
+    graphs, states = zip(*map(nnx.split, layers), strict=True)
+
+    def merged(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(states: Any, *rest: Any) -> Any:
+            return run([nnx.merge(*both) for both in zip(graphs, states, strict=True)], *rest)
+
+        return call
+
+    on_gpu = unless_portable(merged(fused), merged(through))
+
+    def dispatched(*operands: Any) -> Any:
+        return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=merged(through))
+
+    results: tuple[jax.Array, list[LayerCache]] = differentiated_as(merged(through), dispatched)(
+        list(states), x, step, list(caches)
+    )
+    return results
+
+
+def fused(
+    layers: Sequence[Layer], x: jax.Array, step: Step, caches: Sequence[LayerCache]
+) -> tuple[jax.Array, list[LayerCache]]:
+    """The results of `through`, by the kernels."""
+    from ...policies.matmul import hopper_columns  # Pallas is imported only where a kernel is used
+
+    batch, dtype = x.shape[0], np.dtype(x.dtype)
+    stream = jnp.pad(x[:, 0], ((0, hopper_columns.row_tile(batch) - batch), (0, 0)))
+    sums, results = None, []
+    for layer, cache in zip(layers, caches, strict=True):
+        stream, sums, new = _fused_layer(*nnx.split(layer), stream, sums, step, cache)
+        results.append(new)
+    assert sums is not None
+    return (stream + product(sums, dtype))[:batch, None], results
+
+
+@functools.partial(jax.jit, static_argnums=0)  # Mosaic's lowering takes a quarter of a second, once for equal layers
+def _fused_layer(
+    graph: Any, state: Any, stream: jax.Array, sums: jax.Array | None, step: Step, cache: LayerCache
+) -> tuple[jax.Array, jax.Array, LayerCache]:
+    """`(stream, sums, cache)`: the stream (rows, hidden) without the MLP's product, and the sums of that product."""
+    from . import hopper_attention, hopper_gate, hopper_norm, hopper_rotate
+
+    layer, dtype = nnx.merge(graph, state), np.dtype(stream.dtype)
+    attention, rows = layer.self_attn, stream.shape[0]
+    qkv, (o,), gate_up, (down,) = _products(layer)
+
+    def scale(norm: RMSNorm) -> jax.Array:
+        return saturating_cast(norm.scale[...], dtype)
+
+    def normed(sums: jax.Array | None, norm: RMSNorm, linear: Linear) -> tuple[jax.Array, Operand]:
+        return hopper_norm.add_and_norm(stream, sums, scale(norm), eps=norm.eps, narrow=_narrow(linear))
+
+    stream, x = normed(sums, layer.input_layernorm, qkv[0])
+    norms = attention.head_norms()
+    q, cache = hopper_rotate.rotate_and_store(
+        _sums(x, qkv, dtype),
+        None if norms is None else (scale(norms[0]), scale(norms[1])),
+        step.cos[:, 0, 0],
+        step.sin[:, 0, 0],
+        cache,
+        jnp.asarray(step.start, jnp.int32),
+        eps=0.0 if norms is None else norms[0].eps,
+    )
+    mixed = hopper_attention.attend(
+        q,
+        cache,
+        step.queries[:, 0],
+        step.slots,
+        jnp.asarray(step.start, jnp.int32) + 1,
+        rows=rows,
+        window=attention.window,
+        narrow=_narrow(o),
+    )
+    stream, x = normed(_sums(mixed, (o,), dtype), layer.post_attention_layernorm, gate_up[0])
+    x = hopper_gate.gate(_sums(x, gate_up, dtype), dtype=dtype, narrow=_narrow(down))
+    return stream, _sums(x, (down,), dtype), cache
+
+
+def _sums(x: Operand, linears: Sequence[Linear], dtype: np.dtype) -> jax.Array:
+    """The sums of the products of one operand with several projections, side by side."""
+    kernels = tuple(pair(linear.kernel, linear.scale_inv) for linear in linears if linear.scale_inv is not None)
+    calls = tuple(_call(linear, x[0].shape[0], dtype) for linear in linears)
+    return hopper.sums(calls, *x, kernels)

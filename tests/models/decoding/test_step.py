@@ -1,0 +1,165 @@
+"""A decoding step with fused kernels: when it is taken, and that its layers are those of `transformer.py`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import relative_error
+from flax import nnx
+from interpreter import interpreted, required
+
+from perparam import Policy, get_policy
+from perparam.models import Llama, LlamaConfig, Qwen3, Qwen3Config, transformer
+from perparam.models.decoding import step as decoding
+from perparam.models.layers import Linear
+from perparam.policies.matmul import Target, matmul_override
+
+HOPPER = Target("cuda", (9, 0))
+BF16 = np.dtype(ml_dtypes.bfloat16)
+FIELDS = {
+    "vocab_size": 300,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+    "dtype": BF16,
+    "pad_token_id": 0,
+}
+
+
+def built(mode="fp8_weight_only", family=(Qwen3, Qwen3Config), linear=Linear, stored=(), **fields):
+    model, config = family
+    narrow = {"kernel": "f8_e4m3fn", "default": "bf16"} | dict(stored)
+    activations = fields.get("dtype", BF16).name
+    policy = Policy(narrow, get_policy(mode).compute, activations)
+    return model(config(**FIELDS | fields), policy=policy, linear=linear, rngs=nnx.Rngs(0))
+
+
+def refusal(model, rows=1, tokens=1, cache=None, target=HOPPER):
+    x = jnp.zeros((rows, tokens, FIELDS["hidden_size"]), model.activations)
+    cache = model.empty_cache(rows, 16) if cache is None else cache
+    return decoding.refuses(model.layers, x, [cache.layer(i) for i in range(2)], target)
+
+
+class Other(Linear):
+    """A projection of the user's."""
+
+
+@pytest.mark.parametrize("mode", ["fp8_weight_only", "fp8_dynamic"])
+@pytest.mark.parametrize("family", [(Qwen3, Qwen3Config), (Llama, LlamaConfig)], ids=["qwen3", "llama"])
+def test_published_models_are_taken(mode, family):
+    assert refusal(built(mode, family)) is None
+    assert refusal(built(mode, family), rows=64) is None
+
+
+@pytest.mark.parametrize(
+    ("why", "settings", "call"),
+    [
+        ("its kernels are for Hopper GPUs", {}, {"target": Target("cuda", (10, 0))}),
+        ("its kernels are for Hopper GPUs", {}, {"target": Target("cpu")}),
+        ("it is for one token of each sequence", {}, {"tokens": 2}),
+        ("it is for at most 64 sequences", {}, {"rows": 65}),
+        ("activations are not in 16 bits", {"dtype": np.dtype(np.float32)}, {}),
+        ("head_dim is not 128", {"head_dim": 64}, {}),
+        ("a norm is not computed in the activations' dtype", {"mode": "norm"}, {}),
+        ("a projection has a kernel that is not narrow, or is of another class", {"linear": Other}, {}),
+        (
+            "a projection has a kernel that is not narrow, or is of another class",
+            {"stored": {"down_proj/kernel": "bf16"}.items()},
+            {},
+        ),
+        ("a projection has a bias, or other activations", {"attention_bias": True}, {}),
+        (
+            "projections of the same operand differ in their formats",
+            {"stored": {"up_proj/kernel": "f8_e5m2"}.items()},
+            {},
+        ),
+        ("a product is not computed by 'hopper columns'", {"intermediate_size": 400}, {}),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused(why, settings, call):
+    if settings.get("mode") == "norm":
+        model = built()
+        model.norm.compute = model.layers[1].input_layernorm.compute = np.dtype(np.float32)
+    else:
+        model = built(**settings)
+    assert refusal(model, **call) == why
+
+
+def test_a_cache_in_another_dtype_is_refused():
+    cache = dataclasses.replace(built().empty_cache(1, 16), dtype=np.dtype(np.float32))
+    assert refusal(built(), cache=cache) == "the cache has another dtype than activations"
+
+
+def test_layers_and_attention_of_other_classes_are_refused():
+    class Layer(transformer.Layer):
+        pass
+
+    class Attention(transformer.Attention):
+        def __call__(self, x, step, past):
+            return super().__call__(x, step, past)
+
+    model = built(family=(Llama, LlamaConfig))
+    model.layers[0].__class__ = Layer
+    assert refusal(model) == "a layer is of another class"
+    model = built(family=(Llama, LlamaConfig))
+    model.layers[1].self_attn.__class__ = Attention
+    assert refusal(model) == "attention is of another class"
+
+
+def test_observed_models_are_refused():
+    model, reasons = built(), []
+
+    def look(x):
+        reasons.append(refusal(model))
+        return x
+
+    model.observe([[1, 2]], intervene={"layers/0": look})
+    assert reasons == ["intermediate values are observed"]
+
+
+MASK = np.arange(7) >= np.array([[0], [3], [1]])
+BOUND = {"fp8_weight_only": 0.02, "fp8_dynamic": 0.1}
+"""Roundings to bf16 differ where the sums of products are added otherwise: by 0.007, with narrow activations by 0.05,
+since a value that falls on the other side of a tie differs by 2**-3."""
+
+
+@required
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "family"),
+    [("fp8_weight_only", (Qwen3, Qwen3Config)), ("fp8_dynamic", (Llama, LlamaConfig))],
+    ids=["W8A16 with norms of heads", "W8A8 without"],
+)
+def test_the_layers_are_the_same(mode, family):
+    model = built(mode, family, windows=(5, None) if family[0] is Qwen3 else None)
+    ids = np.random.default_rng(0).integers(1, 300, (3, 8))
+    _, cache = model.hidden(ids[:, :7], MASK, model.empty_cache(3, 16))
+    expected, expected_cache = model.hidden(ids[:, 7:], None, cache)
+    decoding._fused_layer.clear_cache()
+    with interpreted(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "refuses", lambda *_: None)
+        patch.setattr(decoding, "decode", decoding.fused)
+        found, found_cache = model.hidden(ids[:, 7:], None, cache)
+    assert found.dtype == expected.dtype
+    assert relative_error(found, expected) <= BOUND[mode]
+    for i in range(2):
+        assert relative_error(found_cache.keys[i], expected_cache.keys[i]) <= BOUND[mode]
+        assert relative_error(found_cache.values[i], expected_cache.values[i]) <= BOUND[mode]
+    assert decoding._fused_layer._cache_size() <= 2  # the first layer has no sums before it
+
+
+def test_derivatives_and_batches_are_those_of_the_layers():
+    model = built()
+    cache = model.empty_cache(2, 16)
+    with matmul_override(target="cuda:9.0"):
+        x = jnp.ones((3, 2, 1), jnp.int32)
+        found = jax.vmap(lambda ids: model.hidden(ids, None, cache)[0])(x)
+    expected = jax.vmap(lambda ids: model.hidden(ids, None, cache)[0])(x)
+    np.testing.assert_array_equal(found, expected)
