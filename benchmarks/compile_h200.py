@@ -54,7 +54,7 @@ ROWS = (*shapes.ROWS, 128)
 
 SLOTS, PROMPT = 1024, 8000  # unlike any side of a kernel, so that kernels are recognised by their shapes
 
-MAX_TEMPORARY, MAX_LAUNCHES = 16, 30
+MAX_TEMPORARY, MAX_LAUNCHES = 16, {"W8A16": 14, "W8A8": 16}
 """Limits of a decoding step: MiB of temporary memory, less than a wide kernel needs, and launches per layer."""
 
 PTXAS_COMPLAINT, HARMLESS = r"ptxas.*(?:[Ww]arning|Performance Loss).*", "(C7504)"
@@ -277,7 +277,7 @@ def examine_models(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
         if decoding:
             faults += [f"over {MAX_TEMPORARY} MiB"] * (temporary > MAX_TEMPORARY)
-            faults += [f"over {MAX_LAUNCHES} launches a layer"] * (per_layer > MAX_LAUNCHES)
+            faults += [f"over {MAX_LAUNCHES[mode]} launches a layer"] * (per_layer > MAX_LAUNCHES[mode])
         else:
             result["of them cuDNN's attention"] = program.count('custom_call_target="__cudnn$fmhaSoftmax"')
             faults += ["attention without cuDNN"] * (result["of them cuDNN's attention"] != shapes.LAYERS[size])

@@ -15,6 +15,13 @@ from .errors import UnknownTarget
 HOPPER = (9, 0)
 """The compute capability of H100, H200 and H20."""
 
+CAPABILITIES = {
+    **dict.fromkeys(("H100", "H200", "H800", "H20"), HOPPER),
+    "B200": (10, 0),
+    "B300": (10, 3),
+}
+"""Compute capabilities of GPUs by a part of their names, for meshes, which have names only; GH200 contains H200."""
+
 MULTIPROCESSORS = 132
 """Streaming multiprocessors of an H200 and an H100 SXM: for programs that are compiled for a GPU that is not known."""
 
@@ -75,8 +82,11 @@ def here() -> Target:
         return _override.value
     device = _mesh_device()
     if device is not None:
-        hopper = ("H100", "H200", "H800", "H20", "GH200")
-        return Target("cuda", HOPPER if any(name in device.device_kind for name in hopper) else None)
+        local = _local()
+        if local.platform == "cuda" and device.device_kind == jax.local_devices()[0].device_kind:
+            return local
+        known = (capability for name, capability in CAPABILITIES.items() if name in device.device_kind)
+        return Target("cuda", next(known, None))
     return _local()
 
 

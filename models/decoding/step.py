@@ -26,7 +26,7 @@ from .. import taps
 from ..attention import differentiated_as
 from ..kv_cache import LayerCache
 from ..layers import Linear, RMSNorm, pair
-from ..transformer import MLP, Attention, Layer, Step, through
+from ..transformer import MLP, Attention, Layer, Step
 from .reference import Operand, product
 
 HEAD = 128
@@ -134,15 +134,31 @@ def decode(
 
         return call
 
-    on_gpu = unless_portable(merged(fused), merged(through))
+    plain, on_gpu = merged(_through), unless_portable(merged(fused), merged(_through))
 
     def dispatched(*operands: Any) -> Any:
-        return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=merged(through))
+        return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=plain)
 
-    results: tuple[jax.Array, list[LayerCache]] = differentiated_as(merged(through), dispatched)(
-        list(states), x, step, list(caches)
-    )
+    operands = list(states), x, step, list(caches)
+    results: tuple[jax.Array, list[LayerCache]] = differentiated_as(plain, dispatched)(*operands)
     return results
+
+
+def _through(
+    layers: Sequence[Layer], x: jax.Array, step: Step, caches: Sequence[LayerCache]
+) -> tuple[jax.Array, list[LayerCache]]:
+    """`through`; equal layers are traced once."""
+    results = []
+    for layer, cache in zip(layers, caches, strict=True):
+        x, new = _layer(*nnx.split(layer), x, step, cache)
+        results.append(new)
+    return x, results
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer(graph: Any, state: Any, x: jax.Array, step: Step, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+    result: tuple[jax.Array, LayerCache] = nnx.merge(graph, state)(x, step, cache)
+    return result
 
 
 def fused(

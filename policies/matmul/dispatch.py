@@ -139,6 +139,12 @@ def choose(
     raise AssertionError(f"no implementation accepts {call}")
 
 
+def portable(call: Call, platform: str) -> Implementation:
+    """Returns the first implementation without a kernel that accepts the call, whatever `matmul_override` names."""
+    accept = (one for one in candidates(Target(platform)) if not one.opaque and one.refuses(call) is None)
+    return next(accept)
+
+
 def candidates(target: Target) -> tuple[Implementation, ...]:
     """Returns the implementations for `target` in order of preference."""
     major, minor = target.capability or (None, None)

@@ -22,7 +22,7 @@ from ..scales import F32
 from ..targets import Target, here
 from . import cpu, oracle
 from .calls import Call, Implementation, Operands
-from .dispatch import choose, describe
+from .dispatch import choose, describe, portable
 from .portable import unless_portable
 from .shards import vary_alike
 
@@ -194,9 +194,9 @@ class _Group:
         products = functools.partial(self._products, implementations)
         if not any(implementation.opaque for implementation in implementations):
             return products
-        portable = [choose(call, Target(target.platform))[0] for call in self.calls]
+        others = [portable(call, target.platform) for call in self.calls]
         exportable = all(implementation.exportable for implementation in implementations)
-        return unless_portable(products, functools.partial(self._products, portable), exportable)
+        return unless_portable(products, functools.partial(self._products, others), exportable)
 
     def _products(
         self, implementations: list[Implementation], x: jax.Array, kernels: tuple[Kernel, ...]

@@ -131,11 +131,12 @@ class TestPrograms:
         product = functools.partial(scaled_matmul, compute="mxfp8")
         assert self.lowered(jax.shard_map(product, mesh=mesh, in_specs=(rows, whole), out_specs=rows), *shapes()) == 1
 
+    @pytest.mark.parametrize("named", [None, NAME])
     @pytest.mark.parametrize("platforms", [["cuda"], ["cpu", "cuda"]])
-    def test_that_are_exported_have_none(self, platforms):
+    def test_that_are_exported_have_none(self, platforms, named):
         """Of which JAX does not promise that a later version reads it."""
         run = jax.jit(lambda *operands: scaled_matmul(*operands, compute="mxfp8"))
-        with matmul_override(target="cuda:10.0"):
+        with matmul_override(named, target="cuda:10.0"):
             exported = export.export(run, platforms=platforms)(*shapes())
         assert exported.platforms == tuple(platforms)
         assert "block_scaled_dot" not in exported.mlir_module()

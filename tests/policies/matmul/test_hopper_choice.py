@@ -17,7 +17,7 @@ from perparam.policies.formats import Format
 from perparam.policies.matmul import face, hopper, matmul_override, scaled_matmul, warpgroup
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, matmul_plan
 from perparam.policies.matmul.hopper_columns import TILE, row_tile, splits, stages
-from perparam.policies.targets import MULTIPROCESSORS, multiprocessors
+from perparam.policies.targets import MULTIPROCESSORS, here, multiprocessors
 
 PROCESSORS = {"H200": 132, "H100 PCIe": 114, "H20": 78}
 """Streaming multiprocessors of GPUs of compute capability 9.0."""
@@ -110,6 +110,14 @@ class TestMultiprocessors:
         mesh = types.SimpleNamespace(abstract_device=device)
         monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
         assert multiprocessors() == device.num_cores
+
+    @pytest.mark.parametrize(
+        ("kind", "target"), [("NVIDIA GH200 480GB", "cuda:9.0"), ("NVIDIA B200", "cuda:10.0"), ("NVIDIA T4", "cuda")]
+    )
+    def test_a_mesh_has_the_target_of_its_devices(self, monkeypatch, kind, target):
+        mesh = types.SimpleNamespace(abstract_device=types.SimpleNamespace(device_kind=kind, num_cores=1))
+        monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+        assert str(here()) == target
 
     @pytest.mark.parametrize(("rows", "compute"), [(512, FP8), (8, None)])
     @pytest.mark.parametrize("processors", [132, 4])
