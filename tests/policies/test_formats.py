@@ -300,7 +300,7 @@ class TestScales:
             Policy({"kernel": {"dtype": values, "block": [2, 2], "scale": scale}}).store({"kernel": weight})
 
     @combined(["float8_e4m3fn", "int8"], ["f8_e8m0fnu", "f8_e4m3fn"])
-    @pytest.mark.parametrize("rows", [1, 3, 70])
+    @pytest.mark.parametrize("rows", [3, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 70))])
     def test_products_with_coarse_scales_are_those_of_the_weight(self, values, scale, rows):
         array = quantize(WEIGHT, values, (32, 16), scale_dtype=scale)
         x = np.random.default_rng(2).normal(size=(rows, 90)).astype(np.float32)

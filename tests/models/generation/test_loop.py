@@ -54,7 +54,7 @@ def test_lists_and_jax_arrays_are_taken(model, endless):
 # Ends of rows.
 
 
-@pytest.mark.parametrize("index", [0, 3, NEW - 1])
+@pytest.mark.parametrize("index", [0, pytest.param(3, marks=pytest.mark.slow), NEW - 1])
 def test_an_eos_ends_its_row_and_pads_it(model, endless, index):
     eos = int(endless[0, index])
     found = generate(model, IDS, MASK, NEW, eos_token_id=eos)
@@ -131,8 +131,8 @@ def log_shares(logits):
 @pytest.mark.parametrize(
     "sampling",
     [
-        pytest.param(Sampling(temperature=0), marks=pytest.mark.slow, id="greedy"),
-        pytest.param(Sampling(temperature=2.5, top_p=0.9), id="hot"),
+        pytest.param(Sampling(temperature=0), id="greedy"),
+        pytest.param(Sampling(temperature=2.5, top_p=0.9), marks=pytest.mark.slow, id="hot"),
         pytest.param(Sampling(repetition_penalty=1.5, logit_bias={3: 5}), marks=pytest.mark.slow, id="penalties"),
     ],
 )
@@ -184,7 +184,11 @@ def test_log_probabilities_of_no_tokens_are_empty(model, logprobs):
 # In parts.
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0), WARM], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    "sampling",
+    [pytest.param(Sampling(temperature=0), marks=pytest.mark.slow), WARM],
+    ids=["greedy", "drawn"],
+)
 def test_parts_are_together_what_generate_returns(model, sampling):
     whole = generate_with_logprobs(
         model, IDS, MASK, GenerationConfig(NEW, eos_token_id=(), sampling=sampling, key=2, logprobs=0)
