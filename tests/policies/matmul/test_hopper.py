@@ -112,6 +112,11 @@ class TestColumns:
         assert hopper_columns.splits(2, 4, 8, processors) == {1: 1, 8: 4, 132: 4}[processors]
         self.check(8, [256], 512, FP8 if narrow else "bfloat16", "bfloat16", processors=processors)
 
+    @pytest.mark.slow
+    def test_several_kernels_and_tiles_of_rows_split_into_several_steps(self, monkeypatch):
+        monkeypatch.setattr(hopper_columns, "splits", lambda *_: 2)
+        self.check(200, [128, 128], 512, FP8, "bfloat16")
+
     def test_more_steps_than_stages(self, monkeypatch):
         monkeypatch.setattr(hopper_columns, "splits", lambda *_: 1)
         self.check(8, [128], 14 * 128)
