@@ -50,8 +50,8 @@ class TestRows:
         self.check(rows, 128, 256)
 
     @pytest.mark.slow
-    def test_the_snake_ends_in_a_narrower_tile(self):
-        self.check(256, (hopper_rows.SNAKE + 1) * 128, 128, processors=2)
+    def test_the_snake_is_narrower_for_kernels_that_it_does_not_divide(self):
+        self.check(256, (hopper_rows.SNAKE + 4) * 128, 128, processors=2)
 
     @pytest.mark.parametrize("steps", [hopper_rows.STAGES + 2, *slow(1, hopper_rows.STAGES)])
     def test_fewer_and_more_steps_than_stages(self, steps):
