@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import bits, dtype
 from hopper_operands import assert_products, columns_products, kernel_of, rows_product, wide_rows
-from interpreter import interpreted, required
+from interpreter import assert_no_races, interpreted, required
 from matmuls import FP8, assert_product, widened
 
 from perparam import quantize
@@ -27,10 +27,16 @@ def slow(*values):
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_a_cpu():
-    with interpreted():
-        yield
+@pytest.fixture(scope="module")
+def launches():
+    with interpreted() as launches:
+        yield launches
+
+
+@pytest.fixture(autouse=True)
+def without_races(launches):
+    yield
+    assert_no_races(launches)
 
 
 class TestRows:
