@@ -49,8 +49,8 @@ BLOCK = 128
 MODES = {"W8A16": None, "W8A8": "f8_e4m3fn"}
 """The argument `compute` of `scaled_matmul` in each mode."""
 
-ROWS = (*shapes.ROWS, 128)
-"""The rows of all benchmarks, and 128, for which tiles are largest and columns are split among most blocks."""
+ROWS = (*shapes.ROWS, 128, 200)
+"""The rows of all benchmarks, and two for which tiles are largest and columns are split among most blocks."""
 
 SLOTS, PROMPT = 1024, 8000  # unlike any side of a kernel, so that kernels are recognised by their shapes
 
@@ -179,7 +179,11 @@ def examine_kernels(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields the results of all cases; an error of compilation is listed as a fault."""
     known: dict[str, str] = {}
     for kernels, rows, mode, target in cases(arguments.models):
-        plans = [matmul_plan(rows, kernel, compute=MODES[mode], target=target) for kernel in kernels]
+        outs = [out for out, _ in kernels]
+        plans = [
+            matmul_plan(rows, kernel, compute=MODES[mode], target=target, beside=outs[:i] + outs[i + 1 :])
+            for i, kernel in enumerate(kernels)
+        ]
         implementation = ", ".join(dict.fromkeys(plan.implementation for plan in plans))
         result = {
             "out × in": ", ".join("{} × {}".format(*kernel) for kernel in kernels),

@@ -35,7 +35,7 @@ from perparam.models import flash
 from perparam.policies import matmul_override, scaled_matmuls
 from perparam.policies.checks import Trial
 from perparam.policies.formats import Format, ScaledArray, stored_format
-from perparam.policies.matmul import IMPLEMENTATIONS, hopper, oracle, trials
+from perparam.policies.matmul import hopper, oracle, trials
 from perparam.policies.matmul.dispatch import describe
 
 E4M3, E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
@@ -148,7 +148,7 @@ def quantised(rows: int, features: int, dtype: np.dtype) -> Check:
     def run() -> Iterator[Result]:
         x = np.random.default_rng(rows).standard_normal((rows, features)).astype(dtype)
         x[0] = 0
-        values, scales = jax.jit(IMPLEMENTATIONS["hopper rows"].quantize, static_argnums=1)(x, hopper.ROWS_FORMAT)
+        values, scales = jax.jit(hopper.QUANTISATION.run, static_argnums=1)(x, hopper.ROWS_FORMAT)
         wide = x.astype(np.float64)
         amax = np.abs(wide.reshape(rows, features // 128, 128)).max(axis=2)
         expected = np.where(amax == 0, 1, amax / 448)
@@ -211,12 +211,12 @@ def trial(trial: Trial) -> Check:
 
 def trials_of_kernels() -> Iterator[Check]:
     """Yields the checks of the trials that `generate.py` and the largest products need."""
-    for rows, compute in itertools.product((8, 64, 1000), (None, Format(E4M3))):
+    for rows, compute in itertools.product((8, 64, 128, 1000), (None, Format(E4M3))):
         call = describe(rows, (4096, 4096), BF16, stored_format(E4M3, (128, 128), F32), compute)
         for implementation in (hopper.COLUMNS, hopper.ROWS):
             if implementation.refuses(call) is None:
                 yield trial(trials.of_product(implementation, call))
-    yield trial(trials.of_quantisation(hopper.ROWS, hopper.ROWS_FORMAT, BF16))
+    yield trial(trials.of_quantisation(hopper.QUANTISATION, hopper.ROWS_FORMAT, BF16))
 
 
 def checks() -> Iterator[Check]:
@@ -229,7 +229,9 @@ def checks() -> Iterator[Check]:
         yield products("hopper columns", rows, (4096,), 1024, narrow)
     for rows in (65, 128, 200, 512, 1000, 4096):
         yield products("hopper columns", rows, (4096,), 4096, False)
-    for narrow, rows in itertools.product((False, True), (1, 8, 64, 200)):
+    for rows in (65, 128, 130, 256, 512, 1000):  # with split columns
+        yield products("hopper columns", rows, (1024,), 4096, True)
+    for narrow, rows in itertools.product((False, True), (1, 8, 64, 100, 200)):
         yield products("hopper columns", rows, (4096, 1024, 1024), 4096, narrow)
     yield products("hopper columns", 8, (12288, 12288), 4096, False)
     yield products("hopper columns", 1, (4096,), 12288, True)

@@ -1,12 +1,14 @@
 """The Mosaic kernels on a CPU: Pallas's interpreter for GPUs, and in plain jnp what it lacks of a warpgroup."""
 
 import contextlib
+import dataclasses
 import faulthandler
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas.mosaic_gpu import commit_smem
 
 from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, warpgroup
 
@@ -21,9 +23,16 @@ except ImportError as error:
 else:
     MISSING = ""
     _store = GPUSharedMemory.store_buffer_content
+    _RACES = "GPURaceDetectionState" if hasattr(gpu_callbacks, "GPURaceDetectionState") else "RaceDetectionState"
+    # Without an exception, after which threads wait for each other: JAX 0.10 and 0.11 only print.
+    _WARN = {"on_race": "warn"} if any(f.name == "on_race" for f in dataclasses.fields(InterpretGPUParams)) else {}
 
 PATIENCE = 900
 """Seconds after which nobody believes any more that a file of tests goes on: each takes one of them or two."""
+
+CLOCKS = 1024
+"""Clocks that the race detector gives to tensor copies in turn: a later copy with the same clock hides that nobody
+awaited the earlier one."""
 
 required = pytest.mark.skipif(bool(MISSING), reason=MISSING or "never")
 """On tests that need the interpreter."""
@@ -35,8 +44,15 @@ def interpreted():
 
     Memory that nobody has written is NaN.  An access out of bounds, or a barrier that is waited for in vain, leaves the
     interpreter's threads waiting for each other: then the process ends, and says where it was.
+
+    Pallas' race detector runs, and the context ends with an error if it found a race.  It yields what the detector
+    knows of each launch, for `assert_no_races` after every test and for races that a test expects.  The detector of JAX
+    0.10 follows copies to shared memory only; those of 0.11 and later also copies from it, and the fences before them.
     """
     with pytest.MonkeyPatch.context() as patch:
+        launches = []
+        state = getattr(gpu_callbacks, _RACES)
+        patch.setattr(gpu_callbacks, _RACES, lambda *args, **kwargs: _appended(launches, state(*args, **kwargs)))
         for name in ("load", "product", "product_widened", "zeros", "store_transposed"):
             patch.setattr(warpgroup, name, globals()[f"_{name}"])
         if jax.__version_info__ < (0, 11):  # which compiles every block of the grid, and every thread of it, anew
@@ -44,7 +60,9 @@ def interpreted():
         if jax.__version_info__ < (0, 11):  # which drops a copy that reaches beyond its target
             patch.setattr(GPUSharedMemory, "store_buffer_content", _store_within_bounds)
         # Where a tensor copy reads beyond its source, a GPU fills in zeros, as JAX 0.11 does; in JAX 0.10 it is NaN.
-        parameters = InterpretGPUParams(out_of_bounds_reads="uninitialized")
+        parameters = InterpretGPUParams(
+            out_of_bounds_reads="uninitialized", detect_races=True, num_tma_threads_per_device=CLOCKS, **_WARN
+        )
         for module, name in (
             (hopper_rows, "product"),
             (hopper_columns, "products"),
@@ -55,23 +73,53 @@ def interpreted():
         patch.setattr(face, "unless_portable", lambda kernel, *_: kernel)  # which takes no side effects
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
         try:
-            yield
+            yield launches
+            assert_no_races(launches)
         finally:
             faulthandler.cancel_dump_traceback_later()
             gpu_callbacks.reset_gpu_interpret_mode_state()  # of which an exception leaves something behind
             face._matmuls.clear_cache()
 
 
+def assert_no_races(launches):
+    """Asserts that no race was found in any launch so far; where it was is in the test's output."""
+    assert not has_race(launches), "Pallas' race detector found a race"
+
+
+def has_race(launches) -> bool:
+    """Whether a race was found in any launch since the last call."""
+    found = any(launch.races_found for launch in launches)
+    launches.clear()
+    return found
+
+
+def _appended(launches, launch):
+    launches.append(launch)
+    return launch
+
+
+def _read(ref):
+    """Shared memory, with a fence for the detector.
+
+    From 0.11 on it wants one between a load and a later copy to the same memory.  Matrix instructions, which read
+    most of it on a GPU, need none; neither do loads that an mbarrier orders, after which DeepGEMM has none.
+    """
+    value = ref[...]
+    commit_smem()
+    return value
+
+
 def _load(ref, layout):
-    return ref[...]
+    return _read(ref)
 
 
 def _product(a, b):
-    a, b = ((operand if isinstance(operand, jax.Array) else operand[...]).astype(jnp.float32) for operand in (a, b))
+    a, b = ((operand if isinstance(operand, jax.Array) else _read(operand)).astype(jnp.float32) for operand in (a, b))
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision="highest")
 
 
 def _product_widened(a, b, columns):
+    a, b = _read(a), _read(b)
     parts = [slice(start, start + columns) for start in range(0, a.shape[1], columns)]
     return sum(_product(a[:, part], b[:, part]) for part in parts)
 

@@ -36,7 +36,7 @@ def device(folder, columns=None, rows=None, quantize=None, identity="a device"):
         patch.setattr(checks, "_verdicts", {})
         patch.setattr(checks, "_warned", set())
         patch.setattr(checks, "_compared", counted)
-        patch.setattr(trials, "SHAPES", ((256, 384), (128, 384)))
+        patch.setattr(trials, "LAUNCHES", (((256, 384),), ((256, 384), (128, 384))))
         patch.setattr(trials, "MANY_ROWS", 140)
         patch.setattr(hopper_columns, "products", columns or products)
         patch.setattr(hopper_rows, "product", rows or product)

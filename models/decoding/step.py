@@ -20,6 +20,7 @@ from ...policies.checks import Trial, check
 from ...policies.dtypes import saturating_cast
 from ...policies.matmul import dispatch, hopper
 from ...policies.matmul.calls import Call
+from ...policies.matmul.hopper_costs import row_tile
 from ...policies.matmul.portable import unless_portable
 from ...policies.targets import HOPPER, Target
 from .. import taps
@@ -165,10 +166,8 @@ def fused(
     layers: Sequence[Layer], x: jax.Array, step: Step, caches: Sequence[LayerCache]
 ) -> tuple[jax.Array, list[LayerCache]]:
     """The results of `through`, by the kernels."""
-    from ...policies.matmul import hopper_columns  # Pallas is imported only where a kernel is used
-
     batch, dtype = x.shape[0], np.dtype(x.dtype)
-    stream = jnp.pad(x[:, 0], ((0, hopper_columns.row_tile(batch) - batch), (0, 0)))
+    stream = jnp.pad(x[:, 0], ((0, row_tile(batch) - batch), (0, 0)))
     sums, results = None, []
     for layer, cache in zip(layers, caches, strict=True):
         stream, sums, new = _fused_layer(*nnx.split(layer), stream, sums, step, cache)

@@ -24,6 +24,7 @@ class Call:
     kernel        format of the kernel, its block without -1
     weight        dtype to which the weight is rounded before the product; None: a narrow kernel, scaled in the product
     result        dtype of the result; sums are float32
+    beside        out_features of other kernels with which the same x is multiplied, perhaps in the same launch
     """
 
     rows: int | None
@@ -33,6 +34,7 @@ class Call:
     kernel: Format
     weight: np.dtype | None
     result: np.dtype
+    beside: tuple[int, ...] = ()
 
     @property
     def block(self) -> Block | None:
@@ -61,6 +63,28 @@ class Operands:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """One way to quantise activations.
+
+    name    its name in plans
+    run     returns activations (rows, in) in a narrow format
+    opaque  whether it is a kernel that XLA cannot see into, which is checked before its first use on a device
+    """
+
+    name: str
+    run: Callable[[jax.Array, Format], ScaledArray]
+    opaque: bool = False
+
+
+BY_XLA = Quantizer("quantize_rows", quantize_rows)
+
+
+def by_xla(call: Call) -> Quantizer:
+    """Returns the function that XLA compiles, for any call."""
+    return BY_XLA
+
+
+@dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute calls.
 
@@ -69,7 +93,9 @@ class Implementation:
     refuses     returns the reason why it does not accept a call: it cannot compute it, or would be slower than the next
                 implementation; None if it accepts the call
     run         returns the products (rows, out), in their result dtypes, of calls that share x
-    quantize    returns activations (rows, in) in a narrow format, for W8A8 calls
+    slower      returns the reason why the next implementation is preferred for a call that this one accepts, too, or
+                None; it does not matter to `matmul_override`
+    quantizer   returns what quantises the activations of a W8A8 call
     opaque      whether it is a kernel that XLA cannot see into, which is checked before its first use on a device
     exportable  whether `jax.export` accepts its kernel
     """
@@ -78,7 +104,8 @@ class Implementation:
     gist: str
     refuses: Callable[[Call], str | None]
     run: Callable[[tuple[Call, ...], tuple[Operands, ...]], tuple[jax.Array, ...]]
-    quantize: Callable[[jax.Array, Format], ScaledArray] = quantize_rows
+    slower: Callable[[Call], str | None] = lambda call: None
+    quantizer: Callable[[Call], Quantizer] = by_xla
     opaque: bool = False
     exportable: bool = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,10 @@ from .. import dtypes
 from ..blocks import DEFAULT_BLOCK, Block, as_block, block_sides
 from ..checks import Check, check, checking, clauses
 from ..errors import UnknownImplementation, UnsupportedCast
-from ..formats import Format, as_format, quantize_rows
+from ..formats import Format, as_format
 from ..targets import Target, targeting
 from . import blackwell, cpu, hopper, trials, xla
-from .calls import Call, Implementation
+from .calls import Call, Implementation, by_xla
 from .oracle import ORACLE
 
 
@@ -28,7 +28,7 @@ class Choice:
 
     implementation  its name
     gist            its method in one line
-    refused         names of the preferred implementations, and why each does not accept the call
+    refused         names of the preferred implementations, and why each does not accept the call, or is slower
     checks          for each kernel made for the device that accepts the call: whether it was compared with the
                     reference on this device, and is used or not
     """
@@ -120,22 +120,30 @@ def choose(
             )
         named = Check(name, "unchecked", "matmul_override names it")
         return implementation, Choice(implementation.name, implementation.gist, (), (named,) * implementation.opaque)
-    refused: list[tuple[str, str]] = []
+    refused: dict[str, str] = {}
     checks: list[Check] = []
-    for implementation in candidates(target):
-        why = implementation.refuses(call)
+    left = list(candidates(target))
+    while left:
+        implementation = left.pop(0)
+        with targeting(target):  # whose number of multiprocessors costs depend on
+            why = implementation.refuses(call)
+            slower = None if why or implementation.name in refused else implementation.slower(call)
+        if slower is not None:
+            refused[implementation.name] = slower
+            left.insert(1, implementation)  # used all the same if the next one is wrong on this device
+            continue
         if why is None and implementation.opaque:
             checks.append(check(trials.of_product(implementation, call), target, run=run_checks))
             why = "its check failed" if checks[-1].state == "refused" else None
         if why is None:
-            if x is not None and call.x.narrow and implementation.quantize is not quantize_rows:
-                trial = trials.of_quantisation(implementation, call.x, x)
-                checks.append(check(trial, target, run=run_checks))
+            if x is not None and call.x.narrow and (quantizer := implementation.quantizer(call)).opaque:
+                checks.append(check(trials.of_quantisation(quantizer, call.x, x), target, run=run_checks))
                 if checks[-1].state == "refused":
-                    implementation = dataclasses.replace(implementation, quantize=quantize_rows)
-            choice = Choice(implementation.name, implementation.gist, tuple(refused), tuple(checks))
+                    implementation = dataclasses.replace(implementation, quantizer=by_xla)
+            refused.pop(implementation.name, None)
+            choice = Choice(implementation.name, implementation.gist, tuple(refused.items()), tuple(checks))
             return implementation, choice
-        refused.append((implementation.name, why))
+        refused[implementation.name] = why
     raise AssertionError(f"no implementation accepts {call}")
 
 
@@ -161,6 +169,7 @@ def describe(
     kernel: Format,
     compute: Format | None,
     result: np.dtype | None = None,
+    beside: tuple[int, ...] = (),
 ) -> Call:
     """Returns the call of `scaled_matmul` for operands of these shapes and formats.
 
@@ -171,6 +180,7 @@ def describe(
                   the default for `compute` formats without a block
     compute       format of `scaled_matmul`'s argument `compute`
     result        dtype of the result; None: that of x
+    beside        out_features of other kernels in the same call of `scaled_matmuls`
     """
     out_features, in_features = kernel_shape
     both_narrow = compute is not None and compute.narrow
@@ -188,7 +198,7 @@ def describe(
         kernel = dataclasses.replace(kernel, block=block_sides(kernel.block, (out_features, in_features)))
     else:
         kernel = Format(kernel.values)
-    return Call(rows, out_features, in_features, operand, kernel, weight, x if result is None else result)
+    return Call(rows, out_features, in_features, operand, kernel, weight, x if result is None else result, beside)
 
 
 def matmul_plan(
@@ -200,6 +210,7 @@ def matmul_plan(
     block: Block = DEFAULT_BLOCK,
     compute: Any = None,
     target: str | Target = "here",
+    beside: Sequence[int] = (),
 ) -> Choice:
     """Returns the implementation that `scaled_matmul` chooses for operands of these shapes and formats, and the reason.
 
@@ -211,6 +222,7 @@ def matmul_plan(
     kernel        a dtype, in blocks of `block`, or a format
     compute       as for `scaled_matmul`
     target        "here", "cpu", "cuda", "cuda:9.0", …
+    beside        out_features of other kernels in the same call of `scaled_matmuls`
 
     >>> matmul_plan(512, (4096, 4096), target="cuda:9.0", compute="f8_e4m3fn").implementation
     'hopper rows'
@@ -219,5 +231,6 @@ def matmul_plan(
     """
     format = as_format(kernel).completed(as_block(block))
     activations = dtypes.as_dtype(x)
-    call = describe(rows, kernel_shape, activations, format, None if compute is None else as_format(compute))
+    compute = None if compute is None else as_format(compute)
+    call = describe(rows, kernel_shape, activations, format, compute, beside=tuple(beside))
     return choose(call, Target.parse(target), activations, run_checks=False)[1]

@@ -17,11 +17,11 @@ from jax.typing import ArrayLike, DTypeLike
 from .. import dtypes
 from ..blocks import DEFAULT_BLOCK, Block, as_block, check_grid, grid_shape
 from ..errors import UnsupportedCast
-from ..formats import Format, ScaledArray, as_format, quantize, quantize_rows, scaled_array, stored_format
+from ..formats import Format, ScaledArray, as_format, quantize, scaled_array, stored_format
 from ..scales import F32
 from ..targets import Target, here
 from . import cpu, oracle
-from .calls import Call, Implementation, Operands
+from .calls import BY_XLA, Call, Implementation, Operands, Quantizer
 from .dispatch import choose, describe, portable
 from .portable import unless_portable
 from .shards import vary_alike
@@ -120,14 +120,15 @@ def _matmuls(
     """Returns the products for checked operands; compiled, so that calls with equal shapes are traced once."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     calls, arrays = [], list[Kernel]()
-    for kernel in kernels:
+    for i, kernel in enumerate(kernels):
         if isinstance(kernel, ScaledArray) and not kernel.format.narrow:
             kernel = kernel.dequantize()
         elif not isinstance(kernel, ScaledArray) and dtypes.is_narrow(kernel.dtype):
             ones = jnp.ones(grid_shape(kernel.shape, block), jnp.float32)
             kernel = ScaledArray(kernel, ones, stored_format(kernel.dtype, block, F32))
         format = kernel.format if isinstance(kernel, ScaledArray) else Format(kernel.dtype, block)
-        calls.append(describe(_static(rows.shape[0]), kernel.shape, x.dtype, format, compute, result))
+        beside = tuple(other.shape[0] for j, other in enumerate(kernels) if j != i)
+        calls.append(describe(_static(rows.shape[0]), kernel.shape, x.dtype, format, compute, result, beside))
         arrays.append(kernel)
     group = _Group(tuple(calls), target)
     if all(call.weight is not None and not call.kernel.narrow for call in calls):
@@ -206,7 +207,8 @@ class _Group:
             # Without the barrier XLA may widen a kernel once before a decoding loop, and keep the wide copy in memory.
             x, kernels = jax.lax.optimization_barrier((x, kernels))
         results: list[jax.Array] = []
-        operands = self.operands(x, kernels, [implementation.quantize for implementation in implementations])
+        pairs = zip(implementations, self.calls, strict=True)
+        operands = self.operands(x, kernels, [implementation.quantizer(call) for implementation, call in pairs])
         triples = zip(implementations, self.calls, operands, strict=True)
         for implementation, group in itertools.groupby(triples, key=lambda triple: triple[0]):
             _, calls, arrays = zip(*group, strict=True)
@@ -217,18 +219,18 @@ class _Group:
         self,
         x: jax.Array,
         kernels: tuple[Kernel, ...],
-        quantizers: Sequence[Callable[[jax.Array, Format], ScaledArray]] | None = None,
+        quantizers: Sequence[Quantizer] | None = None,
     ) -> tuple[Operands, ...]:
         """Returns the operands of each call, quantised to its formats; equal activations are quantised once.
 
-        quantizers  for each call the function that quantises activations; None: `quantize_rows`
+        quantizers  for each call what quantises its activations; None: `quantize_rows`
         """
-        quantizers = quantizers or [quantize_rows] * len(self.calls)
+        quantizers = quantizers or [BY_XLA] * len(self.calls)
         keys = [(call.x, quantizer) for call, quantizer in zip(self.calls, quantizers, strict=True)]
         rows: dict[Any, Kernel] = {}
-        for format, quantize_x in keys:
-            if (format, quantize_x) not in rows:
-                rows[format, quantize_x] = quantize_x(x, format) if format.narrow else x
+        for format, quantizer in keys:
+            if (format, quantizer) not in rows:
+                rows[format, quantizer] = quantizer.run(x, format) if format.narrow else x
         quantised = [
             quantize(kernel, call.kernel) if call.weight is None and not isinstance(kernel, ScaledArray) else kernel
             for kernel, call in zip(kernels, self.calls, strict=True)

@@ -16,7 +16,8 @@ from ..errors import count
 from ..formats import ROW_BLOCK, Format, ScaledArray, stored_format
 from ..scales import E4M3, F32, decode_scales
 from ..targets import multiprocessors
-from .calls import Call, Implementation, Operands
+from . import hopper_costs
+from .calls import BY_XLA, Call, Implementation, Operands, Quantizer
 
 SIDE = 128
 """Both dimensions of a kernel, and both sides of its blocks, must be multiples of this."""
@@ -82,6 +83,22 @@ def _refuses_rows(call: Call) -> str | None:
     return None if _many_rows(call) else f"its tiles would be mostly empty with {count(call.rows or 0, 'row')}"
 
 
+def _rows_slower(call: Call) -> str | None:
+    """Returns why `hopper columns` is preferred to `hopper rows` for a call and those beside it, or None."""
+    assert call.rows is not None
+    outs, processors = (call.out_features, *call.beside), multiprocessors()
+    shape = call.rows, outs, call.in_features, processors
+    rows = hopper_costs.rows_cost(*shape)
+    columns = min(hopper_costs.shared_cost(*shape, call.result.itemsize), hopper_costs.apart_cost(*shape))
+    if columns >= hopper_costs.MARGIN * rows:
+        return None
+    tiles = count(hopper_costs.tiles_of(call.rows, outs), "tile")
+    return (
+        f"{tiles} on {processors} multiprocessors would take it an estimated {rows:.0f} steps of {SIDE} columns, and "
+        f"hopper columns {columns:.0f}"
+    )
+
+
 def _pad(x: jax.Array, tile: int) -> jax.Array:
     """Returns x (rows, …) with zeros below: up to `tile` rows, or to a multiple of `ROW_MULTIPLE` if it has more."""
     rows = x.shape[0]
@@ -89,12 +106,20 @@ def _pad(x: jax.Array, tile: int) -> jax.Array:
     return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
 
 
-def _quantize(x: jax.Array, format: Format) -> ScaledArray:
+def _run_quantisation(x: jax.Array, format: Format) -> ScaledArray:
     """Returns x (rows, in) in `format`, which is `ROWS_FORMAT`."""
     from . import hopper_quantize  # Pallas is imported only where a kernel is used
 
     values, scales = hopper_quantize.quantize(_pad(x, hopper_quantize.ROWS))
     return ScaledArray(values[: x.shape[0]], scales.T[: x.shape[0]], format)
+
+
+QUANTISATION = Quantizer("hopper quantisation", _run_quantisation, opaque=True)
+
+
+def _quantizer(call: Call) -> Quantizer:
+    """Returns the kernel for many rows; XLA quantises few rows in one fusion, which costs no more than a launch."""
+    return QUANTISATION if _many_rows(call) else BY_XLA
 
 
 def _scales(kernel: jax.Array | ScaledArray) -> jax.Array:
@@ -131,14 +156,17 @@ def _rows(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.
 def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
     from . import hopper_columns
 
-    if len(calls) > 1 and _many_rows(calls[0]):
-        # With many rows a launch costs little, while separating the results of a shared launch costs copies.
-        return tuple(y for pair in zip(calls, operands, strict=True) for y in _columns(pair[:1], pair[1:]))
-    x, rows = operands[0].x, operands[0].x.shape[0]
-    tile = hopper_columns.row_tile(rows)
+    x, rows, processors = operands[0].x, operands[0].x.shape[0], multiprocessors()
+    shape = rows, [call.out_features for call in calls], calls[0].in_features, processors
+    if hopper_costs.apart_cost(*shape) < hopper_costs.shared_cost(*shape, calls[0].result.itemsize):
+        # With thousands of rows, a launch costs less than the copies that separate the results of a shared one.
+        return tuple(y for call, pair in zip(calls, operands, strict=True) for y in _columns((call,), (pair,)))
+    tile = hopper_costs.row_tile(rows)
     x_scales = _pad(x.scale_inv, max(tile, hopper_columns.SCALES)).T if isinstance(x, ScaledArray) else None
     kernels = tuple(pair.kernel for pair in operands)
-    results = hopper_columns.products(_pad(_values(x), tile), x_scales, **_kernels(calls, kernels))
+    results = hopper_columns.products(
+        _pad(_values(x), tile), x_scales, **_kernels(calls, kernels), processors=processors
+    )
     return tuple(y[:rows] for y in results)
 
 
@@ -148,7 +176,7 @@ def sums(
     """Returns `hopper_columns.sums` of calls that share x, which is padded as the kernel requires."""
     from . import hopper_columns
 
-    return hopper_columns.sums(x, x_scales, **_kernels(calls, kernels))
+    return hopper_columns.sums(x, x_scales, **_kernels(calls, kernels), processors=multiprocessors())
 
 
 def _kernels(calls: tuple[Call, ...], kernels: tuple[jax.Array | ScaledArray, ...]) -> dict[str, Any]:
@@ -158,7 +186,6 @@ def _kernels(calls: tuple[Call, ...], kernels: tuple[jax.Array | ScaledArray, ..
         "scales": tuple(map(_scales, kernels)),
         "blocks": tuple(map(_block, calls)),
         "result": calls[0].result,
-        "processors": multiprocessors(),
     }
 
 
@@ -167,7 +194,8 @@ ROWS = Implementation(
     "128-row tiles of x by tiles of the kernel on float8 tensor cores",
     _refuses_rows,
     _rows,
-    _quantize,
+    _rows_slower,
+    _quantizer,
     opaque=True,
 )
 COLUMNS = Implementation(
@@ -175,5 +203,6 @@ COLUMNS = Implementation(
     "operands swapped, the kernel's columns split among thread blocks",
     _refuses_both,
     _columns,
+    quantizer=_quantizer,
     opaque=True,
 )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from typing import Any
 
 import jax
@@ -22,46 +21,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import warpgroup
+from .hopper_costs import TILE, row_tile, splits
 from .shards import vary
-
-TILE = 128
-"""Rows of a kernel in a tile, and columns of a step."""
 
 SHARED_MEMORY = 226 * 1024
 """Bytes of shared memory for operands and results: a thread block has 227 KiB, of which barriers need a small part."""
 
-
 SCALES = 32
 """Minimum number of activation scales in a copy to shared memory: the slots of a pipeline are adjacent, and each must
 start at a multiple of 128 bytes."""
-
-
-def row_tile(rows: int) -> int:
-    """Returns the number of rows of x in a tile: the smallest of 8, 16, … 128 that is at least `rows`, or 128."""
-    tile: int = min(max(8, 2 ** math.ceil(math.log2(max(rows, 1)))), TILE)
-    return tile
-
-
-def splits(tiles: int, steps: int, tile: int, processors: int) -> int:
-    """Returns the number of thread blocks among which the columns of each tile are split.
-
-    tiles       number of tiles of the result
-    steps       number of 128-column steps of each tile
-    tile        rows of x in a tile
-    processors  streaming multiprocessors of the GPU
-
-    The cost of a wave of `processors` blocks is its number of steps, about four steps to fill and drain the pipeline,
-    and for partial sums the bytes written and read, as a fraction of the bytes of a step.
-
-    >>> splits(32, 32, 8, 132), splits(192, 32, 8, 132), splits(1187, 32, 8, 132)
-    (4, 2, 1)
-    """
-
-    def cost(count: int) -> float:
-        partial = 4 * tile / (64 + tile) if count > 1 else 0
-        return math.ceil(tiles * count / processors) * (steps // count + 4 + partial)
-
-    return min((count for count in range(1, steps + 1) if steps % count == 0), key=cost)
 
 
 def stages(length: int, tile: int, x: np.dtype, out: np.dtype) -> int:

@@ -9,6 +9,7 @@ copies goes on across tiles: the first operands of a tile are copied while the t
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -28,7 +29,11 @@ STAGES = 4
 """Steps whose operands are in shared memory at the same time, 32.5 KiB each."""
 
 SNAKE = 8
-"""Tiles of the kernel that are processed before the next rows of x."""
+"""Tiles of the kernel that are processed before the next rows of x, if they divide its number of tiles.
+
+Else as many as divide both: for a narrower last strip LLVM divides by a variable, which JAX 0.12 compiles to a call of
+a function, and because of this ptxas waits after every matrix instruction (C7509).
+"""
 
 
 def product(
@@ -54,7 +59,7 @@ def product(
     """
     rows, columns = x.shape
     tiles, steps = (pl.cdiv(rows, TILE), kernel.shape[0] // TILE), columns // TILE
-    processors = min(processors, tiles[0] * tiles[1])
+    processors, strip = min(processors, tiles[0] * tiles[1]), math.gcd(SNAKE, tiles[1])
 
     def body(
         x_gmem: Any, x_scales_gmem: Any, kernel_gmem: Any, scale_gmem: Any, out_gmem: Any, *, out_smem: Any
@@ -64,7 +69,7 @@ def product(
 
         def place(i: Any) -> Any:
             """Returns the row and the column of this thread block's tile number `i`."""
-            return plgpu.planar_snake(i * processors + processor, tiles, 1, min(SNAKE, tiles[1]))
+            return plgpu.planar_snake(i * processors + processor, tiles, 1, strip)
 
         def step(index: Any, x_smem: Any, x_scales_smem: Any, kernel_smem: Any, total: jax.Array) -> Any:
             i, k = index

@@ -19,15 +19,17 @@ from ..blocks import grid_shape
 from ..checks import Trial
 from ..formats import Format, ScaledArray, quantize_rows
 from . import oracle
-from .calls import Call, Implementation, Operands
+from .calls import Call, Implementation, Operands, Quantizer
 
-MANY_ROWS = 1500
-"""Rows that stand for all numbers above 128: 12 tiles of 128 rows, the last not full, and with the kernels below more
-tiles than a GPU has multiprocessors."""
+MANY_ROWS = 600
+"""Rows that stand for all numbers above 128: 5 tiles of 128 rows, the last not full, and with the last kernel below
+more tiles than a GPU has multiprocessors."""
 
-SHAPES = ((256, 1664), (4096, 1664))
-"""The kernels of a trial.  Up to 128 rows, the first alone has so few tiles that its columns are split among thread
-blocks; both in one launch have whole rows of 13 steps of 128 columns, more than there are slots in shared memory."""
+LAUNCHES = (((256, 1792),), ((1280, 1792),), ((256, 1664), (4096, 1664)))
+"""The kernels of each launch in a trial.  On GPUs with 78 to 132 multiprocessors, `hopper columns` splits the columns
+of the first among 14 thread blocks of one step each, and with `MANY_ROWS` among 7 of 2 steps; those of the second, with
+up to 128 rows, among 7 of 2 steps.  It multiplies with the last two in one launch, without splitting them: their 13
+steps are more than there are slots in shared memory."""
 
 QUANTISED = (200, 512)
 """Rows and columns of the activations that are quantised in a trial; the last tile of 64 rows is not full."""
@@ -50,23 +52,22 @@ def of_product(implementation: Implementation, call: Call) -> Trial:
     roundoff of the result's dtype.  It holds for float8 tensor cores too, although their sums have about 14 bits: the
     values are small integers times a power of two for each row, so that sums of 128 products have 13 bits.
     """
-    calls = tuple(_small(call, shape) for shape in SHAPES)
-    kinds = [f"x {calls[0].x}", f"kernel {calls[0].kernel}", f"result {dtypes.dtype_name(calls[0].result)}"]
-    kind = ", ".join([call.mode, *kinds, f"{calls[0].rows} rows"])
-    return Trial(implementation.name, kind, functools.partial(_compare_products, implementation, calls))
+    launches = tuple(tuple(_small(call, shape) for shape in shapes) for shapes in LAUNCHES)
+    first = launches[0][0]
+    kinds = [f"x {first.x}", f"kernel {first.kernel}", f"result {dtypes.dtype_name(first.result)}"]
+    kind = ", ".join([call.mode, *kinds, f"{first.rows} rows"])
+    return Trial(implementation.name, kind, functools.partial(_compare_products, implementation, launches))
 
 
-def of_quantisation(implementation: Implementation, format: Format, x: np.dtype) -> Trial:
-    """Returns the trial of an implementation's kernel that quantises activations of dtype `x` to `format`.
+def of_quantisation(quantizer: Quantizer, format: Format, x: np.dtype) -> Trial:
+    """Returns the trial of a kernel that quantises activations of dtype `x` to `format`.
 
     Bounds: for a scale 2**-22 relative to that of `quantize_rows`, since one of them may be an ulp off; for a value the
     error of rounding to e4m3 with this scale, `max(|x| * 2**-4, scale * 2**-10)`, with a margin of 2**-20
     for inexact quotients.
     """
     kind = f"x {dtypes.dtype_name(x)} as {format}"
-    return Trial(
-        f"{implementation.name} quantisation", kind, functools.partial(_compare_rows, implementation, format, x)
-    )
+    return Trial(quantizer.name, kind, functools.partial(_compare_rows, quantizer, format, x))
 
 
 def _small(call: Call, shape: tuple[int, int]) -> Call:
@@ -77,22 +78,25 @@ def _small(call: Call, shape: tuple[int, int]) -> Call:
     rows = MANY_ROWS if call.rows > 128 else max(8, 2 ** (call.rows - 1).bit_length()) - 3
     block = min(call.block[0], 128), min(call.block[1], 128)
     kernel = dataclasses.replace(call.kernel, block=block)
-    return dataclasses.replace(call, rows=rows, out_features=shape[0], in_features=shape[1], kernel=kernel)
+    return dataclasses.replace(call, rows=rows, out_features=shape[0], in_features=shape[1], kernel=kernel, beside=())
 
 
-def _compare_products(implementation: Implementation, calls: tuple[Call, ...]) -> str | None:
-    """Returns how the products of the calls, the first alone and all in one launch, differ from the oracle's."""
+def _compare_products(implementation: Implementation, launches: tuple[tuple[Call, ...], ...]) -> str | None:
+    """Returns how the products of the calls in each launch differ from the oracle's."""
 
-    def compute(operands: tuple[Operands, ...]) -> Any:
-        results = implementation.run(calls[:1], operands[:1]), implementation.run(calls, operands)
-        return results, [_expected(call, pair) for call, pair in zip(calls, operands, strict=True)]
+    def compute(launches_operands: list[tuple[Operands, ...]]) -> Any:
+        pairs = list(zip(launches, launches_operands, strict=True))
+        expected = [[_expected(*one) for one in zip(calls, operands, strict=True)] for calls, operands in pairs]
+        return [implementation.run(calls, operands) for calls, operands in pairs], expected
 
     random = np.random.default_rng(0)
-    x = _activations(calls[0], random)
-    operands = tuple(Operands(x, _kernel(call, random)) for call in calls)
-    launches, expected = jax.device_get(jax.jit(compute)(operands))
-    for results in launches:
-        for y, call, (product, magnitude) in zip(results, calls, expected, strict=False):  # the first launch has one
+    arrays = []
+    for calls in launches:
+        x = _activations(calls[0], random)
+        arrays.append(tuple(Operands(x, _kernel(call, random)) for call in calls))
+    results, expected = jax.device_get(jax.jit(compute)(arrays))
+    for each in zip(launches, results, expected, strict=True):
+        for call, y, (product, magnitude) in zip(*each, strict=True):
             least = float(jnp.finfo(call.result).smallest_subnormal)
             bound = (call.in_features + ROUNDINGS) * SUM * magnitude + UNIT_ROUNDOFF[call.result.name] * np.abs(product)
             if why := _difference("the product", y, product, bound + least):
@@ -145,13 +149,13 @@ def _scaled(values: np.ndarray, format: Format, random: np.random.Generator, siz
     return ScaledArray(jnp.asarray(values.astype(format.values)), jnp.asarray(scales.astype(format.scale)), format)
 
 
-def _compare_rows(implementation: Implementation, format: Format, x: np.dtype) -> str | None:
-    """Returns how the activations that the implementation quantises differ from what the definition allows."""
+def _compare_rows(quantizer: Quantizer, format: Format, x: np.dtype) -> str | None:
+    """Returns how the activations that the kernel quantises differ from what the definition allows."""
     random = np.random.default_rng(1)
     rows = random.standard_normal(QUANTISED) * _powers(QUANTISED[0], -9, 0, 4, 7)
     rows[3, :128] = 0  # a block of zeros has the scale 1
     array = rows.astype(x)
-    both = jax.jit(lambda array: (implementation.quantize(array, format), quantize_rows(array, format).scale_inv))
+    both = jax.jit(lambda array: (quantizer.run(array, format), quantize_rows(array, format).scale_inv))
     found, scales = jax.device_get(both(jnp.asarray(array)))
     want = scales.astype(np.float64)
     if why := _difference("the scale", found.scale_inv, want, want * 2.0**-22):

@@ -32,9 +32,11 @@ TOGETHER = [
 ]
 CASES = [
     *itertools.product([(LAYER["q_proj"],)], [1, 16, 64, 128, 1000, 4096], MODES),
-    *itertools.product(TOGETHER, [1, 64], MODES),
+    *(((LAYER["k_proj"],), rows, "W8A8") for rows in [72, 200, 512]),
+    *itertools.product(TOGETHER, [1, 64, 128, 200], MODES),
     *(((shape,), 8, "W8A16") for shape in SHAPES),
     *(((shape,), 4096, "W8A8") for shape in SHAPES),
+    (((128 * 19, 1024),), 4096, "W8A8"),  # tiles that have no common divisor with the snake
 ]
 """Kernels `(out, in)`, rows of x, and the mode."""
 

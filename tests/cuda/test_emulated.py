@@ -8,7 +8,7 @@ from hopper_operands import assert_products, columns_products, rows_product, wid
 from matmuls import FP8
 
 from perparam import quantize
-from perparam.policies.matmul import hopper_quantize
+from perparam.policies.matmul import hopper_costs, hopper_quantize
 
 pytestmark = [pytest.mark.cuda, pytest.mark.optimised]
 
@@ -66,6 +66,11 @@ class TestColumns:
     def test_tiles_of_rows(self, x, rows):
         assert_products(columns_products(rows, [128], 128, x))
 
+    @pytest.mark.parametrize(("rows", "processors"), [(128, 3), (136, 6)])
+    def test_splits_of_several_steps(self, rows, processors):
+        assert hopper_costs.splits(-(-rows // 128), 6, 128, processors) == 3
+        assert_products(columns_products(rows, [128], 128 * 6, FP8, processors=processors))
+
     @pytest.mark.parametrize("x", ["bfloat16", "float16"])
     def test_e5m2(self, x):
         assert_products(columns_products(8, [128], 256, x, of="float8_e5m2"))
@@ -73,6 +78,9 @@ class TestColumns:
     @pytest.mark.parametrize(("x", "result"), [("bfloat16", "bfloat16"), ("float16", "float16"), (FP8, "bfloat16")])
     def test_several_kernels_in_a_launch(self, x, result):
         assert_products(columns_products(8, [256, 128, 128], 256, x, result), result)
+
+    def test_several_kernels_in_a_launch_with_tiles_of_rows(self):
+        assert_products(columns_products(136, [256, 128], 256, FP8, processors=4))
 
     def test_more_steps_than_stages(self):
         assert_products(columns_products(8, [128 * 31], 128 * 13, FP8))

@@ -213,7 +213,7 @@ class TestTarget:
     def test_kernels_of_another_machine_are_unchecked(self):
         policy = Policy.loads(YAML.replace("compute:\n  kernel: null", "compute:\n  kernel: f8_e4m3fn"))
         plan = policy.explain(self.tree, target="cuda:9.0")
-        names = "hopper columns and hopper rows and hopper rows quantisation"
+        names = "hopper columns and hopper rows and hopper quantisation"
         why = f"{names} unchecked: this process has no device cuda:9.0 to compare it on"
         assert {row.matmul_checks for row in plan.rows} == {None, why}
         assert str(plan).count(f"\n{why}\n") == 1

@@ -54,10 +54,16 @@ def refusal(name: str, case: Case) -> str | None:
 EVERYONE = pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in IMPLEMENTATIONS])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_a_gpu():
-    with contextlib.nullcontext() if interpreter.MISSING else interpreter.interpreted():
-        yield
+@pytest.fixture(scope="module")
+def launches():
+    with contextlib.nullcontext([]) if interpreter.MISSING else interpreter.interpreted() as launches:
+        yield launches
+
+
+@pytest.fixture(autouse=True)
+def without_races(launches):
+    yield
+    interpreter.assert_no_races(launches)
 
 
 def multiply(name: str, case: Case, *operands) -> np.ndarray:

@@ -1,6 +1,7 @@
 """mxfp8 on Blackwell: which calls cuDNN's block-scaled product computes, with which operands, and in which programs."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ class TestProduct:
     @pytest.mark.parametrize("result", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
     def test_is_that_of_the_oracle(self, monkeypatch, result):
         monkeypatch.setattr(jax.nn, "scaled_matmul", documented)
-        monkeypatch.setattr(trials, "SHAPES", ((256, 384), (128, 384)))
+        monkeypatch.setattr(trials, "LAUNCHES", (((256, 384), (128, 384)),))
         assert trials.of_product(blackwell.BLOCK_SCALED, call(result=result)).compare() is None
 
     @pytest.mark.slow
@@ -105,12 +106,12 @@ class TestProduct:
             return documented(lhs, rhs, jnp.flip(lhs_scales, 2), rhs_scales, **settings)
 
         monkeypatch.setattr(jax.nn, "scaled_matmul", swapped)
-        monkeypatch.setattr(trials, "SHAPES", ((256, 384), (128, 384)))
+        monkeypatch.setattr(trials, "LAUNCHES", (((256, 384), (128, 384)),))
         assert "the product is" in trials.of_product(blackwell.BLOCK_SCALED, call()).compare()
 
     @pytest.mark.parametrize("rows", [33, 64, 65, 512])
     def test_the_trials_are_calls_that_it_accepts(self, rows):
-        for shape in trials.SHAPES:
+        for shape in itertools.chain(*trials.LAUNCHES):
             assert blackwell.BLOCK_SCALED.refuses(trials._small(call(rows), shape)) is None
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import bits, dtype
 from hopper_operands import assert_products, columns_products, kernel_of, rows_product, wide_rows
-from interpreter import interpreted, required
+from interpreter import assert_no_races, interpreted, required
 from matmuls import FP8, assert_product, widened
 
 from perparam import quantize
@@ -27,10 +27,16 @@ def slow(*values):
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_a_cpu():
-    with interpreted():
-        yield
+@pytest.fixture(scope="module")
+def launches():
+    with interpreted() as launches:
+        yield launches
+
+
+@pytest.fixture(autouse=True)
+def without_races(launches):
+    yield
+    assert_no_races(launches)
 
 
 class TestRows:
@@ -50,8 +56,8 @@ class TestRows:
         self.check(rows, 128, 256)
 
     @pytest.mark.slow
-    def test_the_snake_ends_in_a_narrower_tile(self):
-        self.check(256, (hopper_rows.SNAKE + 1) * 128, 128, processors=2)
+    def test_the_snake_is_narrower_for_kernels_that_it_does_not_divide(self):
+        self.check(256, (hopper_rows.SNAKE + 4) * 128, 128, processors=2)
 
     @pytest.mark.parametrize("steps", [hopper_rows.STAGES + 2, *slow(1, hopper_rows.STAGES)])
     def test_fewer_and_more_steps_than_stages(self, steps):
@@ -111,6 +117,11 @@ class TestColumns:
     def test_columns_whole_and_split(self, processors, narrow):
         assert hopper_columns.splits(2, 4, 8, processors) == {1: 1, 8: 4, 132: 4}[processors]
         self.check(8, [256], 512, FP8 if narrow else "bfloat16", "bfloat16", processors=processors)
+
+    @pytest.mark.slow
+    def test_several_kernels_and_tiles_of_rows_split_into_several_steps(self, monkeypatch):
+        monkeypatch.setattr(hopper_columns, "splits", lambda *_: 2)
+        self.check(200, [128, 128], 512, FP8, "bfloat16")
 
     def test_more_steps_than_stages(self, monkeypatch):
         monkeypatch.setattr(hopper_columns, "splits", lambda *_: 1)

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from helpers import dtype
 from matmuls import FP8, Case
-from shapes import ROWS, SHAPES
+from shapes import ROWS, SHAPES, linears
 
+from perparam.policies import checks
 from perparam.policies.formats import Format
-from perparam.policies.matmul import face, hopper, matmul_override, scaled_matmul, warpgroup
+from perparam.policies.matmul import face, hopper, hopper_costs, matmul_override, scaled_matmul, warpgroup
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, matmul_plan
-from perparam.policies.matmul.hopper_columns import TILE, row_tile, splits, stages
+from perparam.policies.matmul.hopper_columns import stages
+from perparam.policies.matmul.hopper_costs import TILE, columns_cost, row_tile, rows_cost, splits
 from perparam.policies.targets import MULTIPROCESSORS, here, multiprocessors
 
 PROCESSORS = {"H200": 132, "H100 PCIe": 114, "H20": 78}
@@ -80,11 +82,73 @@ class TestSplits:
         assert [splits(48, 32, 8, processors) for processors in PROCESSORS.values()] == [2, 2, 1]
 
 
+class TestKernel:
+    """The choice of the kernel for more than 64 rows in W8A8."""
+
+    @staticmethod
+    def plan(rows: int, *outs: int, features: int = 4096):
+        return matmul_plan(rows, (outs[0], features), compute=FP8, target="cuda:9.0", beside=outs[1:])
+
+    def test_columns_are_split_where_rows_would_leave_most_of_the_device_idle(self):
+        plan = self.plan(128, 1024)
+        assert plan.implementation == "hopper columns"
+        assert dict(plan.refused)["hopper rows"] == (
+            "8 tiles on 132 multiprocessors would take it an estimated 36 steps of 128 columns, and hopper columns 16"
+        )
+        assert "not hopper rows: 8 tiles on 132 multiprocessors" in str(plan)
+
+    def test_goes_by_all_kernels_of_a_call(self):
+        gate, up = linears("0.6B")["gate_proj"], linears("0.6B")["up_proj"]
+        assert self.plan(256, gate[0], features=gate[1]).implementation == "hopper rows"
+        assert self.plan(256, gate[0], up[0], features=gate[1]).implementation == "hopper columns"
+
+    def test_is_that_of_every_kernel_of_a_call(self):
+        outs = [linears("8B")[name][0] for name in ("q_proj", "k_proj", "v_proj")]
+        for rows in range(65, 4097, 61):
+            orders = outs, outs[1:] + outs[:1], outs[2:] + outs[:2]
+            assert len({self.plan(rows, *order).implementation for order in orders}) == 1
+
+    def test_goes_by_the_multiprocessors_of_the_device(self, monkeypatch):
+        assert self.plan(1000, 1024).implementation == "hopper columns"
+        TestMultiprocessors.run_on(monkeypatch, {"core_count": 78})
+        monkeypatch.setattr(checks, "local_device", lambda target: None)
+        assert self.plan(1000, 1024).implementation == "hopper rows"
+
+    def test_does_not_go_by_those_of_a_device_that_is_not_the_target(self, monkeypatch):
+        expected = str(self.plan(128, 1024))
+        TestMultiprocessors.run_on(monkeypatch, {"core_count": 148}, "10.0")
+        monkeypatch.setattr(checks, "local_device", lambda target: None)
+        assert str(self.plan(128, 1024)) == expected
+
+    def test_either_kernel_may_be_named(self):
+        case = Case(128, (1024, 4096), compute=FP8)
+        for name in ("hopper rows", "hopper columns"):
+            with matmul_override(name):
+                assert matmul_plan(case.rows, case.shape, **case.settings).implementation == name
+
+    def test_costs_of_all_real_shapes_are_at_least_their_steps(self):
+        for out, features in SHAPES:
+            for rows in (65, 200, 512, 4096):
+                for processors in PROCESSORS.values():
+                    least = hopper_costs.tiles_of(rows, [out]) * features / 128 / processors
+                    costs = [one(rows, [out], features, processors) for one in (rows_cost, columns_cost)]
+                    assert least < min(costs)
+                    assert min(costs) <= max(2 * least, features / 128) + 8
+
+    @pytest.mark.parametrize("rows", [1, 8, 64])
+    def test_few_rows_are_multiplied_with_all_kernels_in_one_launch(self, rows):
+        for model in ("0.6B", "4B", "32B"):
+            linear = linears(model)
+            for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+                shape = rows, [linear[name][0] for name in names], linear[names[0]][1], 132
+                assert hopper_costs.shared_cost(*shape, 2) <= hopper_costs.apart_cost(*shape)
+
+
 class TestMultiprocessors:
     @staticmethod
-    def run_on(monkeypatch, cores: dict[str, int]):
+    def run_on(monkeypatch, cores: dict[str, int], capability: str = "9.0"):
         client = types.SimpleNamespace(platform_version="cuda 12.9")
-        device = types.SimpleNamespace(client=client, compute_capability="9.0", **cores)
+        device = types.SimpleNamespace(client=client, compute_capability=capability, **cores)
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(jax, "local_devices", lambda: [device])
 

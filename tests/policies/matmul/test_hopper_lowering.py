@@ -131,7 +131,19 @@ class TestSeveralKernels:
 
     def test_and_share_the_quantised_activations_of_many_rows(self):
         linear = linears("0.6B")
-        assert self.lowered(512, [linear["gate_proj"], linear["up_proj"]], FP8) == 3
+        assert self.lowered(2048, [linear["gate_proj"], linear["up_proj"]], FP8) == 3
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("compute", "launches"), [(None, 1), (FP8, 2)])
+    def test_and_one_launch_of_a_few_hundred_rows(self, compute, launches):
+        linear = linears("0.6B")
+        assert self.lowered(200, [linear[name] for name in ("q_proj", "k_proj", "v_proj")], compute) == launches
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("compute", "launches"), [(None, 2), (FP8, 3)])
+    def test_and_several_launches_of_thousands(self, compute, launches):
+        linear = linears("8B")
+        assert self.lowered(4096, [linear["gate_proj"], linear["up_proj"]], compute) == launches
 
     def test_one_that_is_refused_leaves_the_launches_of_its_neighbours(self):
         assert self.lowered(1, [(256, 384), (200, 384), (128, 384)]) == 2

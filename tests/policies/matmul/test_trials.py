@@ -1,6 +1,7 @@
 """Kernels are compared with the reference before their first use on a device: only right ones are used."""
 
 import functools
+import itertools
 import threading
 
 import jax
@@ -13,9 +14,11 @@ from jax import export
 from matmuls import FP8, Case
 
 from perparam.policies import as_format
+from perparam.policies.formats import quantize_rows
 from perparam.policies.matmul import (
     Target,
     hopper_columns,
+    hopper_costs,
     hopper_quantize,
     hopper_rows,
     matmul_override,
@@ -26,7 +29,6 @@ from perparam.policies.matmul import (
     warpgroup,
 )
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, choose, describe
-from perparam.policies.targets import MULTIPROCESSORS
 
 W8A16, W8A8, PREFILL = Case(1), Case(1, compute=FP8), Case(129, compute=FP8)
 
@@ -62,7 +64,7 @@ class TestVerdicts:
             pytest.param(W8A8, {"hopper columns": "checked"}, id="W8A8", marks=pytest.mark.slow),
             pytest.param(
                 PREFILL,
-                {"hopper rows": "checked", "hopper rows quantisation": "checked"},
+                {"hopper rows": "checked", "hopper quantisation": "checked"},
                 id="prefill",
                 marks=pytest.mark.slow,
             ),
@@ -110,17 +112,32 @@ class TestVerdicts:
             return planted.product(*operands, **settings).at[137, -1].set(0)  # of 140 rows
 
         with planted.device(tmp_path, rows=rows), pytest.warns(RuntimeWarning, match="'hopper rows'.*the product is"):
-            assert chosen(PREFILL) == ("hopper columns", {"hopper rows": "refused", "hopper columns": "checked"})
+            assert chosen(PREFILL) == (
+                "hopper columns",
+                {"hopper rows": "refused", "hopper columns": "checked", "hopper quantisation": "checked"},
+            )
+
+    @pytest.mark.slow
+    def test_a_kernel_that_is_slower_is_used_if_the_faster_one_is_wrong(self, tmp_path):
+        case = Case(130, (256, 4096), compute=FP8)
+        assert matmul_plan(130, case.shape, target="cuda:9.0", **case.settings).implementation == "hopper columns"
+        with planted.device(tmp_path, columns=planted.WRONG["NaN"]), pytest.warns(RuntimeWarning, match="'hopper col"):
+            implementation, choice = choose(case.call, planted.HOPPER)
+        assert implementation.name == "hopper rows"
+        assert choice.refused[1:] == (("hopper columns", "its check failed"),)
+        assert [(check.kernel, check.state) for check in choice.checks] == [
+            ("hopper columns", "refused"), ("hopper rows", "checked"),
+        ]  # fmt: skip
 
     @pytest.mark.parametrize("wrong", slow_but(planted.WRONG_QUANTISATION))
     def test_activations_are_quantised_by_xla_where_the_kernel_is_wrong(self, tmp_path, wrong):
         with planted.device(tmp_path, quantize=planted.WRONG_QUANTISATION[wrong]):
             reason = "it raised NotImplementedError" if wrong == "an exception" else "the (scale|quantised value) is "
-            with pytest.warns(RuntimeWarning, match=f"'hopper rows quantisation' .* on this cpu {reason}"):
+            with pytest.warns(RuntimeWarning, match=f"'hopper quantisation' .* on this cpu {reason}"):
                 implementation, choice = choose(PREFILL.call, planted.HOPPER, np.dtype(jnp.bfloat16))
             assert [check.state for check in choice.checks] == ["checked", "refused"]
             assert implementation.name == "hopper rows"
-            assert implementation.quantize == IMPLEMENTATIONS["oracle"].quantize
+            assert implementation.quantizer(PREFILL.call).run is quantize_rows
 
     def test_each_dtype_and_size_of_a_tile_is_a_kind(self):
         def kinds(*cases):
@@ -130,14 +147,30 @@ class TestVerdicts:
         assert kinds(W8A16, W8A8, Case(1, x="float16"), Case(1, kernel="float8_e5m2")) == 4
         assert kinds(W8A16, Case(2), Case(1, (512, 128), block=None), Case(1, block=(256, 384))) == 1
 
-    @pytest.mark.parametrize("tile", [8, 16, 32, 64, 128])
-    def test_trials_of_one_tile_of_rows_split_columns_and_do_not(self, tile):
-        sums = [features // hopper_columns.TILE for _, features in trials.SHAPES]
-        tiles = [out // hopper_columns.TILE for out, _ in trials.SHAPES]
+    @pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, trials.MANY_ROWS])
+    @pytest.mark.parametrize("processors", [132, 114, 78])
+    def test_trials_split_columns_into_single_steps_and_several_and_do_not(self, rows, processors):
+        found = []
+        for shapes in trials.LAUNCHES:
+            outs, (steps,) = [out for out, _ in shapes], {features // 128 for _, features in shapes}
+            tile = hopper_costs.row_tile(rows)
+            parts = hopper_costs.splits(hopper_costs.tiles_of(rows, outs), steps, tile, processors)
+            found.append((parts, steps // parts))
+        assert found[0] == ((7, 2) if rows > 128 else (14, 1))
+        assert found[1] == (7, 2) or rows > 128
+        assert found[2] == (1, 13)
         bf16 = np.dtype(jnp.bfloat16)
-        assert hopper_columns.splits(tiles[0], sums[0], tile, MULTIPROCESSORS) > 1
-        assert hopper_columns.splits(sum(tiles), sums[0], tile, MULTIPROCESSORS) == 1
-        assert min(sums) == max(sums) > hopper_columns.stages(sums[0], tile, bf16, bf16)
+        assert hopper_columns.stages(13, tile, bf16, bf16) < 13
+
+    @pytest.mark.parametrize("rows", [5, 125, trials.MANY_ROWS])
+    @pytest.mark.parametrize("processors", [132, 114, 78])
+    def test_the_last_kernels_are_one_launch_of_columns_and_in_rows_have_blocks_with_several_tiles(
+        self, rows, processors
+    ):
+        outs = [out for out, _ in trials.LAUNCHES[-1]]
+        shape = rows, outs, 1664, processors
+        assert hopper_costs.shared_cost(*shape, 4) <= hopper_costs.apart_cost(*shape)
+        assert hopper_costs.tiles_of(rows, outs[-1:]) > processors or rows < trials.MANY_ROWS
 
     @pytest.mark.parametrize("name", [name for name, one in IMPLEMENTATIONS.items() if one.opaque])
     def test_a_kernel_accepts_the_calls_of_its_trials(self, name):
@@ -146,7 +179,7 @@ class TestVerdicts:
         calls += [describe(rows, (256, 384), np.dtype(jnp.bfloat16), mxfp8, mxfp8) for rows in (65, 129)]
         accepted = [call for call in calls if refuses(call) is None]
         assert len(accepted) >= 2
-        small = [trials._small(call, shape) for call in accepted for shape in trials.SHAPES]
+        small = [trials._small(call, shape) for call in accepted for shape in itertools.chain(*trials.LAUNCHES)]
         assert [refuses(call) for call in small] == [None] * len(small)
 
     @pytest.mark.slow
@@ -169,7 +202,7 @@ class TestInterpreted:
     @pytest.fixture(autouse=True)
     def process(self, tmp_path, monkeypatch):
         with interpreted(), device_of_the_kernels(tmp_path):
-            monkeypatch.setattr(trials, "SHAPES", ((128, 128), (128, 128)))
+            monkeypatch.setattr(trials, "LAUNCHES", (((128, 128),), ((128, 128), (128, 128))))
             yield
 
     @pytest.mark.parametrize("case", [W8A16, W8A8, PREFILL], ids=["W8A16", "W8A8", "prefill"])
@@ -237,7 +270,7 @@ class TestPlan:
         choice = matmul_plan(512, (256, 384), compute="f8_e4m3fn", target="cuda:9.0")
         assert [check.state for check in choice.checks] == ["unchecked"] * 2
         assert str(choice).endswith(
-            "hopper rows and hopper rows quantisation unchecked: this process has no device cuda:9.0 to compare it on)"
+            "hopper rows and hopper quantisation unchecked: this process has no device cuda:9.0 to compare it on)"
         )
 
 
