@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from perparam.models.decoding import hopper_gate, hopper_norm
 from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, warpgroup
 
 try:  # private, and so perhaps somewhere else in the next version
@@ -20,10 +21,19 @@ except ImportError as error:
     MISSING = f"this JAX has no interpreter of Mosaic GPU kernels: {error}"
 else:
     MISSING = ""
-    _store = GPUSharedMemory.store_buffer_content
+    _store_buffer = GPUSharedMemory.store_buffer_content
 
 PATIENCE = 900
 """Seconds after which nobody believes any more that a file of tests goes on: each takes one of them or two."""
+
+KERNELS = (
+    (hopper_rows, "product"),
+    (hopper_columns, "products"),
+    (hopper_quantize, "quantize"),
+    (hopper_norm, "add_and_norm"),
+    (hopper_gate, "gate"),
+)
+"""Modules of kernels, and the function of each."""
 
 required = pytest.mark.skipif(bool(MISSING), reason=MISSING or "never")
 """On tests that need the interpreter."""
@@ -37,7 +47,7 @@ def interpreted():
     interpreter's threads waiting for each other: then the process ends, and says where it was.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("load", "product", "product_widened", "zeros", "store_transposed"):
+        for name in ("load", "store", "full", "product", "product_widened", "zeros", "store_transposed"):
             patch.setattr(warpgroup, name, globals()[f"_{name}"])
         if jax.__version_info__ < (0, 11):  # which compiles every block of the grid, and every thread of it, anew
             patch.setattr(thread_map, "_run_jaxpr", _run_jaxpr)
@@ -45,7 +55,7 @@ def interpreted():
             patch.setattr(GPUSharedMemory, "store_buffer_content", _store_within_bounds)
         # Where a tensor copy reads beyond its source, a GPU fills in zeros, as JAX 0.11 does; in JAX 0.10 it is NaN.
         parameters = InterpretGPUParams(out_of_bounds_reads="uninitialized")
-        for module, name in ((hopper_rows, "product"), (hopper_columns, "products"), (hopper_quantize, "quantize")):
+        for module, name in KERNELS:
             patch.setattr(module, name, functools.partial(getattr(module, name), interpret=parameters))
         patch.setattr(face, "unless_portable", lambda kernel, *_: kernel)  # which takes no side effects
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
@@ -57,8 +67,16 @@ def interpreted():
             face._matmuls.clear_cache()
 
 
-def _load(ref, layout):
+def _load(ref, layout, optimized=True):
     return ref[...]
+
+
+def _store(ref, values):
+    ref[...] = values
+
+
+def _full(shape, value, layout):
+    return jnp.full(shape, value, jnp.float32)
 
 
 def _product(a, b):
@@ -93,4 +111,4 @@ def _store_within_bounds(self, key, ranges, value, *args, **kwargs):
     sides = list(zip(ranges, self.mem[key].logical_shape, strict=False))
     kept = tuple(slice(max(side - one.start, 0)) for one, side in sides if isinstance(one, slice))
     within = tuple(slice(one.start, min(one.stop, side)) if isinstance(one, slice) else one for one, side in sides)
-    return _store(self, key, within, value[kept], *args, **kwargs)
+    return _store_buffer(self, key, within, value[kept], *args, **kwargs)
