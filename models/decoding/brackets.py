@@ -106,7 +106,9 @@ def _scales(largest: np.ndarray) -> np.ndarray:
 
 def _wider(bracket: Bracket, relative: float, vanishing: float) -> Bracket:
     """Returns a bracket widened by a relative error, and up to zero below the magnitude `vanishing`."""
-    least, greatest = (side * (1 + sign * np.sign(side) * relative) for sign, side in zip((-1, 1), bracket, strict=True))
+    least, greatest = (
+        side * (1 + sign * np.sign(side) * relative) for sign, side in zip((-1, 1), bracket, strict=True)
+    )
     least = np.where((least > 0) & (least < vanishing), 0, least)
     return least, np.where((greatest < 0) & (greatest > -vanishing), 0, greatest)
 

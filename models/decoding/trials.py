@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import jit
 
 from ...policies.checks import Trial
 from ...policies.dtypes import dtype_name
@@ -52,7 +53,7 @@ def _kind(dtype: np.dtype, narrow: bool) -> str:
 def _compare_norms(dtype: np.dtype, narrow: bool) -> str | None:
     from .hopper_norm import add_and_norm
 
-    run = jax.jit(functools.partial(add_and_norm, eps=EPS, narrow=narrow))
+    run = jit(functools.partial(add_and_norm, eps=EPS, narrow=narrow))
     for i, shape in enumerate(NORMS):
         random = np.random.default_rng(i)
         stream = _activations(shape.rows, shape.columns, dtype, random)
@@ -68,7 +69,7 @@ def _compare_norms(dtype: np.dtype, narrow: bool) -> str | None:
 def _compare_gates(dtype: np.dtype, narrow: bool) -> str | None:
     from .hopper_gate import gate
 
-    run = jax.jit(functools.partial(gate, dtype=dtype, narrow=narrow))
+    run = jit(functools.partial(gate, dtype=dtype, narrow=narrow))
     for i, shape in enumerate(GATES):
         sums = exact_sums(shape.parts, shape.rows, 2 * shape.columns, dtype, np.random.default_rng(i))
         values, scales = jax.device_get(run(_on_device(sums)))
