@@ -17,15 +17,15 @@ Bracket = tuple[np.ndarray, np.ndarray]
 """Least and greatest numbers, in float64."""
 
 ROOT = 2.0**-19
-"""Relative error of x / rms(x) before it is rounded, 32 times 2**-24: 25 additions of squares, one after the other for an
-element, count half; 2 ulp of the square root are 4; a product is 1 or a half."""
+"""Relative error of x / rms(x) before it is rounded, 32 times 2**-24: each of up to 25 additions of squares on the
+way of an element counts half, as products before the root do; 2 ulp of the root count 4, the product after it 1."""
 
 SILU = 2.0**-20
 """Relative error of silu(x) before it is rounded: 2 ulp each of the exponential function and the reciprocal, and 2
 operations that round, are 10 times 2**-24."""
 
 QUOTIENT = 2.0**-21
-"""Relative error of the quotient that is rounded to e4m3: 2 ulp, and those of float32 in the brackets' own roundings."""
+"""Relative error of the quotient that is rounded to e4m3: 2 ulp, and that of the bracket's own rounding."""
 
 SCALE = 2.0**-22
 """Relative error of a scale, which XLA rounds to one of two neighbours, beyond that of the largest magnitude."""
@@ -106,9 +106,8 @@ def _scales(largest: np.ndarray) -> np.ndarray:
 
 def _wider(bracket: Bracket, relative: float, vanishing: float) -> Bracket:
     """Returns a bracket widened by a relative error, and up to zero below the magnitude `vanishing`."""
-    least, greatest = (
-        side * (1 + sign * np.sign(side) * relative) for sign, side in zip((-1, 1), bracket, strict=True)
-    )
+    least = bracket[0] * (1 - np.sign(bracket[0]) * relative)
+    greatest = bracket[1] * (1 + np.sign(bracket[1]) * relative)
     least = np.where((least > 0) & (least < vanishing), 0, least)
     return least, np.where((greatest < 0) & (greatest > -vanishing), 0, greatest)
 

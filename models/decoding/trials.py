@@ -42,7 +42,7 @@ def of_norm(dtype: np.dtype, narrow: bool) -> Trial:
 
 
 def of_gate(dtype: np.dtype, narrow: bool) -> Trial:
-    """Returns the trial of `hopper_gate.gate` for activations of a dtype, quantised if `narrow`: see `brackets.gate`."""
+    """Returns the trial of `hopper_gate.gate` for activations of a dtype, quantised if `narrow`; see `brackets`."""
     return Trial("decoding gate", _kind(dtype, narrow), functools.partial(_compare_gates, dtype, narrow))
 
 

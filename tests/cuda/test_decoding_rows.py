@@ -71,7 +71,7 @@ class TestEmulated:
     @pytest.fixture(autouse=True)
     def emulator(self, monkeypatch):
         monkeypatch.setattr(trials, "jit", lambda function: function)  # the emulator takes launches outside of `jit`
-        monkeypatch.setattr(trials, "NORMS", trials.NORMS[:3] + (trials.Shape(8, 4608, 0),))
+        monkeypatch.setattr(trials, "NORMS", (*trials.NORMS[:3], trials.Shape(8, 4608, 0)))
         with emulated(run_in_all_schedules):
             yield
 
