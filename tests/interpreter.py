@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas.mosaic_gpu import commit_smem
 
+from perparam.models.decoding import hopper_gate, hopper_norm
 from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, warpgroup
 
 try:  # private, and so perhaps somewhere else in the next version
@@ -22,7 +23,7 @@ except ImportError as error:
     MISSING = f"this JAX has no interpreter of Mosaic GPU kernels: {error}"
 else:
     MISSING = ""
-    _store = GPUSharedMemory.store_buffer_content
+    _store_buffer = GPUSharedMemory.store_buffer_content
     _RACES = "GPURaceDetectionState" if hasattr(gpu_callbacks, "GPURaceDetectionState") else "RaceDetectionState"
     # Without an exception, after which threads wait for each other: JAX 0.10 and 0.11 only print.
     _WARN = {"on_race": "warn"} if any(f.name == "on_race" for f in dataclasses.fields(InterpretGPUParams)) else {}
@@ -33,6 +34,15 @@ PATIENCE = 900
 CLOCKS = 1024
 """Clocks that the race detector gives to tensor copies in turn: a later copy with the same clock hides that nobody
 awaited the earlier one."""
+KERNELS = (
+    (hopper_rows, "product"),
+    (hopper_columns, "products"),
+    (hopper_columns, "sums"),
+    (hopper_quantize, "quantize"),
+    (hopper_norm, "add_and_norm"),
+    (hopper_gate, "gate"),
+)
+"""Modules of kernels, and the function of each."""
 
 required = pytest.mark.skipif(bool(MISSING), reason=MISSING or "never")
 """On tests that need the interpreter."""
@@ -53,7 +63,7 @@ def interpreted():
         launches = []
         state = getattr(gpu_callbacks, _RACES)
         patch.setattr(gpu_callbacks, _RACES, lambda *args, **kwargs: _appended(launches, state(*args, **kwargs)))
-        for name in ("load", "product", "product_widened", "zeros", "store_transposed"):
+        for name in ("load", "store", "full", "product", "product_widened", "zeros", "store_transposed"):
             patch.setattr(warpgroup, name, globals()[f"_{name}"])
         if jax.__version_info__ < (0, 11):  # which compiles every block of the grid, and every thread of it, anew
             patch.setattr(thread_map, "_run_jaxpr", _run_jaxpr)
@@ -63,12 +73,7 @@ def interpreted():
         parameters = InterpretGPUParams(
             out_of_bounds_reads="uninitialized", detect_races=True, num_tma_threads_per_device=CLOCKS, **_WARN
         )
-        for module, name in (
-            (hopper_rows, "product"),
-            (hopper_columns, "products"),
-            (hopper_columns, "sums"),
-            (hopper_quantize, "quantize"),
-        ):
+        for module, name in KERNELS:
             patch.setattr(module, name, functools.partial(getattr(module, name), interpret=parameters))
         patch.setattr(face, "unless_portable", lambda kernel, *_: kernel)  # which takes no side effects
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
@@ -109,8 +114,16 @@ def _read(ref):
     return value
 
 
-def _load(ref, layout):
+def _load(ref, layout, optimized=True):
     return _read(ref)
+
+
+def _store(ref, values):
+    ref[...] = values
+
+
+def _full(shape, value, layout):
+    return jnp.full(shape, value, jnp.float32)
 
 
 def _product(a, b):
@@ -146,4 +159,4 @@ def _store_within_bounds(self, key, ranges, value, *args, **kwargs):
     sides = list(zip(ranges, self.mem[key].logical_shape, strict=False))
     kept = tuple(slice(max(side - one.start, 0)) for one, side in sides if isinstance(one, slice))
     within = tuple(slice(one.start, min(one.stop, side)) if isinstance(one, slice) else one for one, side in sides)
-    return _store(self, key, within, value[kept], *args, **kwargs)
+    return _store_buffer(self, key, within, value[kept], *args, **kwargs)

@@ -32,10 +32,28 @@ def tiled(dtype: Any, columns: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def load(ref: Any, layout: Any) -> jax.Array:
-    """Returns a tile of shared memory in registers."""
+def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+    """Returns a tile of memory in registers.
+
+    Without `optimized`, JAX does not insist on a pattern without bank conflicts, which global memory has not, or on
+    whole sectors of 32 bytes.
+    """
     whole: tuple[Any, ...] = () if jax.__version_info__ >= (0, 11) else ((),)
-    return plgpu.load(ref, *whole, layout=layout)
+    return plgpu.load(ref, *whole, layout=layout, optimized=optimized)
+
+
+def store(ref: Any, values: jax.Array) -> None:
+    """Writes values in registers to global memory, also to less than whole sectors of 32 bytes."""
+    if hasattr(plgpu, "store"):  # since JAX 0.12, whose assignments to references refuse that
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
+
+
+def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
+    """Returns an array of equal numbers, float32 in registers."""
+    result: jax.Array = plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+    return result
 
 
 def widened(ref: Any, dtype: Any) -> jax.Array:

@@ -193,7 +193,28 @@ def _reciprocal(a: np.ndarray) -> np.ndarray:
     return np.where(a.view(np.uint32) & 1 == 1, np.nextafter(exact, np.float32(np.inf)), exact)
 
 
+def _inverse_root(a: np.ndarray) -> np.ndarray:
+    """Approximate, by an ulp for every other number; the hardware may be 2 ulp off."""
+    exact = (1 / np.sqrt(a.astype(np.float64))).astype(np.float32)
+    return np.where(a.view(np.uint32) & 1 == 1, np.nextafter(exact, np.float32(np.inf)), exact)
+
+
+def _power_of_two(a: np.ndarray) -> np.ndarray:
+    """Approximate, by an ulp for every other number; the hardware may be 2 ulp off.  Subnormal numbers become zero."""
+    exact = np.exp2(np.where(np.abs(a) < np.finfo(np.float32).tiny, 0, a).astype(np.float64)).astype(np.float32)
+    off = np.where(a.view(np.uint32) & 1 == 1, np.nextafter(exact, np.float32(0)), exact)
+    return np.where(off < np.finfo(np.float32).tiny, np.float32(0), off)
+
+
+def _fma_down(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Rounded towards minus infinity."""
+    exact = _fma(a, b, c)
+    near = exact.astype(np.float32)
+    return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
+
+
 _FLOAT = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fma, "rcp": _reciprocal}
+_FLOAT |= {"rsqrt": _inverse_root, "ex2": _power_of_two}
 _INTEGER = {
     "add": np.add,
     "sub": np.subtract,
@@ -268,6 +289,8 @@ def _cvt(ins: Instruction) -> Step:
         if out.kind in "iu" and values.dtype.kind not in "iu":
             rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
             values = next(rounding[part] for part in ins.parts if part in rounding)(values)
+        if "sat" in ins.parts:  # to 0 to 1, and NaN to 0
+            values = np.where(np.isnan(values), 0, np.clip(values, 0, 1))
         with np.errstate(all="ignore"):
             group.write(target, values.astype(out).view(raw(out)))
 
@@ -355,6 +378,8 @@ def compile_arithmetic(ins: Instruction) -> Step | None:
         return _elementwise(_maximum(ins.parts, dtype, root == "max"), ins, dtype)
     if root == "not" and dtype.kind == "b":
         return _elementwise(np.logical_not, ins, dtype)
+    if root == "fma" and "rm" in ins.parts:
+        return _elementwise(_fma_down, ins, dtype)
     if root in _UNARY:
         return _elementwise(_UNARY[root], ins, dtype)
     table = _INTEGER if dtype.kind in "iub" else _FLOAT

@@ -410,9 +410,9 @@ def _product(ins: Instruction) -> Effect:
 _TABLE: tuple[tuple[str, Callable[[Instruction], Effect]], ...] = (
     ("ld.param", _param),
     ("ld.shared", _load),
-    ("ld.global", _load),
+    ("ld.", _load),
     ("st.shared", _store),
-    ("st.global", _store),
+    ("st.", _store),
     ("ldmatrix", _matrices),
     ("stmatrix", _matrices),
     ("mbarrier.init", _init),
