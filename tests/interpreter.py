@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, warpgroup
 
@@ -45,6 +46,8 @@ def interpreted():
             patch.setattr(GPUSharedMemory, "store_buffer_content", _store_within_bounds)
         # Where a tensor copy reads beyond its source, a GPU fills in zeros, as JAX 0.11 does; in JAX 0.10 it is NaN.
         parameters = InterpretGPUParams(out_of_bounds_reads="uninitialized")
+        if not hasattr(gpu_callbacks, "call_allocate_cluster_barriers"):  # a barrier of several thread blocks
+            patch.setattr(plgpu, "BlockSpec", functools.partial(_block_spec, plgpu.BlockSpec))
         for module, name in ((hopper_rows, "product"), (hopper_columns, "products"), (hopper_quantize, "quantize")):
             patch.setattr(module, name, functools.partial(getattr(module, name), interpret=parameters))
         patch.setattr(face, "unless_portable", lambda kernel, *_: kernel)  # which takes no side effects
@@ -55,6 +58,11 @@ def interpreted():
             faulthandler.cancel_dump_traceback_later()
             gpu_callbacks.reset_gpu_interpret_mode_state()  # of which an exception leaves something behind
             face._matmuls.clear_cache()
+
+
+def _block_spec(original, *args, collective_axes=(), **kwargs):
+    """Without multicast: each block of a cluster copies all of a tile, and releases it by itself."""
+    return original(*args, **kwargs)
 
 
 def _load(ref, layout):

@@ -21,9 +21,9 @@ from ..formats import Format, ScaledArray, quantize_rows
 from . import oracle
 from .calls import Call, Implementation, Operands
 
-MANY_ROWS = 1500
-"""Rows that stand for all numbers above 128: 12 tiles of 128 rows, the last not full, and with the kernels below more
-tiles than a GPU has multiprocessors."""
+MANY_ROWS = 1400
+"""Rows that stand for all numbers above 128: 11 tiles of 128 rows, the last not full and without a partner in its
+cluster, and with the kernels below more tiles than a GPU has multiprocessors."""
 
 SHAPES = ((256, 1664), (4096, 1664))
 """The kernels of a trial.  Up to 128 rows, the first alone has so few tiles that its columns are split among thread
