@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from .arithmetic import compile_arithmetic
 from .moves import compile_move
 from .operands import BOOL, Effect, Source, Step, source
 from .ptx import Instruction, Program
+
+if TYPE_CHECKING:
+    from .warpgroup import Warpgroup
 
 _EFFECTS = memory.TABLE | synchronisation.TABLE | copies.TABLE | products.TABLE
 
@@ -29,9 +33,9 @@ class Action:
     condition: Source | None
     reads: frozenset[str]
 
-    def mask(self, group: object) -> np.ndarray | None:
+    def mask(self, group: Warpgroup) -> np.ndarray | None:
         """Returns in which threads of a warpgroup the instruction is executed; None: in all."""
-        return None if self.condition is None else self.condition(group) != self.instruction.negated  # type: ignore[arg-type]
+        return None if self.condition is None else self.condition(group) != self.instruction.negated
 
 
 def compile_program(program: Program) -> list[Action]:
