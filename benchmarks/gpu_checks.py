@@ -240,9 +240,10 @@ def checks() -> Iterator[Check]:
     for narrow in (False, True):
         yield products("hopper columns", 8, (1024,), 1024, narrow, block=(256, 512))
         yield products("hopper columns", 8, (1024,), 1024, narrow, result=F32)
-    for rows in (65, 128, 200, 512, 1000, 4096):
+    for rows in (65, 128, 200, 384, 512, 1000, 4096):
         yield products("hopper rows", rows, (1024,), 4096, True)
         yield products("hopper rows", rows, (4096,), 1024, True)
+    yield products("hopper rows", 384, (5632,), 1024, True)  # 132 tiles: no clusters on a GPU with as many processors
     yield products("hopper rows", 1000, (12288,), 4096, True)
     yield products("hopper rows", 4096, (4096,), 12288, True)
     yield products("hopper rows", 4096, (7168,), 2048, True)

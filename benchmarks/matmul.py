@@ -42,7 +42,7 @@ from shapes import ROWS, SHAPES, linears
 from perparam.policies import matmul_override, matmul_plan, quantize, scaled_matmul
 from perparam.policies.formats import Format, ScaledArray
 from perparam.policies.matmul import cpu, dispatch, oracle, quantize_rows
-from perparam.policies.targets import HOPPER, here
+from perparam.policies.targets import HOPPER, here, multiprocessors
 
 BF16, E4M3 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
 
@@ -147,7 +147,7 @@ class Case:
         if self.rows % hopper_rows.TILE == 0:
             values, scales = quantize_rows(self.x[0], E4M3)
             operands = self.copied(values), self.copied(scales.T), self.kernel, self.scale_inv
-            run = functools.partial(hopper_rows.product, block=BLOCK, result=BF16)
+            run = functools.partial(hopper_rows.product, block=BLOCK, result=BF16, processors=multiprocessors())
             yield self.product("hopper_rows alone", "W8A8", run, *operands)
 
     def error(self, result: Any) -> float | None:

@@ -4,6 +4,10 @@ After DeepSeek-V3 (arXiv:2412.19437, section 3.3): float8 tensor cores have sums
 columns starts at zero and is scaled and added to a float32 sum in registers.  Thread blocks are persistent and process
 the tiles in a snake-like order, so that adjacent blocks share operands in the second-level cache.  Their pipeline of
 copies goes on across tiles: the first operands of a tile are copied while the tile before it is computed and stored.
+
+Two thread blocks are a cluster: they process two tiles of rows with the same tiles of the kernel, of which each copies
+one half to the shared memory of both (multicast), so that a block reads three quarters of the bytes.  A slot is filled
+again when both blocks have released it.  If the number of tiles of rows is odd, the last one has a partner beyond x.
 """
 
 from __future__ import annotations
@@ -36,6 +40,21 @@ a function, and because of this ptxas waits after every matrix instruction (C750
 """
 
 
+def cluster_size(tiles: tuple[int, int], processors: int) -> int:
+    """Returns how many thread blocks share a tile of the kernel: 2, or 1 where this costs less.
+
+    tiles       of rows of x, and of the kernel
+    processors  streaming multiprocessors
+
+    The cost is the number of tiles that a block processes times the bytes that it reads for each, in halves of a tile.
+    """
+
+    def cost(blocks: int) -> int:
+        return pl.cdiv(pl.cdiv(tiles[0], blocks) * tiles[1], processors // blocks) * (2 + 2 // blocks)
+
+    return 2 if min(tiles[0], processors) > 1 and cost(2) <= cost(1) else 1
+
+
 def product(
     x: jax.Array,
     x_scales: jax.Array,
@@ -53,23 +72,28 @@ def product(
     x_scales    (in/128, rows)               float32, transposed so that the scales of a tile are contiguous
     kernel      (out, in)                    float8_e4m3fn; both sides are multiples of 128
     scale_inv   (out/block[0], in/block[1])  float32; both sides of a block are multiples of 128
-    processors  number of persistent thread blocks, one per streaming multiprocessor
+    processors  streaming multiprocessors, each of which has one persistent thread block
 
-    The last tile of rows may reach beyond x: tensor copies read zeros there, and write nothing.
+    The last tile of rows may reach or lie beyond x: tensor copies read zeros there, and write nothing.
     """
     rows, columns = x.shape
     tiles, steps = (pl.cdiv(rows, TILE), kernel.shape[0] // TILE), columns // TILE
-    processors, strip = min(processors, tiles[0] * tiles[1]), math.gcd(SNAKE, tiles[1])
+    blocks = cluster_size(tiles, processors)
+    tiles = pl.cdiv(tiles[0], blocks), tiles[1]  # from here on those of a cluster
+    clusters = min(processors // blocks, tiles[0] * tiles[1])
+    strip = math.gcd(SNAKE, tiles[1])
 
     def body(
         x_gmem: Any, x_scales_gmem: Any, kernel_gmem: Any, scale_gmem: Any, out_gmem: Any, *, out_smem: Any
     ) -> None:
-        half, processor = lax.axis_index("warpgroup"), lax.axis_index("processor")
+        half, cluster = lax.axis_index("warpgroup"), lax.axis_index("cluster")
+        member = lax.axis_index("member") if blocks > 1 else 0
         half_rows = pl.ds(half * warpgroup.ROWS, warpgroup.ROWS)
 
         def place(i: Any) -> Any:
             """Returns the row and the column of this thread block's tile number `i`."""
-            return plgpu.planar_snake(i * processors + processor, tiles, 1, strip)
+            m, n = plgpu.planar_snake(i * clusters + cluster, tiles, 1, strip)
+            return m * blocks + member, n
 
         def step(index: Any, x_smem: Any, x_scales_smem: Any, kernel_smem: Any, total: jax.Array) -> Any:
             i, k = index
@@ -77,6 +101,10 @@ def product(
             scale = scale_gmem[n * TILE // block[0], k * TILE // block[1]]
             partial = warpgroup.product(x_smem.at[half_rows], kernel_smem)
             scales = warpgroup.load(x_scales_smem.at[0, half_rows], plgpu.Layout.WGMMA.reduce(1)) * scale
+            if blocks > 1:
+                # Pallas releases a slot to both blocks by one thread of each warpgroup, which does not wait for the
+                # others, unlike in a block without a cluster, where all threads arrive: so all meet here before.
+                plgpu.commit_smem()
             total += partial * lax.broadcast_in_dim(scales, partial.shape, [0])
 
             def finish() -> jax.Array:
@@ -91,13 +119,14 @@ def product(
 
         operand = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM)
         tiled = warpgroup.tiled(x.dtype, TILE)
+        shared = ("member",) if blocks > 1 else ()
         warpgroup.pipeline(
             step,
-            grid=((tiles[0] * tiles[1] - processor + processors - 1) // processors, steps),
+            grid=((tiles[0] * tiles[1] - cluster + clusters - 1) // clusters, steps),
             in_specs=[
                 operand((TILE, TILE), lambda i, k: (place(i)[0], k), transforms=tiled),
                 operand((1, TILE), lambda i, k: (k, place(i)[0])),
-                operand((TILE, TILE), lambda i, k: (place(i)[1], k), transforms=tiled),
+                operand((TILE, TILE), lambda i, k: (place(i)[1], k), transforms=tiled, collective_axes=shared),
             ],
             max_concurrent_steps=STAGES,
             compute_context=lambda run: run(warpgroup.zeros(TILE)),
@@ -107,8 +136,9 @@ def product(
     run = warpgroup.kernel(
         body,
         jax.ShapeDtypeStruct((rows, kernel.shape[0]), result),
-        grid=(processors,),
-        grid_names=("processor",),
+        grid=(clusters,),
+        grid_names=("cluster",),
+        **({"cluster": (blocks,), "cluster_names": ("member",)} if blocks > 1 else {}),
         scratch_types={
             "out_smem": plgpu.SMEM((2, warpgroup.ROWS, TILE), result, transforms=warpgroup.tiled(result, TILE))
         },

@@ -22,8 +22,8 @@ from . import oracle
 from .calls import Call, Implementation, Operands, Quantizer
 
 MANY_ROWS = 600
-"""Rows that stand for all numbers above 128: 5 tiles of 128 rows, the last not full, and with the last kernel below
-more tiles than a GPU has multiprocessors."""
+"""Rows that stand for all numbers above 128: 5 tiles of 128 rows, the last not full and without a partner in its
+cluster, and with the last kernel below more tiles than a GPU has multiprocessors."""
 
 LAUNCHES = (((256, 1792),), ((1280, 1792),), ((256, 1664), (4096, 1664)))
 """The kernels of each launch in a trial.  On GPUs with 78 to 132 multiprocessors, `hopper columns` splits the columns

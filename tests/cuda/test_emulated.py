@@ -9,7 +9,7 @@ from matmuls import FP8
 from schedules import run_in_all_schedules
 
 from perparam import quantize
-from perparam.policies.matmul import hopper_costs, hopper_quantize
+from perparam.policies.matmul import hopper_costs, hopper_quantize, hopper_rows
 
 pytestmark = [pytest.mark.cuda, pytest.mark.optimised]
 
@@ -23,10 +23,20 @@ def in_the_emulator(compiler):
 class TestRows:
     @pytest.mark.parametrize(
         ("rows", "out", "features", "processors"),
-        [(128, 128, 128, 132), (256, 256, 640, 132), (128, 384, 640, 1), (256, 384, 256, 2)],
-        ids=["one step", "a tile per block", "three tiles in a block", "several tiles per block"],
+        [(128, 128, 128, 132), (128, 384, 640, 1), (256, 256, 256, 1)],
+        ids=["one step", "three tiles in a block", "two tiles of rows"],
     )
     def test_tiles(self, rows, out, features, processors):
+        assert_products([rows_product(rows, out, features, processors=processors)])
+
+    @pytest.mark.parametrize(
+        ("rows", "out", "features", "processors"),
+        [(256, 128, 128, 132), (256, 256, 640, 132), (256, 384, 640, 2), (384, 256, 640, 2), (392, 384, 384, 5)],
+        ids=["one step", "a tile per block", "three tiles in a block", "an odd number of tiles", "odd processors"],
+    )
+    def test_clusters(self, rows, out, features, processors):
+        tiles = -(-rows // hopper_rows.TILE), out // hopper_rows.TILE
+        assert hopper_rows.cluster_size(tiles, processors) == 2
         assert_products([rows_product(rows, out, features, processors=processors)])
 
     def test_the_last_tile_reaches_beyond_the_rows(self):

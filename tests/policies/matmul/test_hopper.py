@@ -55,6 +55,13 @@ class TestRows:
     def test_rows_that_are_no_multiple_of_a_tile(self, rows):
         self.check(rows, 128, 256)
 
+    # Two blocks share the tiles of the kernel, of which one has tiles of rows beyond the last one.
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("rows", "processors"), [(264, 2), (384, 5)])
+    def test_an_odd_number_of_tiles_of_rows(self, rows, processors):
+        assert hopper_rows.cluster_size((3, 2), processors) == 2
+        self.check(rows, 256, 256, processors=processors)
+
     @pytest.mark.slow
     def test_the_snake_is_narrower_for_kernels_that_it_does_not_divide(self):
         self.check(256, (hopper_rows.SNAKE + 4) * 128, 128, processors=2)

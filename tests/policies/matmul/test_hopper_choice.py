@@ -19,6 +19,7 @@ from perparam.policies.matmul import face, hopper, hopper_costs, matmul_override
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, matmul_plan
 from perparam.policies.matmul.hopper_columns import stages
 from perparam.policies.matmul.hopper_costs import TILE, columns_cost, row_tile, rows_cost, splits
+from perparam.policies.matmul.hopper_rows import cluster_size
 from perparam.policies.targets import MULTIPROCESSORS, here, multiprocessors
 
 PROCESSORS = {"H200": 132, "H100 PCIe": 114, "H20": 78}
@@ -144,6 +145,23 @@ class TestKernel:
                 assert hopper_costs.shared_cost(*shape, 2) <= hopper_costs.apart_cost(*shape)
 
 
+class TestClusterSize:
+    @pytest.mark.parametrize("processors", PROCESSORS.values())
+    def test_real_prefills_share_the_tiles_of_the_kernel(self, processors):
+        for out, _ in SHAPES:
+            assert cluster_size((4096 // 128, out // 128), processors) == 2
+
+    @pytest.mark.parametrize(("tiles", "processors"), [((1, 192), 132), ((32, 192), 1)])
+    def test_a_block_without_a_partner_shares_nothing(self, tiles, processors):
+        assert cluster_size(tiles, processors) == 1
+
+    # 3 × 44 tiles are one for each of 132 processors, while 2 × 44 pairs are more than the 66 clusters.
+    def test_not_where_blocks_would_process_more_tiles_than_they_save_bytes(self):
+        assert cluster_size((3, 44), 132) == 1
+        assert cluster_size((3, 100), 132) == 2  # 4 tiles of three quarters of the bytes instead of 3
+        assert cluster_size((2, 66), 133) == 2
+
+
 class TestMultiprocessors:
     @staticmethod
     def run_on(monkeypatch, cores: dict[str, int], capability: str = "9.0"):
@@ -187,16 +205,20 @@ class TestMultiprocessors:
     @pytest.mark.parametrize("processors", [132, 4])
     def test_bound_the_thread_blocks_of_a_launch(self, monkeypatch, rows, compute, processors):
         monkeypatch.setattr(hopper, "multiprocessors", lambda: processors)
-        grids = []
+        launches = []
         launch = warpgroup.kernel
-        monkeypatch.setattr(
-            warpgroup, "kernel", lambda *a, grid, **k: (grids.append(grid), launch(*a, grid=grid, **k))[1]
-        )
+
+        def record(*arguments, **settings):
+            launches.append((settings["grid"], settings.get("cluster", ())))
+            return launch(*arguments, **settings)
+
+        monkeypatch.setattr(warpgroup, "kernel", record)
         case = Case(rows, (1024, 1024), compute=compute)
         with matmul_override(target="cuda:9.0"):
             jax.jit(functools.partial(scaled_matmul, **case.settings)).trace(*case.operands())
         face._matmuls.clear_cache()
-        assert grids == [{(512, 132): (32,), (512, 4): (4,), (8, 132): (8, 1, 8), (8, 4): (8, 1, 1)}[rows, processors]]
+        clusters = {(512, 132): (16,), (512, 4): (2,), (8, 132): (8, 1, 8), (8, 4): (8, 1, 1)}
+        assert launches == [(clusters[rows, processors], (2,) if rows == 512 else ())]
 
 
 class TestStages:
