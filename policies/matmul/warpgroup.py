@@ -39,13 +39,16 @@ def load(ref: Any, layout: Any) -> jax.Array:
 
 
 def widened(ref: Any, dtype: Any) -> jax.Array:
-    """Returns a tile of a narrow kernel, (64, k) in shared memory, widened exactly to `dtype`, as a left operand."""
-    narrow = load(ref, plgpu.Layout.WGMMA_UPCAST_2X)
+    """Returns a tile of a narrow kernel, (64, k) in shared memory, widened exactly to `dtype`, as a left operand.
+
+    Each thread loads pairs of columns, where the matrix instruction expects them.  Loads of four columns would be half
+    as many, but need as many shuffles between threads, and selections beside them.
+    """
     # The hardware converts float8 only to float16; bfloat16 needs a second conversion through float32.
-    wide = narrow.astype(jnp.float16)
+    wide = load(ref, plgpu.Layout.WGMMA).astype(jnp.float16)
     if dtype != jnp.float16:
         wide = wide.astype(jnp.float32).astype(dtype)
-    result: jax.Array = plgpu.layout_cast(wide, plgpu.Layout.WGMMA)
+    result: jax.Array = wide
     return result
 
 

@@ -4,11 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulator.compiled import emulated
+from helpers import dtype
 from hopper_operands import assert_products, columns_products, rows_product, wide_rows
 from matmuls import FP8
 
 from perparam import quantize
-from perparam.policies.matmul import hopper_quantize
+from perparam.policies.matmul import hopper_columns, hopper_quantize
 
 pytestmark = [pytest.mark.cuda, pytest.mark.optimised]
 
@@ -70,12 +71,35 @@ class TestColumns:
     def test_e5m2(self, x):
         assert_products(columns_products(8, [128], 256, x, of="float8_e5m2"))
 
+    @pytest.mark.parametrize("of", [FP8, "float8_e5m2"])
+    @pytest.mark.parametrize("x", ["bfloat16", "float16"])
+    def test_every_code_is_widened_exactly(self, x, of):
+        kernel = np.arange(128 * 128, dtype=np.uint8).reshape(128, 128).view(dtype(of))
+        finite = np.isfinite(kernel.astype(np.float32))
+        assert_is_kernel(np.where(finite, kernel, 0).astype(dtype(of)), x)
+
+    @pytest.mark.parametrize("x", ["bfloat16", "float16"])
+    def test_nan_stays_nan(self, x):
+        kernel = np.ones((128, 128), np.uint8)
+        kernel[5, 7], kernel[70, 66] = 0x7F, 0xFF
+        assert_is_kernel(kernel.view(dtype(FP8)), x)
+
     @pytest.mark.parametrize(("x", "result"), [("bfloat16", "bfloat16"), ("float16", "float16"), (FP8, "bfloat16")])
     def test_several_kernels_in_a_launch(self, x, result):
         assert_products(columns_products(8, [256, 128, 128], 256, x, result), result)
 
     def test_more_steps_than_stages(self):
         assert_products(columns_products(8, [128 * 31], 128 * 13, FP8))
+
+
+def assert_is_kernel(kernel, x: str) -> None:
+    """Asserts that the product of an identity with a kernel of (128, 128) is the kernel, and NaN in rows with NaN."""
+    identity, scale = jnp.eye(128, dtype=dtype(x)), jnp.ones((1, 1), jnp.float32)
+    settings = {"blocks": (kernel.shape,), "result": dtype("float32"), "processors": 132}
+    (y,) = hopper_columns.products(identity, None, (jnp.asarray(kernel),), (scale,), **settings)
+    expected = kernel.astype(np.float32)
+    with_nan = np.isnan(expected).any(axis=1, keepdims=True)
+    np.testing.assert_array_equal(np.asarray(y).T, np.where(with_nan, np.nan, expected))
 
 
 @pytest.mark.parametrize(("of", "rows"), [("bfloat16", 64), ("float16", 64), ("float32", 64), ("bfloat16", 72)])
