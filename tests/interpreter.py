@@ -7,8 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, warpgroup
+from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, hopper_widened, warpgroup
 
 try:  # private, and so perhaps somewhere else in the next version
     from jax._src import core
@@ -45,7 +46,10 @@ def interpreted():
             patch.setattr(GPUSharedMemory, "store_buffer_content", _store_within_bounds)
         # Where a tensor copy reads beyond its source, a GPU fills in zeros, as JAX 0.11 does; in JAX 0.10 it is NaN.
         parameters = InterpretGPUParams(out_of_bounds_reads="uninitialized")
-        for module, name in ((hopper_rows, "product"), (hopper_columns, "products"), (hopper_quantize, "quantize")):
+        if not hasattr(gpu_callbacks, "call_allocate_cluster_barriers"):  # a barrier of several thread blocks
+            patch.setattr(plgpu, "BlockSpec", functools.partial(_block_spec, plgpu.BlockSpec))
+        kernels = [(module, "product") for module in (hopper_rows, hopper_widened)]
+        for module, name in (*kernels, (hopper_columns, "products"), (hopper_quantize, "quantize")):
             patch.setattr(module, name, functools.partial(getattr(module, name), interpret=parameters))
         patch.setattr(face, "unless_portable", lambda kernel, *_: kernel)  # which takes no side effects
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
@@ -57,6 +61,11 @@ def interpreted():
             face._matmuls.clear_cache()
 
 
+def _block_spec(original, *args, collective_axes=(), **kwargs):
+    """Without multicast: each block of a cluster copies all of a tile, and releases it by itself."""
+    return original(*args, **kwargs)
+
+
 def _load(ref, layout):
     return ref[...]
 
@@ -66,7 +75,7 @@ def _product(a, b):
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision="highest")
 
 
-def _product_widened(a, b, columns):
+def _product_widened(a, b, columns, *, synchronise=False):
     parts = [slice(start, start + columns) for start in range(0, a.shape[1], columns)]
     return sum(_product(a[:, part], b[:, part]) for part in parts)
 

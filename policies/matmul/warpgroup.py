@@ -68,10 +68,12 @@ def product(a: Any, b: Any) -> jax.Array:
     return result
 
 
-def product_widened(a: Any, b: Any, columns: int) -> jax.Array:
+def product_widened(a: Any, b: Any, columns: int, *, synchronise: bool = False) -> jax.Array:
     """Returns `product(a, b)` for a narrow a, of which `columns` columns at a time are widened to the dtype of b.
 
     A part is loaded after the product of the part before it, so that both are widened in the same registers.
+
+    synchronise  whether each thread knows, on return, that all threads have loaded a: see `pipeline`
     """
     parts = a.shape[1] // columns
 
@@ -82,6 +84,8 @@ def product_widened(a: Any, b: Any, columns: int) -> jax.Array:
             plgpu.wgmma(accumulator, widened(left, b.dtype), right.transpose((1, 0)))
             if i < parts - 1:
                 plgpu.wgmma_wait(0)
+        if synchronise:
+            plgpu.commit_smem()  # has a barrier of the warpgroup, for which nobody waits while the product is computed
         result: jax.Array = accumulator[...]
         return result
 
@@ -103,7 +107,11 @@ def store_transposed(ref: Any, values: jax.Array) -> None:
 pipeline: Any = functools.partial(
     plgpu.emit_pipeline_warp_specialized, memory_registers=56, wg_axis="warpgroup", num_compute_wgs=2
 )
-"""Pallas' pipeline with two warpgroups that compute and a third that copies operands to shared memory."""
+"""Pallas' pipeline with two warpgroups that compute and a third that copies operands to shared memory.
+
+After a step its operands are released.  In a cluster with shared operands, a single thread of a warpgroup does so: the
+others must have loaded their part of the operands before.
+"""
 
 
 def kernel(body: Any, out_type: jax.ShapeDtypeStruct, *, interpret: Any = None, **settings: Any) -> Any:

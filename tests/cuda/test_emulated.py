@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from emulator.compiled import emulated
 from helpers import dtype
-from hopper_operands import assert_products, columns_products, rows_product, wide_rows
+from hopper_operands import assert_products, columns_products, rows_product, wide_rows, widened_product
 from matmuls import FP8
 
 from perparam import quantize
@@ -90,6 +90,24 @@ class TestColumns:
 
     def test_more_steps_than_stages(self):
         assert_products(columns_products(8, [128 * 31], 128 * 13, FP8))
+
+
+class TestWidened:
+    @pytest.mark.parametrize(
+        ("rows", "out", "features", "processors"),
+        [(256, 256, 640, 1), (256, 512, 640, 2), (384, 512, 256, 5)],
+        ids=["one block", "one pair", "two pairs"],
+    )
+    def test_tiles(self, rows, out, features, processors):
+        assert_products([widened_product(rows, out, features, processors=processors)])
+
+    @pytest.mark.parametrize("processors", [1, 2])
+    def test_the_last_tile_reaches_beyond_the_rows(self, processors):
+        assert_products([widened_product(136, 256, 256, processors=processors)])
+
+    @pytest.mark.parametrize(("x", "of"), [("bfloat16", FP8), ("float16", "float8_e5m2")])
+    def test_results_in_16_bits_and_blocks_of_several_tiles(self, x, of):
+        assert_products([widened_product(136, 256, 256, x, x, of, (256, 256), 1)], x)
 
 
 def assert_is_kernel(kernel, x: str) -> None:
