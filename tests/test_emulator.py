@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import faults, host, machine, ptx
+from emulator import faults, host, instructions, machine, ptx
 from emulator.tensor_maps import Global, TensorMap
 
 HEAD = """
@@ -31,13 +31,14 @@ ADDRESS = "mul.wide.u32 %offset, %tid, 4; add.s64 %place, %base, %offset;"
 OUT = "ld.param.b64 %out, [kernel_param_0]; add.s64 %out, %out, %offset; st.global.b32 [%out], %value;"
 
 
-def run(body: str, threads: int = 128) -> np.ndarray:
-    """Runs one thread block, and returns the values (threads,) that it writes; the tile is 0, 1, … 255, 0, …"""
+def run(body: str, threads: int = 128, blocks: int = 1, schedule: int = 0) -> np.ndarray:
+    """Runs a cluster, and returns the values (threads,) that its threads write; the tile is 0, 1, … 255, 0, …"""
     program = ptx.parse(HEAD.format(threads=threads) + body + "ret;\n$L__func_end0:")
-    tile, out = np.arange(60 * 128).astype(np.uint8), np.zeros(4 * threads, np.uint8)
+    tile, out = np.arange(60 * 128).astype(np.uint8), np.zeros(4 * threads * blocks, np.uint8)
     memory = Global([tile, out])
-    launch = host.Launch((1, 1, 1), 16384 + 64, (memory.addresses[1], {0: TILE}))
-    machine.Block(program, machine.compile_program(program), launch, (0, 0, 0), memory).run(schedule=0)
+    grid = (blocks, 1, 1)
+    launch = host.Launch(grid, 16384 + 64, (memory.addresses[1], {0: TILE}), grid)
+    machine.Cluster(program, instructions.compile_program(program), launch, (0, 0, 0), memory).run(schedule)
     return out.view(np.uint32)
 
 
@@ -91,6 +92,73 @@ def test_the_faultless_neighbours_of_those_programs_have_none():
     run(INIT + COPY.format(at=1024) + WAIT + ADDRESS + LOAD.replace("]", "+1024]"))
     run(FENCED + COPY_OUT + "cp.async.bulk.wait_group 0; bar.sync 0;" + STORE)
     run(ADDRESS + STORE + "bar.sync 0; ld.shared.b32 %value, [%base];")
+
+
+MEET = "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;"
+CLUSTER = (
+    """
+@%first mbarrier.init.shared.b64 [%base+16384], 1;
+@%first mbarrier.init.shared.b64 [%base+16392], 2;
+fence.mbarrier_init.release.cluster;"""
+    + MEET
+    + """
+mov.u32 %rank, %cluster_ctarank; mul.wide.u32 %half, %rank, 8192; add.s64 %slot, %base, %half;
+cvt.u32.u64 %empty, %base; add.s32 %empty, %empty, 16392;
+"""
+)
+SHARE = """
+@%first mbarrier.arrive.expect_tx.shared.b64 %state, [%base+16384], 16384;
+mov.b64 %map, kernel_param_1; mov.b32 %zero, 0; mov.b32 %row, %rank; mov.b16 %both, 3;
+@%first cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster
+    [%slot], [%map, {%zero,%row}], [%base+16384], %both;
+"""
+READ = ADDRESS + "ld.shared.b32 %low, [%place]; ld.shared.b32 %high, [%place+8192];"
+USE = CLUSTER + SHARE + WAIT + READ
+RELEASE = """
+bar.sync 0; setp.lt.u32 %two, %tid, 2;
+@%two mapa.shared::cluster.u32 %there, %empty, %tid;
+@%two mbarrier.arrive.shared::cluster.b64 _, [%there];
+"""
+RELEASED = "mbarrier.try_wait.parity.shared.b64 %done, [%base+16392], 0, 10000000;"
+AGAIN = SHARE + WAIT.replace(", 0,", ", 1,")
+SHARED_OUT = "mad.lo.u32 %place, %rank, 128, %tid; mul.wide.u32 %offset, %place, 4; sub.s32 %value, %high, %low;" + OUT
+
+
+@pytest.mark.parametrize("schedule", range(6))
+def test_a_copy_to_both_blocks_of_a_cluster(schedule):
+    found = run(USE + RELEASE + RELEASED + SHARED_OUT, blocks=2, schedule=schedule)
+    rows = np.arange(5 * 128).astype(np.uint8).reshape(5, 128)  # of which the second block copies those from 1 on
+    low, high = (swizzled_rows(rows[start : start + 4]).view(np.uint32) for start in (0, 1))
+    np.testing.assert_array_equal(found.reshape(2, 128), np.stack([high - low] * 2))
+
+
+def swizzled_rows(rows: np.ndarray) -> np.ndarray:
+    """The bytes of the first rows of a box, (rows, 128), in the order in which they are in shared memory."""
+    units, count = rows.reshape(-1, 8, 16), len(rows)
+    return units[np.arange(count)[:, None], np.arange(8) ^ np.arange(count)[:, None] % 8].reshape(-1)
+
+
+@pytest.mark.parametrize(
+    ("body", "fault", "text"),
+    [
+        (CLUSTER.replace(MEET, "bar.sync 0;") + SHARE + WAIT, faults.Fault, "initiali"),
+        (CLUSTER.replace("fence.mbarrier_init.release.cluster;", "") + SHARE + WAIT, faults.Race, "initialisation"),
+        (CLUSTER.replace("barrier.cluster.wait.aligned;", "bar.sync 0;") + SHARE + WAIT, faults.Fault, "initiali"),
+        ("barrier.cluster.wait.aligned;", faults.Fault, "not arrived"),
+        ("barrier.cluster.arrive.aligned; barrier.cluster.arrive.aligned;", faults.Fault, "twice"),
+        ("@%first barrier.cluster.arrive.aligned;", faults.Fault, "do not execute"),
+        (CLUSTER + SHARE.replace("%both, 3", "%both, 7") + WAIT, faults.Fault, "of which a cluster has 2"),
+        (CLUSTER + SHARE, faults.Unfinished, "in flight|middle of a phase"),
+        (USE + AGAIN, faults.Race, "may be (reading|writing)"),
+        (USE + RELEASE.replace("bar.sync 0;", "") + RELEASED + AGAIN, faults.Race, "warp [1-3]"),
+        (USE + RELEASE, faults.Fault, "does not wait|has ended|middle of a phase"),
+        (CLUSTER + "mapa.shared::cluster.u32 %there, %empty, 3;", faults.Fault, "2 thread blocks"),
+    ],
+)
+def test_faults_of_clusters(body, fault, text):
+    for schedule in range(3):
+        with pytest.raises(fault, match=text):
+            run(body, blocks=2, schedule=schedule)
 
 
 def test_warpgroups_that_never_meet_are_a_deadlock():

@@ -57,7 +57,7 @@ def test_compiled_kernels(case):
         complaints = re.findall(r"ptxas.*(?:[Ww]arning|Performance Loss|\(C75\d\d\)).*", kernel.text)
         assert not [text for text in complaints if not IGNORED or IGNORED not in text]
         assert set(re.findall(r"(\d+) bytes spill", kernel.text)) == {"0"}, "registers are spilled"
-        (record,) = kernel.run(kernel.zeros(), blocks=1, steps=STEPS)
+        (record,) = kernel.run(kernel.zeros(), clusters=1, steps=STEPS)
         for address, tensor in record.loads + record.stores:
             assert address % 128 == 0
             # Scales are a row without swizzle; tiles have rows of 128 bytes, or of 64 where half a tile is widened.

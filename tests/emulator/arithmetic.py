@@ -1,83 +1,17 @@
-"""Instructions without effects beyond a register, for the 128 threads of a warpgroup at once."""
+"""Instructions that compute with numbers: sums and products, comparisons, and operations on bits."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import ml_dtypes
 import numpy as np
 
-from .faults import Undefined
-from .ptx import Instruction, inside
+from .operands import BOOL, DTYPES, U32, Step, raw, source
+from .ptx import Instruction
 
 if TYPE_CHECKING:
-    from .machine import Warpgroup
-
-THREADS = 128
-BF16, E4M3, E5M2 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
-
-DTYPES = {
-    **{f"b{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
-    **{f"u{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
-    **{f"s{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
-    "f16": np.dtype("float16"),
-    "f32": np.dtype("float32"),
-    "f64": np.dtype("float64"),
-    "bf16": BF16,
-    "e4m3": E4M3,
-    "e5m2": E5M2,
-    "pred": np.dtype(bool),
-}
-LARGEST = {E4M3: 448.0, E5M2: 57344.0}
-
-Source = Callable[["Warpgroup"], np.ndarray]
-Step = Callable[["Warpgroup"], Any]
-
-
-def raw(dtype: np.dtype) -> np.dtype:
-    """Returns the dtype of a register's bits."""
-    return dtype if dtype.kind == "b" else np.dtype(f"uint{8 * dtype.itemsize}")
-
-
-def is_register(operand: str) -> bool:
-    """Returns whether an operand is a register: no number, and no name of a parameter or of shared memory."""
-    return operand[0] not in "-0123456789" and not operand.startswith("__") and "_param_" not in operand
-
-
-def source(operand: str, dtype: np.dtype) -> Source:
-    """Returns a function that reads an operand: (threads,) of `dtype`."""
-    if operand.startswith(("%tid.", "%ctaid.", "%nctaid.", "%ntid.")):
-        return lambda group: group.special(operand).astype(dtype)
-    if is_register(operand):
-
-        def read(group: Warpgroup) -> np.ndarray:
-            value = group.registers.get(operand)
-            if value is None:
-                raise Undefined(f"register {operand} is read before it is written")
-            # A wider register is truncated, as bit-sized operands are.
-            return value.view(dtype) if value.itemsize == dtype.itemsize else value.astype(raw(dtype)).view(dtype)
-
-        return read
-    if operand[:2] in ("0f", "0F"):
-        constant = np.full(THREADS, int(operand[2:], 16), np.uint32).view(dtype)
-    elif operand[:2] in ("0d", "0D"):
-        constant = np.full(THREADS, struct.unpack(">d", bytes.fromhex(operand[2:]))[0], dtype)
-    elif operand[0] in "-0123456789":
-        bits = int(operand, 0) & ((1 << 8 * dtype.itemsize) - 1)
-        constant = np.full(THREADS, bits, raw(dtype)).view(dtype) if dtype.kind != "b" else np.full(THREADS, bool(bits))
-    else:
-        return lambda group: np.full(THREADS, group.symbol(operand), raw(dtype)).view(dtype)
-    return lambda group: constant
-
-
-def address(operand: str) -> Source:
-    """Returns a function that reads the addresses of an operand in brackets: (threads,) int64."""
-    (inner,) = inside(operand)
-    name, _, offset = inner.partition("+")
-    base, distance = source(name, np.dtype(np.uint64)), int(offset or 0)
-    return lambda group: base(group).astype(np.int64) + distance
+    from .warpgroup import Warpgroup
 
 
 def _elementwise(function: Callable[..., np.ndarray], ins: Instruction, dtype: np.dtype, out: np.dtype | None = None):
@@ -114,7 +48,7 @@ def _compare(name: str) -> Callable[..., np.ndarray]:
 
 def _shift(ins: Instruction, dtype: np.dtype) -> Step:
     target, value, count = ins.operands
-    read, read_count = source(value, dtype), source(count, np.dtype(np.uint32))
+    read, read_count = source(value, dtype), source(count, U32)
     left, bits = ins.parts[0] == "shl", 8 * dtype.itemsize
 
     def step(group: Warpgroup) -> None:
@@ -161,7 +95,7 @@ def _high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _packed(ins: Instruction, dtype: np.dtype, function: Callable[..., np.ndarray]) -> Step:
     """An instruction on two 16-bit numbers in a register."""
     target, *operands = ins.operands
-    sources = [source(operand, np.dtype(np.uint32)) for operand in operands]
+    sources = [source(operand, U32) for operand in operands]
 
     def step(group: Warpgroup) -> None:
         values = [read(group).copy().view(dtype).astype(np.float32) for read in sources]
@@ -211,108 +145,14 @@ _INTEGER = {
 _UNARY = {"neg": np.negative, "abs": np.abs, "not": np.invert}
 
 
-def _mov(ins: Instruction, dtype: np.dtype) -> Step:
-    target, value = ins.operands
-    if target[0] == "{":  # the lowest bits first
-        parts = inside(target)
-        narrow, read = np.dtype(f"uint{8 * dtype.itemsize // len(parts)}"), source(value, raw(dtype))
-
-        def unpack(group: Warpgroup) -> None:
-            halves = read(group).copy().view(narrow).reshape(THREADS, len(parts))
-            for i, part in enumerate(parts):
-                if part != "_":
-                    group.write(part, halves[:, i].copy())
-
-        return unpack
-    if value[0] == "{":
-        parts = inside(value)
-        narrow = np.dtype(f"uint{8 * dtype.itemsize // len(parts)}")
-        sources = [source(part, narrow) for part in parts]
-        return lambda group: group.write(
-            target, np.stack([read(group) for read in sources], axis=1).view(raw(dtype))[:, 0]
-        )
-    read = source(value, raw(dtype))
-    return lambda group: group.write(target, read(group))
-
-
-def _narrow(values: np.ndarray, dtype: np.dtype, saturate: bool) -> np.ndarray:
-    if saturate or dtype in LARGEST:  # a conversion to float8 always saturates, and keeps NaN
-        values = np.clip(values, -LARGEST[dtype], LARGEST[dtype])
-    with np.errstate(all="ignore"):
-        return values.astype(dtype)
-
-
-def _cvt(ins: Instruction) -> Step:
-    to, of = ins.parts[-2:]
-    target, *operands = ins.operands
-    if to.endswith("x2"):
-        out = DTYPES[to.removesuffix("x2")]
-        packed = raw(np.dtype(f"uint{16 * out.itemsize}"))
-        if of.endswith("x2"):
-            narrow = DTYPES[of.removesuffix("x2")]
-            read = source(operands[0], np.dtype(np.uint16))
-            return lambda group: group.write(
-                target, read(group).copy().view(narrow).astype(np.float32).astype(out).view(packed)
-            )
-        high, low = (source(operand, DTYPES[of]) for operand in operands)
-
-        def pack(group: Warpgroup) -> None:
-            values = np.stack([low(group), high(group)], axis=1)
-            group.write(target, _narrow(values, out, "satfinite" in ins.parts).view(packed)[:, 0])
-
-        return pack
-    out, read = DTYPES[to], source(operands[0], DTYPES[of])
-
-    def step(group: Warpgroup) -> None:
-        values = read(group)
-        if out.kind in "iu" and values.dtype.kind not in "iu":
-            rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-            values = next(rounding[part] for part in ins.parts if part in rounding)(values)
-        with np.errstate(all="ignore"):
-            group.write(target, values.astype(out).view(raw(out)))
-
-    return step
-
-
-def _shuffle(ins: Instruction) -> Step:
-    target, value, lane, *_ = ins.operands
-    read, read_lane = source(value, np.dtype(np.uint32)), source(lane, np.dtype(np.uint32))
-    threads = np.arange(THREADS)
-
-    def step(group: Warpgroup) -> None:
-        lanes = read_lane(group).astype(int)
-        chosen = {"bfly": threads % 32 ^ lanes, "idx": lanes, "up": threads % 32 - lanes, "down": threads % 32 + lanes}
-        place = chosen[ins.parts[2]]
-        place = np.where((place >= 0) & (place < 32), place, threads % 32)
-        group.write(target, read(group)[threads // 32 * 32 + place])
-
-    return step
-
-
-def _elect(ins: Instruction) -> Step:
-    lane, elected = ins.operands[0].split("|")
-
-    def step(group: Warpgroup) -> None:
-        group.write(elected, np.arange(THREADS) % 32 == 0)
-        group.write(lane, np.zeros(THREADS, np.uint32))
-
-    return step
-
-
-def _select(ins: Instruction, dtype: np.dtype) -> Step:
-    target, yes, no, condition = ins.operands
-    a, b, choose = source(yes, dtype), source(no, dtype), source(condition, np.dtype(bool))
-    return lambda group: group.write(target, np.where(choose(group), a(group), b(group)).view(raw(dtype)))
-
-
 def _comparison(ins: Instruction, dtype: np.dtype) -> Step:
-    return _elementwise(_compare(ins.parts[1]), ins, dtype, np.dtype(bool))
+    return _elementwise(_compare(ins.parts[1]), ins, dtype, BOOL)
 
 
 def _compare_with(ins: Instruction, dtype: np.dtype) -> Step:
     """A comparison combined with a predicate: `setp.eq.and.b32`."""
     target, a, b, other = ins.operands
-    read_a, read_b, read = source(a, dtype), source(b, dtype), source(other.removeprefix("!"), np.dtype(bool))
+    read_a, read_b, read = source(a, dtype), source(b, dtype), source(other.removeprefix("!"), BOOL)
     compare, combine = _compare(ins.parts[1]), {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
     return lambda group: group.write(
         target, combine[ins.parts[2]](compare(read_a(group), read_b(group)), read(group) != (other[0] == "!"))
@@ -322,16 +162,6 @@ def _compare_with(ins: Instruction, dtype: np.dtype) -> Step:
 def compile_arithmetic(ins: Instruction) -> Step | None:
     """Returns what an instruction does to a warpgroup, or None if it is not one of this file."""
     root, last = ins.parts[0], ins.parts[-1]
-    if root in ("nop", "setmaxnreg", "prefetch", "pragma"):
-        return lambda group: None
-    if root == "elect":
-        return _elect(ins)
-    if root == "shfl":
-        return _shuffle(ins)
-    if root == "cvt":
-        return _cvt(ins)
-    if root == "cvta":
-        return _mov(ins, np.dtype(np.uint64))
     if last in ("bf16x2", "f16x2"):
         half = DTYPES[last.removesuffix("x2")]
         table = {**_FLOAT, "max": np.fmax, "min": np.fmin, "neg": np.negative, "abs": np.abs}
@@ -339,10 +169,6 @@ def compile_arithmetic(ins: Instruction) -> Step | None:
     if last not in DTYPES:
         return None
     dtype = DTYPES[last]
-    if root == "mov":
-        return _mov(ins, dtype)
-    if root == "selp":
-        return _select(ins, dtype)
     if root == "setp":
         return _compare_with(ins, dtype) if len(ins.operands) > 3 else _comparison(ins, dtype)
     if root in ("shl", "shr"):

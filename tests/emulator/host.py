@@ -29,11 +29,13 @@ class Launch:
     grid       thread blocks in x, y and z
     shared     bytes of dynamic shared memory
     arguments  for each parameter of the kernel a number, or the tensor maps that are in it by their offset
+    cluster    thread blocks of a cluster in x, y and z
     """
 
     grid: tuple[int, int, int]
     shared: int
     arguments: tuple[int | dict[int, TensorMap], ...]
+    cluster: tuple[int, int, int] = (1, 1, 1)
 
 
 class _Code:
@@ -117,15 +119,14 @@ class _Code:
             return None
         if match[1] not in ARGUMENTS:
             raise NotImplementedError(f"host code: {rest}")
-        if any(side > 1 for side in values[4:7]):
-            raise NotImplementedError("clusters of thread blocks")
         table = values[ARGUMENTS[match[1]]]
         arguments: list[int | dict[int, TensorMap]] = []
         while (place := table + 8 * len(arguments)) in self.cells:
             address = self.cells[place]
             maps = {at - address: found for at, found in self.maps.items() if 0 <= at - address < 1 << 16}
             arguments.append(self.cells.get(address, maps))
-        return Launch((values[1], values[2], values[3]), values[10], tuple(arguments))
+        cluster = tuple(max(side, 1) for side in values[4:7])  # JAX 0.10 has zeros for none
+        return Launch(tuple(values[1:4]), values[10], tuple(arguments), cluster)
 
 
 def launch(text: str, buffers: Sequence[int]) -> Launch:

@@ -17,10 +17,18 @@ NOBODY = -1
 
 
 class Shared:
-    """Bytes of shared memory, and for every two of them who wrote and read them last, and when."""
+    """Bytes of the shared memory of a block, and for every two of them which agents wrote and read them last, and when.
 
-    def __init__(self, size: int, clocks: Clocks):
+    Threads of other blocks neither load nor store here; the copies that they start are agents of this block.
+
+    rank  number of the block in its cluster
+    """
+
+    def __init__(self, size: int, clocks: Clocks, rank: int = 0):
         self.clocks = clocks
+        self.first = rank * clocks.agents
+        self.here = slice(self.first, self.first + clocks.agents)
+        """The agents of the block, among those of the cluster."""
         self.data = np.full(size, POISON, np.uint8)
         cells = -(-size // 2)
         self.writer = np.full(cells, NOBODY, np.int16)
@@ -39,12 +47,17 @@ class Shared:
         offsets = self._offsets(addresses)
         return offsets[..., :: 2 if offsets.shape[-1] > 1 else 1] // 2
 
+    def _agents(self, warps: np.ndarray) -> np.ndarray:
+        """Returns the agents of warps, among those of the block."""
+        return self.clocks.agent[warps] - self.first
+
     def _name(self, agent: int) -> str:
         clocks = self.clocks
         kinds = [
             (clocks.warps, "warp {}"),
             (clocks.warps, "an asynchronous store of warp {}"),
             (clocks.warps // 4, "a matrix product of warpgroup {}"),
+            (clocks.warps, "the initialisation of a barrier by warp {}"),
         ]
         for count, name in kinds:
             if agent < count:
@@ -91,8 +104,8 @@ class Shared:
         if (addresses[:, 0] % addresses.shape[1]).any():
             raise Misaligned(f"a load of {addresses.shape[1]} bytes at shared address {addresses[:, 0]}")
         cells = self._cells(addresses)
-        self._require_written(cells, self.clocks.known[warps], "a thread reads")
-        self.read[warps[:, None], cells] = self.clocks.now(warps)[:, None]
+        self._require_written(cells, self.clocks.known[warps, self.here], "a thread reads")
+        self.read[self._agents(warps)[:, None], cells] = self.clocks.now(warps)[:, None]
         return self.data[addresses - BASE]
 
     def store(self, warps: np.ndarray, addresses: np.ndarray, data: np.ndarray) -> None:
@@ -101,28 +114,29 @@ class Shared:
             raise Misaligned(f"a store of {addresses.shape[1]} bytes at shared address {addresses[:, 0]}")
         cells = self._cells(addresses)
         flat, each = cells.reshape(-1), np.repeat(warps, cells.shape[1])
-        known = self.clocks.known[each]
+        known = self.clocks.known[each, self.here]
         self._require_overwritable(flat, known, known, "a thread writes")
-        self.writer[flat], self.written[flat] = each, self.clocks.now(each)
+        self.writer[flat], self.written[flat] = self._agents(each), self.clocks.now(each)
         self.data[addresses - BASE] = data
 
     def _seen(self, warps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns what warps know, and what an asynchronous agent sees that they start: copies need no fence."""
-        knowledge, warps_too = self.clocks.of(warps), self.clocks.warps
-        return knowledge.known, np.concatenate([knowledge.visible[:warps_too], knowledge.known[warps_too:]])
+        knowledge, count = self.clocks.of(warps), self.clocks.warps
+        known, visible = knowledge.known[self.here], knowledge.visible[self.here]
+        return known, np.concatenate([visible[:count], known[count:]])
 
     def start_read(self, warps: np.ndarray, agent: int, clock: int, addresses: np.ndarray, what: str) -> None:
         """Records that `agent`, started by warps, reads the bytes at addresses (bytes,) until `clock`."""
         cells = self._cells(addresses)
         self._require_written(cells, self._seen(warps)[1], what)
-        self.read[agent, cells] = clock
+        self.read[agent - self.first, cells] = clock
 
     def start_write(self, warps: np.ndarray, agent: int, clock: int, addresses: np.ndarray, what: str) -> None:
         """Records that `agent`, started by warps, writes the bytes at addresses (bytes,) until `clock`."""
         cells = self._cells(addresses)
         known, seen = self._seen(warps)
         self._require_overwritable(cells, known, seen, what)
-        self.writer[cells], self.written[cells] = agent, clock
+        self.writer[cells], self.written[cells] = agent - self.first, clock
         self.read[:, cells] = 0
         self.data[addresses - BASE] = POISON
 
