@@ -58,13 +58,13 @@ def test_compiled_kernels(case):
         complaints = re.findall(r"ptxas.*(?:[Ww]arning|Performance Loss|\(C75\d\d\)).*", kernel.text)
         assert not [text for text in complaints if not IGNORED or IGNORED not in text]
         assert set(re.findall(r"(\d+) bytes spill", kernel.text)) == {"0"}, "registers are spilled"
-        (record,) = kernel.run(kernel.zeros(), clusters=1, steps=STEPS)
-        for address, tensor in record.loads + record.stores:
-            assert address % 128 == 0
-            # Scales are a row without swizzle; tiles have rows of 128 bytes, or of 64 where half a tile is widened.
-            half = case[2] == "W8A16" and tensor.itemsize == 1 and case[1] > 64
-            assert tensor.swizzle == (16 if len(tensor.box) == 2 else 64 if half else 128)
-        assert record.loads
-        assert {mode for _, modes in record.products for mode in modes} <= {1}, "operands are swizzled by 128 bytes"
-        products |= {re.search(r"f32\.(\w+\.\w+)$", opcode)[1] for opcode, _ in record.products}
+        for record in kernel.run(kernel.zeros(), clusters=1, steps=STEPS):
+            for address, tensor in record.loads + record.stores:
+                assert address % 128 == 0
+                # Scales are a row without swizzle; tiles have rows of 128 bytes, or of 64 where half a tile is widened.
+                half = case[2] == "W8A16" and tensor.itemsize == 1 and case[1] > 64
+                assert tensor.swizzle == (16 if len(tensor.box) == 2 else 64 if half else 128)
+            assert record.loads
+            assert {mode for _, modes in record.products for mode in modes} <= {1}, "operands are swizzled by 128 bytes"
+            products |= {re.search(r"f32\.(\w+\.\w+)$", opcode)[1] for opcode, _ in record.products}
     assert products == {MODES[case[2]]}
