@@ -24,6 +24,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +214,7 @@ def trials_of_kernels() -> Iterator[Check]:
     """Yields the checks of the trials that `generate.py` and the largest products need."""
     for rows, compute in itertools.product((8, 64, 128, 1000), (None, Format(E4M3))):
         call = describe(rows, (4096, 4096), BF16, stored_format(E4M3, (128, 128), F32), compute)
-        for implementation in (hopper.COLUMNS, hopper.ROWS):
+        for implementation in (hopper.COLUMNS, hopper.ROWS, hopper.WIDENED):
             if implementation.refuses(call) is None:
                 yield trial(trials.of_product(implementation, call))
     yield trial(trials.of_quantisation(hopper.QUANTISATION, hopper.ROWS_FORMAT, BF16))
@@ -240,6 +241,14 @@ def checks() -> Iterator[Check]:
     for narrow in (False, True):
         yield products("hopper columns", 8, (1024,), 1024, narrow, block=(256, 512))
         yield products("hopper columns", 8, (1024,), 1024, narrow, result=F32)
+    for rows in (513, 1000, 4096):
+        yield products("hopper widened", rows, (4096,), 4096, False)
+    yield products("hopper widened", 520, (12288, 12288), 4096, False)
+    yield products("hopper widened", 4096, (4096,), 12288, False)
+    yield products("hopper widened", 1000, (4096,), 1024, False, x=F16)
+    yield products("hopper widened", 1000, (4096,), 1024, False, kernel=E5M2)
+    yield products("hopper widened", 1000, (4096,), 1024, False, block=(256, 512))
+    yield products("hopper widened", 1000, (4096,), 1024, False, result=F32)
     for rows in (65, 128, 200, 384, 512, 1000, 4096):
         yield products("hopper rows", rows, (1024,), 4096, True)
         yield products("hopper rows", rows, (4096,), 1024, True)
@@ -263,6 +272,7 @@ def dry_checks() -> Iterator[Check]:
     yield products("hopper columns", 2, (128,), 256, False)
     yield products("hopper columns", 5, (128, 128), 128, True)
     yield products("hopper rows", 70, (256,), 128, True)
+    yield products("hopper widened", 130, (256,), 128, False)
     yield attention(130, "last", None, BF16)
     yield masked_attention(131, 280, BF16)
 
@@ -307,14 +317,16 @@ def line(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
-def interpreter() -> contextlib.AbstractContextManager:
-    """Returns the context in which the kernels run in Pallas' interpreter, on a CPU."""
+@contextlib.contextmanager
+def interpreter() -> Iterator[None]:
+    """A context in which the kernels run in Pallas' interpreter, on a CPU, and four tiles keep a GPU busy."""
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
     import interpreter
 
     if interpreter.MISSING:
         raise RuntimeError(interpreter.MISSING)
-    return interpreter.interpreted()
+    with interpreter.interpreted(), mock.patch.object(hopper, "multiprocessors", return_value=4):
+        yield
 
 
 def main() -> int:

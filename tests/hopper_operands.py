@@ -8,7 +8,7 @@ import numpy as np
 from helpers import dtype
 from matmuls import FP8, assert_product, widened
 
-from perparam.policies.matmul import hopper_columns, hopper_rows
+from perparam.policies.matmul import hopper_columns, hopper_rows, hopper_widened
 
 BLOCK = (128, 128)
 
@@ -49,6 +49,17 @@ def rows_product(rows, out, features, result="float32", block=BLOCK, processors=
     settings = {"block": sides, "result": dtype(result), "processors": processors}
     y = hopper_rows.product(x, x_scales, kernel, scale_inv, **settings)
     return Product(y, widened(x, np.asarray(x_scales).T, (1, 128)), widened(kernel, scale_inv, sides))
+
+
+def widened_product(
+    rows, out, features, x="bfloat16", result="float32", of=FP8, block=BLOCK, processors=132
+) -> Product:
+    """What `hopper_widened.product` makes of random operands."""
+    values = wide_rows(rows, features, x)
+    kernel, scale_inv, sides = kernel_of(out, features, block, of)
+    settings = {"block": sides, "result": dtype(result), "processors": processors}
+    y = hopper_widened.product(values, kernel, scale_inv, **settings)
+    return Product(y, np.asarray(values).astype(np.float64), widened(kernel, scale_inv, sides))
 
 
 def columns_products(

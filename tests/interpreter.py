@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from perparam.models.decoding import hopper_gate, hopper_norm
-from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, warpgroup
+from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, hopper_widened, warpgroup
 
 try:  # private, and so perhaps somewhere else in the next version
     from jax._src import core
@@ -36,6 +36,7 @@ CLOCKS = 1024
 awaited the earlier one."""
 KERNELS = (
     (hopper_rows, "product"),
+    (hopper_widened, "product"),
     (hopper_columns, "products"),
     (hopper_columns, "sums"),
     (hopper_quantize, "quantize"),
@@ -138,7 +139,7 @@ def _product(a, b):
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision="highest")
 
 
-def _product_widened(a, b, columns):
+def _product_widened(a, b, columns, *, synchronise=False):
     a, b = _read(a), _read(b)
     parts = [slice(start, start + columns) for start in range(0, a.shape[1], columns)]
     return sum(_product(a[:, part], b[:, part]) for part in parts)

@@ -33,7 +33,7 @@ ROWS_FORMAT = Format(E4M3, ROW_BLOCK, F32)
 
 
 def _refuses_both(call: Call) -> str | None:
-    """Returns the reason why neither kernel accepts the call; None where `hopper columns` accepts it."""
+    """Returns the reason why no kernel accepts the call; None where `hopper columns` accepts it."""
     if call.mode == "plain":
         return "no operand is narrow in the product"
     if call.kernel.values not in (jnp.float8_e4m3fn, jnp.float8_e5m2):
@@ -99,6 +99,20 @@ def _rows_slower(call: Call) -> str | None:
     )
 
 
+def _refuses_widened(call: Call) -> str | None:
+    if why := _refuses_both(call):
+        return why
+    assert call.rows is not None
+    if call.mode == "W8A8":
+        return "both operands are narrow"
+    if call.rows <= SIDE:
+        return f"{count(call.rows, 'row')} {'is' if call.rows == 1 else 'are'} one tile, which no thread blocks share"
+    if call.out_features % (2 * SIDE):
+        return f"{call.out_features} is no multiple of {2 * SIDE}, the rows of the kernel for a pair of thread blocks"
+    tiles, processors = -(-call.rows // SIDE) * call.out_features // SIDE, multiprocessors()
+    return f"its {tiles} tiles leave some of {processors} multiprocessors idle" if tiles < processors else None
+
+
 def _pad(x: jax.Array, tile: int) -> jax.Array:
     """Returns x (rows, …) with zeros below: up to `tile` rows, or to a multiple of `ROW_MULTIPLE` if it has more."""
     rows = x.shape[0]
@@ -153,6 +167,24 @@ def _rows(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.
     return tuple(results)
 
 
+def _widened(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
+    from . import hopper_widened
+
+    results = []
+    for call, pair in zip(calls, operands, strict=True):
+        x = _values(pair.x)
+        y = hopper_widened.product(
+            _pad(x, hopper_widened.TILE),
+            _values(pair.kernel),
+            _scales(pair.kernel),
+            block=_block(call),
+            result=call.result,
+            processors=multiprocessors(),
+        )
+        results.append(y[: x.shape[0]])
+    return tuple(results)
+
+
 def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
     from . import hopper_columns
 
@@ -196,6 +228,13 @@ ROWS = Implementation(
     _rows,
     _rows_slower,
     _quantizer,
+    opaque=True,
+)
+WIDENED = Implementation(
+    "hopper widened",
+    "operands swapped, the kernel widened in registers, x shared by pairs of thread blocks",
+    _refuses_widened,
+    _widened,
     opaque=True,
 )
 COLUMNS = Implementation(

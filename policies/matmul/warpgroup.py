@@ -57,13 +57,16 @@ def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
 
 
 def widened(ref: Any, dtype: Any) -> jax.Array:
-    """Returns a tile of a narrow kernel, (64, k) in shared memory, widened exactly to `dtype`, as a left operand."""
-    narrow = load(ref, plgpu.Layout.WGMMA_UPCAST_2X)
+    """Returns a tile of a narrow kernel, (64, k) in shared memory, widened exactly to `dtype`, as a left operand.
+
+    Each thread loads pairs of columns, where the matrix instruction expects them.  Loads of four columns would be half
+    as many, but need as many shuffles between threads, and selections beside them.
+    """
     # The hardware converts float8 only to float16; bfloat16 needs a second conversion through float32.
-    wide = narrow.astype(jnp.float16)
+    wide = load(ref, plgpu.Layout.WGMMA).astype(jnp.float16)
     if dtype != jnp.float16:
         wide = wide.astype(jnp.float32).astype(dtype)
-    result: jax.Array = plgpu.layout_cast(wide, plgpu.Layout.WGMMA)
+    result: jax.Array = wide
     return result
 
 
@@ -83,10 +86,12 @@ def product(a: Any, b: Any) -> jax.Array:
     return result
 
 
-def product_widened(a: Any, b: Any, columns: int) -> jax.Array:
+def product_widened(a: Any, b: Any, columns: int, *, synchronise: bool = False) -> jax.Array:
     """Returns `product(a, b)` for a narrow a, of which `columns` columns at a time are widened to the dtype of b.
 
     A part is loaded after the product of the part before it, so that both are widened in the same registers.
+
+    synchronise  whether each thread knows, on return, that all threads have loaded a: see `pipeline`
     """
     parts = a.shape[1] // columns
 
@@ -97,6 +102,8 @@ def product_widened(a: Any, b: Any, columns: int) -> jax.Array:
             plgpu.wgmma(accumulator, widened(left, b.dtype), right.transpose((1, 0)))
             if i < parts - 1:
                 plgpu.wgmma_wait(0)
+        if synchronise:
+            plgpu.commit_smem()  # has a barrier of the warpgroup, for which nobody waits while the product is computed
         result: jax.Array = accumulator[...]
         return result
 
@@ -118,7 +125,11 @@ def store_transposed(ref: Any, values: jax.Array) -> None:
 pipeline: Any = functools.partial(
     plgpu.emit_pipeline_warp_specialized, memory_registers=56, wg_axis="warpgroup", num_compute_wgs=2
 )
-"""Pallas' pipeline with two warpgroups that compute and a third that copies operands to shared memory."""
+"""Pallas' pipeline with two warpgroups that compute and a third that copies operands to shared memory.
+
+After a step its operands are released.  In a cluster with shared operands, a single thread of a warpgroup does so: the
+others must have loaded their part of the operands before.
+"""
 
 
 def kernel(body: Any, out_type: jax.ShapeDtypeStruct, *, interpret: Any = None, **settings: Any) -> Any:

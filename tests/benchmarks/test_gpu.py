@@ -199,7 +199,7 @@ def test_a_kernel_that_leaves_out_a_step_fails(monkeypatch, narrow):
 def test_each_trial_of_a_kernel_is_a_check():
     names = [check.name for check in gpu_checks.trials_of_kernels()]
     assert {re.match("trial: (.*?),", name)[1] for name in names} == {
-        "hopper columns", "hopper rows", "hopper quantisation",
+        "hopper columns", "hopper rows", "hopper quantisation", "hopper widened",
     }  # fmt: skip
     assert set(names) < {check.name for check in gpu_checks.checks()}
 

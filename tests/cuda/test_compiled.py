@@ -37,6 +37,7 @@ CASES = [
     *(((shape,), 8, "W8A16") for shape in SHAPES),
     *(((shape,), 4096, "W8A8") for shape in SHAPES),
     (((128 * 19, 1024),), 4096, "W8A8"),  # tiles that have no common divisor with the snake
+    (((256 * 19, 1024),), 4096, "W8A16"),  # pairs of tiles that have no common divisor with the snake
 ]
 """Kernels `(out, in)`, rows of x, and the mode."""
 

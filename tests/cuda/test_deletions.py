@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from emulator.compiled import Kernel, emulated
 from emulator.faults import Fault
-from hopper_operands import columns_products, rows_product, wide_rows
+from hopper_operands import columns_products, rows_product, wide_rows, widened_product
 from matmuls import FP8
 
 from perparam.policies.matmul import hopper_quantize
@@ -47,6 +47,8 @@ DELETED += ("store commit", "store wait", "cluster arrive", "cluster wait")
 TWINS = "the same instruction stands beside it; without both it is caught"
 EITHER = "each thread fences its writes before the threads meet, or one does after it: without both it is caught"
 
+PARTS = "the next part of a kernel is widened in other registers of PTX, and the last wait is for all parts"
+
 ANY = "any"
 HARMLESS = {
     ("expect", "sync", "load"): "a phase ends only when all threads have arrived, with all bytes they expect",
@@ -57,6 +59,8 @@ HARMLESS = {
     ("store wait", "sync", "sync"): TWINS,
     ("wgmma fence", "wgmma fence", "wgmma"): TWINS,
     ("read", "wgmma fence", "wgmma fence"): TWINS,
+    ("wgmma commit", "wgmma wait", "read"): PARTS,
+    ("wgmma", "wgmma commit", "wgmma wait", "read"): PARTS,
     ("wait", "wgmma fence", "read"): "another stands before the product, after the operand is in registers",
     ("write", "sync", "proxy fence"): EITHER,
     ("proxy fence", "sync", "store"): EITHER,
@@ -71,8 +75,9 @@ HARMLESS = {
     ("wait", "wait", "wait"): "the end of a pipeline: later steps end after this one, or nothing is copied any more",
     ("cluster wait", "sync", "sync"): TWINS,
     ("read", "proxy fence", "sync"): "in a step that writes nothing: only the meeting of the threads matters",
+    ("wgmma commit", "proxy fence", "sync"): "in a step that writes nothing: only the meeting of the threads matters",
 }
-"""Deletions that may leave a right program: the instruction between its neighbours among those of `KINDS`, and why."""
+"""Deletions that may leave a right program, and why: the second instruction between its neighbours of `KINDS`."""
 
 HARMLESS_ALONE = {
     ("wait", "wait", "end"): "the end of a pipeline: nothing is copied any more",
@@ -114,7 +119,7 @@ class Case:
 
     def contexts(self, length: int):
         """Yields the positions and names of `length` neighbours."""
-        ends = [(-1, "start"), *self.ordered, (-1, "end")]
+        ends = [(-1, "start"), *self.ordered, (-1, "end"), (-1, "end")]
         for i in range(len(ends) - length + 1):
             positions, names = zip(*ends[i : i + length], strict=True)
             yield positions, names
@@ -133,6 +138,8 @@ CASES = {
     "columns W8A16": lambda: columns_products(64, [128 * 100], 128 * 8),
     "columns W8A16, split": lambda: columns_products(8, [128], 512, "float16"),
     "columns W8A8": lambda: columns_products(64, [128 * 100], 128 * 10, FP8),
+    "widened": lambda: widened_product(136, 256, 640, result="bfloat16", processors=1),
+    "widened, clusters": lambda: widened_product(136, 256, 640, result="bfloat16", processors=2),
     "quantisation": lambda: hopper_quantize.quantize(jnp.asarray(wide_rows(64, 128, "bfloat16"))),
 }
 
@@ -144,8 +151,8 @@ def case(request, compiler) -> Case:
 
 def test_each_deletion_is_caught_or_harmless(case):
     wrong = {}
-    for (_, position, _), names in case.contexts(3):
-        listed = names in case.harmless or (*names[:2], ANY) in case.harmless
+    for (_, position, *_), names in case.contexts(4):
+        listed = any(key in case.harmless for key in (names, names[:3], (*names[:2], ANY)))
         if names[1] in DELETED and not listed and not case.caught(position):
             wrong[position] = (names, str(case.kernel.program.instructions[position]))
     assert not wrong

@@ -4,12 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulator.compiled import emulated
-from hopper_operands import assert_products, columns_products, rows_product, wide_rows
+from helpers import dtype
+from hopper_operands import assert_products, columns_products, rows_product, wide_rows, widened_product
 from matmuls import FP8
 from schedules import run_in_all_schedules
 
 from perparam import quantize
-from perparam.policies.matmul import hopper_costs, hopper_quantize, hopper_rows
+from perparam.policies.matmul import hopper_columns, hopper_costs, hopper_quantize, hopper_rows
 
 pytestmark = [pytest.mark.cuda, pytest.mark.optimised]
 
@@ -70,6 +71,19 @@ class TestColumns:
     def test_e5m2(self, x):
         assert_products(columns_products(8, [128], 256, x, of="float8_e5m2"))
 
+    @pytest.mark.parametrize("of", [FP8, "float8_e5m2"])
+    @pytest.mark.parametrize("x", ["bfloat16", "float16"])
+    def test_every_code_is_widened_exactly(self, x, of):
+        kernel = np.arange(128 * 128, dtype=np.uint8).reshape(128, 128).view(dtype(of))
+        finite = np.isfinite(kernel.astype(np.float32))
+        assert_is_kernel(np.where(finite, kernel, 0).astype(dtype(of)), x)
+
+    @pytest.mark.parametrize("x", ["bfloat16", "float16"])
+    def test_nan_stays_nan(self, x):
+        kernel = np.ones((128, 128), np.uint8)
+        kernel[5, 7], kernel[70, 66] = 0x7F, 0xFF
+        assert_is_kernel(kernel.view(dtype(FP8)), x)
+
     @pytest.mark.parametrize(("x", "result"), [("bfloat16", "bfloat16"), ("float16", "float16"), (FP8, "bfloat16")])
     def test_several_kernels_in_a_launch(self, x, result):
         assert_products(columns_products(8, [256, 128, 128], 256, x, result), result)
@@ -79,6 +93,34 @@ class TestColumns:
 
     def test_more_steps_than_stages(self):
         assert_products(columns_products(8, [128 * 31], 128 * 13, FP8))
+
+
+class TestWidened:
+    @pytest.mark.parametrize(
+        ("rows", "out", "features", "processors"),
+        [(256, 256, 640, 1), (256, 512, 640, 2), (384, 512, 256, 5)],
+        ids=["one block", "one pair", "two pairs"],
+    )
+    def test_tiles(self, rows, out, features, processors):
+        assert_products([widened_product(rows, out, features, processors=processors)])
+
+    @pytest.mark.parametrize("processors", [1, 2])
+    def test_the_last_tile_reaches_beyond_the_rows(self, processors):
+        assert_products([widened_product(136, 256, 256, processors=processors)])
+
+    @pytest.mark.parametrize(("x", "of"), [("bfloat16", FP8), ("float16", "float8_e5m2")])
+    def test_results_in_16_bits_and_blocks_of_several_tiles(self, x, of):
+        assert_products([widened_product(136, 256, 256, x, x, of, (256, 256), 1)], x)
+
+
+def assert_is_kernel(kernel, x: str) -> None:
+    """Asserts that the product of an identity with a kernel of (128, 128) is the kernel, and NaN in rows with NaN."""
+    identity, scale = jnp.eye(128, dtype=dtype(x)), jnp.ones((1, 1), jnp.float32)
+    settings = {"blocks": (kernel.shape,), "result": dtype("float32"), "processors": 132}
+    (y,) = hopper_columns.products(identity, None, (jnp.asarray(kernel),), (scale,), **settings)
+    expected = kernel.astype(np.float32)
+    with_nan = np.isnan(expected).any(axis=1, keepdims=True)
+    np.testing.assert_array_equal(np.asarray(y).T, np.where(with_nan, np.nan, expected))
 
 
 @pytest.mark.parametrize(("of", "rows"), [("bfloat16", 64), ("float16", 64), ("float32", 64), ("bfloat16", 72)])

@@ -64,6 +64,7 @@ class TestPlan:
         [
             (Case(1), "hopper columns"),
             (Case(4096), "hopper columns"),
+            (Case(4096, (4096, 128)), "hopper widened"),
             (Case(1, x="float16", kernel="float8_e5m2"), "hopper columns"),
             (Case(64, compute=FP8), "hopper columns"),
             (Case(65, compute=FP8), "hopper rows"),

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import bits, dtype
-from hopper_operands import assert_products, columns_products, kernel_of, rows_product, wide_rows
+from hopper_operands import assert_products, columns_products, kernel_of, rows_product, wide_rows, widened_product
 from interpreter import assert_no_races, interpreted, required
 from matmuls import FP8, assert_product, widened
 
 from perparam import quantize
-from perparam.policies.matmul import hopper_columns, hopper_quantize, hopper_rows
+from perparam.policies.matmul import hopper_columns, hopper_quantize, hopper_rows, hopper_widened
 from perparam.policies.scales import amax_rule
 
 pytestmark = required
@@ -147,6 +147,22 @@ class TestColumns:
         )
         for y, pair in zip(results, pairs, strict=True):
             assert_product(y, np.asarray(x).astype(np.float64), widened(*pair))
+
+
+@pytest.mark.slow
+class TestWidened:
+    """Tiles of x that pairs of blocks share; the pairs, of which each block has one tile of the kernel."""
+
+    def test_tiles_are_shared_out_among_pairs_and_the_last_reaches_beyond_the_rows(self):
+        assert_products([widened_product(264, 512, 128, processors=4)])
+
+    def test_more_steps_than_stages_and_several_tiles_per_pair(self):
+        steps = max(hopper_widened.STAGES.values()) + 1
+        assert_products([widened_product(256, 256, steps * 128, result="bfloat16", processors=2)], "bfloat16")
+
+    def test_float16_e5m2_and_blocks_of_several_tiles(self):
+        product = widened_product(136, 512, 256, "float16", "float16", "float8_e5m2", (256, 256), processors=5)
+        assert_products([product], "float16")
 
 
 class TestQuantize:

@@ -15,7 +15,15 @@ from shapes import ROWS, SHAPES, linears
 
 from perparam.policies import checks
 from perparam.policies.formats import Format
-from perparam.policies.matmul import face, hopper, hopper_costs, matmul_override, scaled_matmul, warpgroup
+from perparam.policies.matmul import (
+    face,
+    hopper,
+    hopper_costs,
+    hopper_widened,
+    matmul_override,
+    scaled_matmul,
+    warpgroup,
+)
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, matmul_plan
 from perparam.policies.matmul.hopper_columns import stages
 from perparam.policies.matmul.hopper_costs import TILE, columns_cost, row_tile, rows_cost, splits
@@ -201,7 +209,7 @@ class TestMultiprocessors:
         monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
         assert str(here()) == target
 
-    @pytest.mark.parametrize(("rows", "compute"), [(512, FP8), (8, None)])
+    @pytest.mark.parametrize(("rows", "compute"), [(512, FP8), (8, None), (4096, None)])
     @pytest.mark.parametrize("processors", [132, 4])
     def test_bound_the_thread_blocks_of_a_launch(self, monkeypatch, rows, compute, processors):
         monkeypatch.setattr(hopper, "multiprocessors", lambda: processors)
@@ -217,8 +225,11 @@ class TestMultiprocessors:
         with matmul_override(target="cuda:9.0"):
             jax.jit(functools.partial(scaled_matmul, **case.settings)).trace(*case.operands())
         face._matmuls.clear_cache()
-        clusters = {(512, 132): (16,), (512, 4): (2,), (8, 132): (8, 1, 8), (8, 4): (8, 1, 1)}
-        assert launches == [(clusters[rows, processors], (2,) if rows == 512 else ())]
+        clusters = {
+            (512, 132): (16,), (512, 4): (2,), (8, 132): (8, 1, 8), (8, 4): (8, 1, 1), (4096, 132): (66,),
+            (4096, 4): (2,),
+        }  # fmt: skip
+        assert launches == [(clusters[rows, processors], (2,) if rows > 8 else ())]
 
 
 class TestStages:
@@ -230,6 +241,12 @@ class TestStages:
         step = TILE * TILE + tile * TILE * dtype(x).itemsize + 4 * tile
         assert found >= 2
         assert found * step + TILE * tile * dtype(result).itemsize < SHARED_MEMORY
+
+    @pytest.mark.parametrize("result", ["float32", "bfloat16"])
+    def test_of_many_rows_fit_too(self, result):
+        itemsize = dtype(result).itemsize
+        step = TILE * TILE + TILE * TILE * dtype("bfloat16").itemsize
+        assert hopper_widened.STAGES[itemsize] * step + TILE * TILE * itemsize < SHARED_MEMORY
 
     def test_are_no_more_than_the_steps(self):
         assert stages(3, 8, dtype("bfloat16"), dtype("float32")) == 3
@@ -251,9 +268,9 @@ REFUSALS = {
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("name", ["hopper rows", "hopper columns"])
+    @pytest.mark.parametrize("name", ["hopper rows", "hopper widened", "hopper columns"])
     @pytest.mark.parametrize("why", REFUSALS)
-    def test_of_both_kernels(self, name, why):
+    def test_of_all_kernels(self, name, why):
         assert IMPLEMENTATIONS[name].refuses(REFUSALS[why].call) == why
 
     def test_also_of_e5m2_activations(self):
@@ -283,6 +300,20 @@ class TestRefusals:
         few, enough = (dataclasses.replace(TAKEN, rows=rows, compute=FP8) for rows in (64, 65))
         assert hopper.ROWS.refuses(few.call) == "its tiles would be mostly empty with 64 rows"
         assert hopper.ROWS.refuses(enough.call) is None
+
+    @pytest.mark.parametrize(
+        ("case", "why"),
+        [
+            (Case(4096, (4096, 4096), compute=FP8), "both operands are narrow"),
+            (Case(128, (25600, 128)), "128 rows are one tile, which no thread blocks share"),
+            (Case(4096, (384, 128)), "384 is no multiple of 256, the rows of the kernel for a pair of thread blocks"),
+            (Case(512, (4096, 128)), "its 128 tiles leave some of 132 multiprocessors idle"),
+            (Case(513, (4096, 128)), None),
+            (Case(4096, (4096, 128), x="float16", kernel="float8_e5m2"), None),
+        ],
+    )  # fmt: skip
+    def test_by_widened_of_what_it_would_not_make_faster(self, case, why):
+        assert hopper.WIDENED.refuses(case.call) == why
 
     @pytest.mark.parametrize(
         "case",
