@@ -38,6 +38,23 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *whole, layout=layout)
 
 
+def load_global(ref: Any, layout: Any) -> jax.Array:
+    """Returns a tile of global memory in registers."""
+    whole: tuple[Any, ...] = () if jax.__version_info__ >= (0, 11) else ((),)
+    return plgpu.load(ref, *whole, layout=layout, optimized=False)
+
+
+def store_global(ref: Any, values: jax.Array) -> None:
+    """Writes values in registers to a tile of global memory.
+
+    Mosaic requires that the last axis of the tile is contiguous: it may have a length of 1.
+    """
+    if jax.__version_info__ >= (0, 12):
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
+
+
 def widened(ref: Any, dtype: Any) -> jax.Array:
     """Returns a tile of a narrow kernel, (64, k) in shared memory, widened exactly to `dtype`, as a left operand."""
     narrow = load(ref, plgpu.Layout.WGMMA_UPCAST_2X)
