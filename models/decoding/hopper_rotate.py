@@ -67,7 +67,7 @@ def rotate_and_store(
         slot = jnp.clip(start_gmem[0], 0, slots - 1)
 
         def load(ref: Any, layout: Any = layout.reduce(0)) -> jax.Array:
-            return warpgroup.load_global(ref, layout).astype(jnp.float32)
+            return warpgroup.load(ref, layout, optimized=False).astype(jnp.float32)
 
         def rounded(x: jax.Array) -> jax.Array:
             return x.astype(dtype).astype(jnp.float32)
@@ -99,7 +99,7 @@ def rotate_and_store(
             )
 
         def store(ref: Any, value: jax.Array) -> None:
-            warpgroup.store_global(ref, value.astype(dtype))
+            warpgroup.store(ref, value.astype(dtype))
 
         @pl.when(first < heads)
         def _() -> None:

@@ -32,20 +32,14 @@ def tiled(dtype: Any, columns: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def load(ref: Any, layout: Any) -> jax.Array:
-    """Returns a tile of shared memory in registers."""
+def load(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
+    """Returns a tile of shared memory in registers; of global or untiled shared memory if not `optimized`."""
     whole: tuple[Any, ...] = () if jax.__version_info__ >= (0, 11) else ((),)
-    return plgpu.load(ref, *whole, layout=layout)
+    return plgpu.load(ref, *whole, layout=layout, optimized=optimized)
 
 
-def load_global(ref: Any, layout: Any) -> jax.Array:
-    """Returns a tile of global memory in registers."""
-    whole: tuple[Any, ...] = () if jax.__version_info__ >= (0, 11) else ((),)
-    return plgpu.load(ref, *whole, layout=layout, optimized=False)
-
-
-def store_global(ref: Any, values: jax.Array) -> None:
-    """Writes values in registers to a tile of global memory.
+def store(ref: Any, values: jax.Array) -> None:
+    """Writes values in registers to a tile of global or untiled shared memory.
 
     Mosaic requires that the last axis of the tile is contiguous: it may have a length of 1.
     """
@@ -79,6 +73,21 @@ def product(a: Any, b: Any) -> jax.Array:
         return result
 
     result: jax.Array = pl.run_scoped(multiply, plgpu.ACC((ROWS, b.shape[0]), jnp.float32))
+    return result
+
+
+def product_plain(a: Any, b: Any) -> jax.Array:
+    """Returns a @ b in float32 (64, n), for a (64, k) in shared memory or registers and b (k, n) in shared memory.
+
+    Both are of one dtype with 16 bits.
+    """
+
+    def multiply(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, a, b)
+        result: jax.Array = accumulator[...]
+        return result
+
+    result: jax.Array = pl.run_scoped(multiply, plgpu.ACC((ROWS, b.shape[1]), jnp.float32))
     return result
 
 
