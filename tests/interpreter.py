@@ -7,7 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from perparam.models.decoding import hopper_attention, hopper_rotate
 from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, warpgroup
 
 try:  # private, and so perhaps somewhere else in the next version
@@ -20,10 +22,19 @@ except ImportError as error:
     MISSING = f"this JAX has no interpreter of Mosaic GPU kernels: {error}"
 else:
     MISSING = ""
-    _store = GPUSharedMemory.store_buffer_content
+    _store_content = GPUSharedMemory.store_buffer_content
 
 PATIENCE = 900
 """Seconds after which nobody believes any more that a file of tests goes on: each takes one of them or two."""
+
+KERNELS = (
+    (hopper_rows, "product"),
+    (hopper_columns, "products"),
+    (hopper_quantize, "quantize"),
+    (hopper_rotate, "rotate_and_store"),
+    (hopper_attention, "attend"),
+)
+"""Modules with a kernel, and the function that launches it."""
 
 required = pytest.mark.skipif(bool(MISSING), reason=MISSING or "never")
 """On tests that need the interpreter."""
@@ -37,15 +48,17 @@ def interpreted():
     interpreter's threads waiting for each other: then the process ends, and says where it was.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("load", "product", "product_widened", "zeros", "store_transposed"):
+        for name in ("load", "store", "product", "product_plain", "product_widened", "zeros", "store_transposed"):
             patch.setattr(warpgroup, name, globals()[f"_{name}"])
+        patch.setattr(plgpu, "layout_cast", lambda x, _: x)
+        patch.setattr(plgpu, "broadcasted_iota", _broadcasted_iota)
         if jax.__version_info__ < (0, 11):  # which compiles every block of the grid, and every thread of it, anew
             patch.setattr(thread_map, "_run_jaxpr", _run_jaxpr)
         if jax.__version_info__ < (0, 11):  # which drops a copy that reaches beyond its target
             patch.setattr(GPUSharedMemory, "store_buffer_content", _store_within_bounds)
         # Where a tensor copy reads beyond its source, a GPU fills in zeros, as JAX 0.11 does; in JAX 0.10 it is NaN.
         parameters = InterpretGPUParams(out_of_bounds_reads="uninitialized")
-        for module, name in ((hopper_rows, "product"), (hopper_columns, "products"), (hopper_quantize, "quantize")):
+        for module, name in KERNELS:
             patch.setattr(module, name, functools.partial(getattr(module, name), interpret=parameters))
         patch.setattr(face, "unless_portable", lambda kernel, *_: kernel)  # which takes no side effects
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
@@ -57,13 +70,26 @@ def interpreted():
             face._matmuls.clear_cache()
 
 
-def _load(ref, layout):
+def _load(ref, layout, optimized=True):
     return ref[...]
+
+
+def _store(ref, values):
+    ref[...] = values
+
+
+def _broadcasted_iota(dtype, shape, dimension, layout):
+    return jax.lax.broadcasted_iota(dtype, shape, dimension)
 
 
 def _product(a, b):
     a, b = ((operand if isinstance(operand, jax.Array) else operand[...]).astype(jnp.float32) for operand in (a, b))
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision="highest")
+
+
+def _product_plain(a, b):
+    a, b = ((operand if isinstance(operand, jax.Array) else operand[...]).astype(jnp.float32) for operand in (a, b))
+    return jnp.matmul(a, b, precision="highest")
 
 
 def _product_widened(a, b, columns):
@@ -93,4 +119,4 @@ def _store_within_bounds(self, key, ranges, value, *args, **kwargs):
     sides = list(zip(ranges, self.mem[key].logical_shape, strict=False))
     kept = tuple(slice(max(side - one.start, 0)) for one, side in sides if isinstance(one, slice))
     within = tuple(slice(one.start, min(one.stop, side)) if isinstance(one, slice) else one for one, side in sides)
-    return _store(self, key, within, value[kept], *args, **kwargs)
+    return _store_content(self, key, within, value[kept], *args, **kwargs)

@@ -117,15 +117,13 @@ def rotate_and_store(
             for columns, value in zip(halves, product(), strict=True):
                 store(values_gmem.at[b, pl.ds(first - heads - kv, together), slot, columns], value)
 
-    settings = {} if interpret is None else {"interpret": interpret}
-    launch = pl.kernel(
+    launch = warpgroup.kernel_in_place(
         body,
-        out_type=jax.ShapeDtypeStruct((batch, heads, d), dtype),
-        mesh=plgpu.Mesh(grid=(batch, (heads + 2 * kv) // together), grid_names=("sequence", "group")),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **settings,
+        jax.ShapeDtypeStruct((batch, heads, d), dtype),
+        grid=(batch, (heads + 2 * kv) // together),
+        grid_names=("sequence", "group"),
+        interpret=interpret,
     )
-    keys, values = jax.new_ref(cache.keys), jax.new_ref(cache.values)
     operands = sums.reshape(parts, rows, -1, d), cos, sin, start.reshape(1), *norms
-    q = vary(launch(*operands, keys, values), operands)
-    return q, LayerCache(jax.freeze(keys), jax.freeze(values), None, None, cache.dtype)
+    q, (keys, values) = vary(launch(operands, (cache.keys, cache.values)), operands)
+    return q, LayerCache(keys, values, None, None, cache.dtype)

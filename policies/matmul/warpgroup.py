@@ -137,3 +137,33 @@ def kernel(body: Any, out_type: jax.ShapeDtypeStruct, *, interpret: Any = None, 
     return plgpu.kernel(
         body, out_type=out_type, num_threads=3, thread_name="warpgroup", compiler_params=parameters, **settings
     )
+
+
+Updated = tuple[jax.Array, ...]
+
+
+def kernel_in_place(body: Any, out_type: Any, *, interpret: Any = None, **mesh: Any) -> Any:
+    """Returns a Pallas kernel that updates arrays in place: `kernel(operands, updated) -> (results, updated)`.
+
+    body      function of references to the operands, to the updated arrays and to the results
+    out_type  shapes and dtypes of the results
+    mesh      grid of the kernel and the names of its axes
+
+    XLA copies an updated array that is used later, and one that is an argument of a program and not donated.
+    """
+    settings = {} if interpret is None else {"interpret": interpret}
+    launch = pl.kernel(
+        body,
+        out_type=out_type,
+        mesh=plgpu.Mesh(**mesh),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **settings,
+    )
+
+    @jax.jit  # outside of which a reference has no memory space
+    def run(operands: Updated, updated: Updated) -> tuple[Any, Updated]:
+        references = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in updated]
+        results = launch(*operands, *references)
+        return results, tuple(jax.freeze(reference) for reference in references)
+
+    return run
