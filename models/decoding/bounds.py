@@ -49,7 +49,7 @@ def rotation(
     product, magnitude = (x.reshape(batch, -1, d) for x in (wide.sum(axis=0), jnp.abs(wide).sum(axis=0)))
     magnitude = magnitude * (1 + sums.shape[0] * SUM / unit)
     if scales is not None:
-        factor = jax.lax.rsqrt(jnp.mean(product * product, axis=-1, keepdims=True) + eps)
+        factor = jax.lax.rsqrt(jnp.mean(product[:, :-kv] ** 2, axis=-1, keepdims=True) + eps)
         side = jnp.repeat(jnp.stack(scales), np.array([heads, kv]), axis=0, total_repeat_length=heads + kv)
         normed = magnitude[:, :-kv] * factor * jnp.abs(side.astype(jnp.float32))
     else:

@@ -1,8 +1,15 @@
 """The kernels of attention over the filled slots, by the interpreter, against their reference."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from attention_operands import assert_attention, attention
 from interpreter import interpreted, required
+
+from perparam.models.decoding import hopper_attention
 
 pytestmark = required
 
@@ -13,5 +20,19 @@ def on_a_cpu():
         yield
 
 
-def test_filled_slots():
-    assert_attention(attention())
+def check(cases, window=None, narrow=False, rows=8, **shape):
+    """Compares the kernels, compiled once, with the reference for several lengths and paddings."""
+    run = jax.jit(hopper_attention.attend, static_argnames=("rows", "window", "narrow"))
+    for length, left in cases:
+        assert_attention(attention(length=length, left=left, **shape), window, narrow, rows, run)
+
+
+def test_splits_fill_a_gpu_and_have_a_tile_each():
+    assert hopper_attention.splits(8, 64 * 8, 132) == 8
+    assert hopper_attention.splits(8, 64 * 100, 132) == 33
+    assert hopper_attention.splits(1000, 4096, 132) == 1
+
+
+@pytest.mark.slow
+def test_one_slot_full_tiles_partial_tiles_and_padding():
+    check([(1, 0), (64, 0), (130, 3), (192, 0)], slots=192)
