@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulator.compiled import emulated
+from emulator.compiled import emulated, run_in_all_schedules
 from hopper_operands import assert_products, columns_products, rows_product, wide_rows
 from matmuls import FP8
 
@@ -11,23 +11,6 @@ from perparam import quantize
 from perparam.policies.matmul import hopper_quantize
 
 pytestmark = [pytest.mark.cuda, pytest.mark.optimised]
-
-SCHEDULES = 3
-"""Of each launch: copies that arrive at random, late and early.  Each thread block of a launch has another one."""
-
-
-def run_in_all_schedules(kernel, arrays):
-    """Runs a kernel in several schedules, whose results have to be the same bit by bit."""
-    first = None
-    for schedule in range(SCHEDULES):
-        again = [array.copy() for array in arrays]
-        kernel.run(again, schedule=schedule)
-        first = first or again
-        for one, other in zip(first, again, strict=True):
-            np.testing.assert_array_equal(one, other)
-    for array, found in zip(arrays, first, strict=True):
-        array[:] = found
-
 
 @pytest.fixture(autouse=True)
 def in_the_emulator(compiler):

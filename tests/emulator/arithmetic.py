@@ -187,13 +187,25 @@ def _logic(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np
     return result
 
 
-def _reciprocal(a: np.ndarray) -> np.ndarray:
-    """Approximate: as far off as the hardware may be, by an ulp for every other number."""
-    exact = np.float32(1) / a
-    return np.where(a.view(np.uint32) & 1 == 1, np.nextafter(exact, np.float32(np.inf)), exact)
+def _approximate(function: Callable[[np.ndarray], np.ndarray], ulps: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A function as far off as the hardware's may be, by some ulps for every other number (float32)."""
+
+    def approximate(a: np.ndarray) -> np.ndarray:
+        exact = function(a.astype(np.float64)).astype(np.float32)
+        off = exact
+        for _ in range(ulps):
+            off = np.nextafter(off, np.float32(np.inf))
+        return np.where((a.view(np.uint32) & 1 == 1) & (exact != 0), off, exact)
+
+    return approximate
 
 
-_FLOAT = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fma, "rcp": _reciprocal}
+_FLOAT = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": _fma}
+_FLOAT |= {
+    "rcp": _approximate(lambda a: 1 / a, 1),
+    "ex2": _approximate(np.exp2, 2),
+    "rsqrt": _approximate(lambda a: 1 / np.sqrt(a), 2),  # PTX: a relative error of at most 2**-22.9
+}
 _INTEGER = {
     "add": np.add,
     "sub": np.subtract,
