@@ -40,6 +40,11 @@ MASKED, LEAST = -(2.0**100), -(2.0**99)
 slot, 2**(MASKED - maximum), is 0 even if no slot is seen."""
 
 
+def accepts(heads: int, kv: int, d: int, slots: int) -> bool:
+    """Returns whether `attend` takes so many query and key heads of d columns, and so many slots of the cache."""
+    return d in (64, 128) and heads * d % 128 == 0 and heads // kv <= warpgroup.ROWS and slots % TILE == 0
+
+
 def splits(heads: int, slots: int, processors: int) -> int:
     """Returns the number of thread blocks among which the slots of each head are divided.
 
@@ -67,8 +72,8 @@ def attend(
 ) -> Operand:
     """Returns attention over the filled slots as an operand (rows, heads * d), see `reference.attend`.
 
-    The heads are a multiple of 128 columns, d is 64 or 128, and the number of slots a multiple of 8.  At most 64 query
-    heads share a key head.  Of a query that sees no slot, all results are zero.
+    The heads are a multiple of 128 columns, d is 64 or 128, and the number of slots a multiple of 64, see `accepts`.
+    Of a query that sees no slot, all results are zero.
     """
     kv, d, count = cache.keys.shape[1:]
     batch, heads, _ = q.shape

@@ -29,11 +29,11 @@ def layout_of(heads: int, columns: int) -> Any:
 
     The last axis is that of slots in the cache of keys, since Mosaic requires a contiguous last axis of what it writes.
     """
-    tiling = plgpu.Tiling(((heads, columns, 1), (LANES, 1)))
-    warps: tuple[Any, ...] = () if heads == 1 else (-5,)
+    tiles = ((heads, columns, 1), (LANES, 1))[: 1 if columns == LANES else 2]
+    warps: tuple[Any, ...] = () if heads == 1 else (-1 - 2 * len(tiles),)
     if heads < WARPS:
         warps = (*warps, plgpu.Replicated(WARPS // heads))
-    return plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
+    return plgpu.Layout.TILED(plgpu.Tiling(tiles), warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
 
 
 def rotate_and_store(
