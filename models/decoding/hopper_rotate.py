@@ -21,16 +21,24 @@ WARPS, LANES = 4, 32
 """Warps of a warpgroup, and threads of a warp."""
 
 
+def accepts(heads: int, kv: int, d: int) -> bool:
+    """Returns whether `rotate_and_store` takes so many query and key heads of d columns.
+
+    Mosaic takes no heads one by one: it cannot merge an axis of length 1 with the columns beside it.
+    """
+    return d in (64, 128) and math.gcd(heads, kv, WARPS) > 1
+
+
 def layout_of(heads: int, columns: int) -> Any:
     """Returns a layout of (heads, columns, 1) in registers in which a warp has a head: no sum over columns leaves it.
 
-    heads    1, 2 or 4; fewer than the warps of a warpgroup are repeated
+    heads    2 or 4; fewer than the warps of a warpgroup are repeated
     columns  a multiple of 32
 
     The last axis is that of slots in the cache of keys, since Mosaic requires a contiguous last axis of what it writes.
     """
     tiles = ((heads, columns, 1), (LANES, 1))[: 1 if columns == LANES else 2]
-    warps: tuple[Any, ...] = () if heads == 1 else (-1 - 2 * len(tiles),)
+    warps: tuple[Any, ...] = (-1 - 2 * len(tiles),)
     if heads < WARPS:
         warps = (*warps, plgpu.Replicated(WARPS // heads))
     return plgpu.Layout.TILED(plgpu.Tiling(tiles), warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
@@ -49,7 +57,8 @@ def rotate_and_store(
 ) -> tuple[jax.Array, LayerCache]:
     """Returns `(q, cache)`, see `reference.rotate_and_store`; the cache is updated in place.
 
-    A thread block has up to four heads of a sequence, a warp each, and reads their sums directly to registers.
+    A thread block has two or four heads of a sequence, a warp each, and reads their sums directly to registers.  For the
+    shapes see `accepts`.
     """
     batch, kv, d, slots = cache.keys.shape
     parts, rows, width = sums.shape

@@ -25,7 +25,7 @@ class TestRotation:
     def test_sums_of_parts(self, parts):
         assert_rotation(rotation(batch=3, parts=parts))
 
-    @pytest.mark.parametrize(("heads", "kv", "d"), [(6, 2, 64), (3, 1, 128), (16, 8, 64)])
+    @pytest.mark.parametrize(("heads", "kv", "d"), [(6, 2, 64), (6, 2, 128), (16, 8, 64)])
     def test_heads_of_a_warpgroup_are_of_one_kind(self, heads, kv, d):
         assert_rotation(rotation(heads=heads, kv=kv, d=d))
 
