@@ -12,6 +12,7 @@ from perparam.policies.matmul import hopper_quantize
 
 pytestmark = [pytest.mark.cuda, pytest.mark.optimised]
 
+
 @pytest.fixture(autouse=True)
 def in_the_emulator(compiler):
     with emulated(run_in_all_schedules):

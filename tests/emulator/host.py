@@ -132,7 +132,9 @@ def launch(text: str, buffers: Sequence[int]) -> Launch:
     """Returns the launch in LLVM IR of a kernel's host code, for operands and results at the addresses `buffers`."""
     names = "|".join(ARGUMENTS)
     match = re.search(
-        rf"^define void @\w+\((?:ptr %\d, )+ptr (%\d)\) \{{\n((?:(?!^\}}).)*@(?:{names})\(.*?)^\}}", text, re.DOTALL | re.M
+        rf"^define void @\w+\((?:ptr %\d, )+ptr (%\d)\) \{{\n((?:(?!^\}}).)*@(?:{names})\(.*?)^\}}",
+        text,
+        re.DOTALL | re.M,
     )
     if not match:
         raise ValueError("no host code: set MOSAIC_GPU_DUMP_HOST_LLVM before the kernel is compiled")

@@ -1,10 +1,6 @@
 """The kernels of attention over the filled slots, by the interpreter, against their reference."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from attention_operands import assert_attention, attention
 from interpreter import interpreted, required
@@ -36,3 +32,11 @@ def test_splits_fill_a_gpu_and_have_a_tile_each():
 @pytest.mark.slow
 def test_one_slot_full_tiles_partial_tiles_and_padding():
     check([(1, 0), (64, 0), (130, 3), (192, 0)], slots=192)
+
+
+@pytest.mark.slow
+def test_quantised_with_a_window_and_more_tiles_than_stages(monkeypatch):
+    monkeypatch.setattr(hopper_attention, "splits", lambda *_: 2)
+    monkeypatch.setattr(hopper_attention, "TOGETHER", 1)
+    shape = {"batch": 3, "heads": 2, "kv": 1, "slots": 384, "of": "float16"}
+    check([(384, 0), (130, 40)], window=100, narrow=True, **shape)
