@@ -42,7 +42,7 @@ def rotation(
     differs by the mean of the differences of what it is the root of: as much as one more.  Each time two unit roundoffs
     of the sum of magnitudes; values are only rounded once.  Subnormal numbers differ by the smallest of them each time.
     """
-    batch, kv, d, _ = cache.keys.shape
+    batch, kv, d = cache.keys.shape[:3]
     heads = sums.shape[-1] // d - 2 * kv
     unit, least = UNIT_ROUNDOFF[cos.dtype.name], float(jnp.finfo(cos.dtype).smallest_subnormal)
     wide = sums[:, :batch].astype(jnp.float32)

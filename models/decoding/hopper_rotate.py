@@ -56,8 +56,8 @@ def rotate_and_store(
 ) -> tuple[jax.Array, LayerCache]:
     """Returns `(q, cache)`, see `reference.rotate_and_store`; the cache is updated in place.
 
-    A thread block has two or four heads of a sequence, a warp each, and reads their sums directly to registers.  For the
-    shapes see `accepts`.
+    A thread block has two or four heads of a sequence, a warp each, and reads their sums directly to registers.
+    `accepts` says which shapes it takes.
     """
     batch, kv, d, slots = cache.keys.shape
     parts, rows, width = sums.shape
@@ -74,8 +74,12 @@ def rotate_and_store(
         first = group * together
         slot = jnp.clip(start_gmem[0], 0, slots - 1)
 
-        def load(ref: Any, layout: Any = layout.reduce(0)) -> jax.Array:
+        def load(ref: Any, layout: Any) -> jax.Array:
             return warpgroup.load(ref, layout, optimized=False).astype(jnp.float32)
+
+        def load_vector(ref: Any) -> jax.Array:
+            """Returns a vector of columns, the same for each head."""
+            return across(load(ref, layout.reduce(0)))
 
         def rounded(x: jax.Array) -> jax.Array:
             return x.astype(dtype).astype(jnp.float32)
@@ -97,10 +101,10 @@ def rotate_and_store(
                 factor = lax.broadcast_in_dim(lax.rsqrt(squares * (1 / d) + eps), (together, half), (0,))
                 factor = plgpu.layout_cast(factor, layout)
                 left, right = (
-                    rounded(rounded(x * factor) * across(load(scale.at[columns])))
+                    rounded(rounded(x * factor) * load_vector(scale.at[columns]))
                     for x, columns in zip((left, right), halves, strict=True)
                 )
-            cos, sin = (across(load(ref.at[b])) for ref in (cos_gmem, sin_gmem))
+            cos, sin = (load_vector(ref.at[b]) for ref in (cos_gmem, sin_gmem))
             return (
                 rounded(rounded(left * cos) - rounded(right * sin)),
                 rounded(rounded(right * cos) + rounded(left * sin)),

@@ -1,7 +1,7 @@
 """Warpgroup operations of the Hopper kernels: loads, matrix products and layouts, for every supported JAX version.
 
 The tests run the kernels in Pallas' interpreter, which has neither registers nor tensor cores, and replace `load`,
-`product`, `product_widened`, `zeros` and `store_transposed`.
+`store`, `product`, `product_plain`, `product_widened`, `zeros` and `store_transposed`.
 
 A thread may have 168 registers: the 65536 of a multiprocessor among three warpgroups.  `pipeline` moves registers from
 the warpgroup that copies to those that compute, which then have 224, but JAX 0.12 compiles with libnvJitLink, as a
@@ -44,7 +44,8 @@ def store(ref: Any, values: jax.Array) -> None:
     Mosaic requires that the last axis of the tile is contiguous: it may have a length of 1.
     """
     if jax.__version_info__ >= (0, 12):
-        plgpu.store(ref, values, optimized=False)
+        newer: Any = plgpu
+        newer.store(ref, values, optimized=False)
     else:
         ref[...] = values
 

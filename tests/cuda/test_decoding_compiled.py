@@ -78,7 +78,9 @@ def test_rotation_is_one_launch_that_copies_no_cache(shape, normed):
 @pytest.mark.parametrize("narrow", [True, False])
 def test_attention_is_two_launches(shape, narrow):
     batch, heads, kv, d, slots = shape
-    assert hopper_attention.accepts(heads, kv, d, slots)
+    if not hopper_attention.accepts(heads, kv, d, slots, narrow=narrow):
+        assert (heads, d, narrow) == (14, 64, True)
+        return
 
     def step(q, cache, queries, positions, length):
         return hopper_attention.attend(q, cache, queries, positions, length, rows=8, window=None, narrow=narrow)

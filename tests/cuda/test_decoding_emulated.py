@@ -4,7 +4,7 @@ import pytest
 from attention_operands import assert_attention, assert_rotation, attention, rotation
 from emulator.compiled import emulated, run_in_all_schedules
 
-from perparam.models.decoding import hopper_attention
+from perparam.models.decoding import hopper_attention, hopper_combine
 
 pytestmark = [pytest.mark.cuda, pytest.mark.optimised]
 
@@ -62,7 +62,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("length", [64, 300, 320])
     def test_more_tiles_than_stages_and_more_parts_than_are_read_together(self, monkeypatch, length):
-        monkeypatch.setattr(hopper_attention, "TOGETHER", 2)
+        monkeypatch.setattr(hopper_combine, "TOGETHER", 2)
         for parts in (1, 2, 5):
             monkeypatch.setattr(hopper_attention, "splits", lambda *_, parts=parts: parts)
             assert_attention(attention(slots=320, length=length, d=128))

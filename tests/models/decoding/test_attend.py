@@ -5,7 +5,7 @@ import pytest
 from attention_operands import assert_attention, attention
 from interpreter import interpreted, required
 
-from perparam.models.decoding import hopper_attention
+from perparam.models.decoding import hopper_attention, hopper_combine
 
 pytestmark = required
 
@@ -29,6 +29,13 @@ def test_splits_fill_a_gpu_and_have_a_tile_each():
     assert hopper_attention.splits(1000, 4096, 132) == 1
 
 
+def test_shapes():
+    assert hopper_attention.accepts(16, 8, 128, 1024, narrow=True)
+    assert hopper_attention.accepts(14, 2, 64, 1024, narrow=False)
+    assert not hopper_attention.accepts(14, 2, 64, 1024, narrow=True)
+    assert not hopper_attention.accepts(16, 8, 128, 96, narrow=False)
+
+
 @pytest.mark.slow
 def test_one_slot_full_tiles_partial_tiles_and_padding():
     check([(1, 0), (64, 0), (130, 3), (192, 0)], slots=192)
@@ -37,6 +44,6 @@ def test_one_slot_full_tiles_partial_tiles_and_padding():
 @pytest.mark.slow
 def test_quantised_with_a_window_and_more_tiles_than_stages(monkeypatch):
     monkeypatch.setattr(hopper_attention, "splits", lambda *_: 2)
-    monkeypatch.setattr(hopper_attention, "TOGETHER", 1)
+    monkeypatch.setattr(hopper_combine, "TOGETHER", 1)
     shape = {"batch": 3, "heads": 2, "kv": 1, "slots": 384, "of": "float16"}
     check([(384, 0), (130, 40)], window=100, narrow=True, **shape)
