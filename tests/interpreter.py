@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from perparam.models.decoding import hopper_gate, hopper_norm
+from perparam.models.decoding import hopper_attention, hopper_gate, hopper_norm, hopper_rotate
 from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, hopper_widened, warpgroup
 
 try:  # private, and so perhaps somewhere else in the next version
@@ -42,6 +42,8 @@ KERNELS = (
     (hopper_quantize, "quantize"),
     (hopper_norm, "add_and_norm"),
     (hopper_gate, "gate"),
+    (hopper_rotate, "rotate_and_store"),
+    (hopper_attention, "attend"),
 )
 """Modules of kernels, and the function of each."""
 
@@ -64,8 +66,19 @@ def interpreted():
         launches = []
         state = getattr(gpu_callbacks, _RACES)
         patch.setattr(gpu_callbacks, _RACES, lambda *args, **kwargs: _appended(launches, state(*args, **kwargs)))
-        for name in ("load", "store", "full", "product", "product_widened", "zeros", "store_transposed"):
+        for name in (
+            "load",
+            "store",
+            "full",
+            "product",
+            "product_plain",
+            "product_widened",
+            "zeros",
+            "store_transposed",
+        ):
             patch.setattr(warpgroup, name, globals()[f"_{name}"])
+        patch.setattr(plgpu, "layout_cast", lambda x, _: x)
+        patch.setattr(plgpu, "broadcasted_iota", _broadcasted_iota)
         if jax.__version_info__ < (0, 11):  # which compiles every block of the grid, and every thread of it, anew
             patch.setattr(thread_map, "_run_jaxpr", _run_jaxpr)
         if jax.__version_info__ < (0, 11):  # which drops a copy that reaches beyond its target
@@ -126,17 +139,26 @@ def _load(ref, layout, optimized=True):
     return _read(ref)
 
 
+def _full(shape, value, layout):
+    return jnp.full(shape, value, jnp.float32)
+
+
 def _store(ref, values):
     ref[...] = values
 
 
-def _full(shape, value, layout):
-    return jnp.full(shape, value, jnp.float32)
+def _broadcasted_iota(dtype, shape, dimension, layout):
+    return jax.lax.broadcasted_iota(dtype, shape, dimension)
 
 
 def _product(a, b):
     a, b = ((operand if isinstance(operand, jax.Array) else _read(operand)).astype(jnp.float32) for operand in (a, b))
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision="highest")
+
+
+def _product_plain(a, b):
+    a, b = ((operand if isinstance(operand, jax.Array) else operand[...]).astype(jnp.float32) for operand in (a, b))
+    return jnp.matmul(a, b, precision="highest")
 
 
 def _product_widened(a, b, columns, *, synchronise=False):

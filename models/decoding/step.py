@@ -30,9 +30,6 @@ from ..layers import Linear, RMSNorm, pair
 from ..transformer import MLP, Attention, Layer, Step
 from .reference import Operand, product
 
-HEAD = 128
-"""The only head_dim of the kernels."""
-
 
 def refuses(layers: Sequence[Layer], x: jax.Array, caches: Sequence[LayerCache], target: Target) -> str | None:
     """The reason not to decode x (b, t, hidden) with the fused kernels; None if they can be used.
@@ -49,23 +46,30 @@ def refuses(layers: Sequence[Layer], x: jax.Array, caches: Sequence[LayerCache],
         return "activations are not in 16 bits"
     if taps.active():
         return "intermediate values are observed"
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return "it is within shard_map"
     for layer, cache in zip(layers, caches, strict=True):
         if cache.dtype != x.dtype:
             return "the cache has another dtype than activations"
-        if why := _refuses_layer(layer, x, target):
+        if why := _refuses_layer(layer, x, cache.values.shape[2], target):
             return why
     kinds = dict.fromkeys(_trials(layers, x))
     return next((f"the check of {one.kernel!r} failed" for one in kinds if check(one, target).state == "refused"), None)
 
 
-def _refuses_layer(layer: Layer, x: jax.Array, target: Target) -> str | None:
+def _refuses_layer(layer: Layer, x: jax.Array, slots: int, target: Target) -> str | None:
+    from . import hopper_attention, hopper_rotate  # Pallas is imported only where a kernel is used
+
     attention, mlp = layer.self_attn, layer.mlp
     if type(layer) is not Layer or type(mlp) is not MLP:
         return "a layer is of another class"
     if type(attention).__call__ is not Attention.__call__:
         return "attention is of another class"
-    if attention.head_dim != HEAD:
-        return f"head_dim is not {HEAD}"
+    heads = attention.heads, attention.kv_heads, attention.head_dim
+    if not hopper_rotate.accepts(*heads):
+        return "there is no kernel for {} and {} heads of {} columns".format(*heads)
+    if not hopper_attention.accepts(*heads, slots, narrow=_narrow(attention.o_proj)):
+        return "there is no kernel for {} and {} heads of {} columns and a cache of {} slots".format(*heads, slots)
     if any({norm.compute or x.dtype, norm.activations or x.dtype} != {x.dtype} for norm in _norms(layer)):
         return "a norm is not computed in the activations' dtype"
     for linears in _products(layer):
@@ -104,20 +108,20 @@ def _call(linear: Linear, rows: int, dtype: np.dtype) -> Call:
 
 def _narrow(linear: Linear) -> bool:
     """Whether the operand of a projection is quantised."""
-    return linear.compute is not None and linear.compute.narrow
+    return getattr(linear, "compute", None) is not None and linear.compute.narrow
 
 
 def _trials(layers: Sequence[Layer], x: jax.Array) -> Iterator[Trial]:
     """The trials of the kernels that these layers need."""
-    from . import trials
+    from . import attention_trials, row_trials
 
     dtype = np.dtype(x.dtype)
     for layer in layers:
         (q, *_), (o,), (gate, *_), (down,) = _products(layer)
-        yield from (trials.of_norm(dtype, narrow=_narrow(one)) for one in (q, gate))
-        yield trials.of_rotation(dtype, normed=layer.self_attn.head_norms() is not None)
-        yield trials.of_attention(dtype, narrow=_narrow(o))
-        yield trials.of_gate(dtype, narrow=_narrow(down))
+        yield from (row_trials.of_norm(dtype, narrow=_narrow(one)) for one in (q, gate))
+        yield attention_trials.of_rotation(dtype, normed=layer.self_attn.head_norms() is not None)
+        yield attention_trials.of_attention(dtype, narrow=_narrow(o))
+        yield row_trials.of_gate(dtype, narrow=_narrow(down))
 
 
 def decode(

@@ -99,7 +99,7 @@ def _compare_products(implementation: Implementation, launches: tuple[tuple[Call
         for call, y, (product, magnitude) in zip(*each, strict=True):
             least = float(jnp.finfo(call.result).smallest_subnormal)
             bound = (call.in_features + ROUNDINGS) * SUM * magnitude + UNIT_ROUNDOFF[call.result.name] * np.abs(product)
-            if why := _difference("the product", y, product, bound + least):
+            if why := difference("the product", y, product, bound + least):
                 return why
     return None
 
@@ -158,12 +158,12 @@ def _compare_rows(quantizer: Quantizer, format: Format, x: np.dtype) -> str | No
     both = jax.jit(lambda array: (quantizer.run(array, format), quantize_rows(array, format).scale_inv))
     found, scales = jax.device_get(both(jnp.asarray(array)))
     want = scales.astype(np.float64)
-    if why := _difference("the scale", found.scale_inv, want, want * 2.0**-22):
+    if why := difference("the scale", found.scale_inv, want, want * 2.0**-22):
         return why
     wide, by_column = array.astype(np.float64), np.repeat(found.scale_inv.astype(np.float64), _side(format), axis=1)
     values = found.values.astype(np.float64) * by_column
     bound = np.maximum(np.abs(wide) * 2.0**-4, by_column * 2.0**-10) * (1 + 2.0**-20)
-    return _difference("the quantised value", values, wide, bound)
+    return difference("the quantised value", values, wide, bound)
 
 
 def _side(format: Format) -> int:
@@ -172,7 +172,7 @@ def _side(format: Format) -> int:
     return QUANTISED[1] if format.block[1] == -1 else format.block[1]
 
 
-def _difference(what: str, found: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> str | None:
+def difference(what: str, found: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> str | None:
     """Returns where and by how much `found` differs from `expected` by more than `bound`, or None."""
     if found.shape != expected.shape:
         return f"the shape of {what} is {found.shape} instead of {expected.shape}"
@@ -180,7 +180,9 @@ def _difference(what: str, found: np.ndarray, expected: np.ndarray, bound: np.nd
     wrong = ~(error <= bound)  # NaN is wrong
     if not wrong.any():
         return None
-    worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error / bound)), error.shape)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a bound may be 0
+        excess = np.where(np.isnan(error), np.inf, error / bound)
+    worst = np.unravel_index(np.argmax(np.where(wrong, excess, 0)), error.shape)
     place = tuple(int(index) for index in worst)
     return (
         f"{what} is {float(found[worst]):.6g} instead of {expected[worst]:.6g} ± {bound[worst]:.2g} at {place}, and "

@@ -1,7 +1,7 @@
 """Warpgroup operations of the Hopper kernels: loads, matrix products and layouts, for every supported JAX version.
 
 The tests run the kernels in Pallas' interpreter, which has neither registers nor tensor cores, and replace `load`,
-`product`, `product_widened`, `zeros` and `store_transposed`.
+`store`, `product`, `product_plain`, `product_widened`, `zeros` and `store_transposed`.
 
 A thread may have 168 registers: the 65536 of a multiprocessor among three warpgroups.  `pipeline` moves registers from
 the warpgroup that copies to those that compute, which then have 224, but JAX 0.12 compiles with libnvJitLink, as a
@@ -35,15 +35,18 @@ def tiled(dtype: Any, columns: int) -> tuple[Any, ...]:
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     """Returns a tile of memory in registers.
 
-    Without `optimized`, JAX does not insist on a pattern without bank conflicts, which global memory has not, or on
-    whole sectors of 32 bytes.
+    Without `optimized`, JAX does not insist on a pattern without bank conflicts, which global memory has not and
+    untiled shared memory may have, or on whole sectors of 32 bytes.
     """
     whole: tuple[Any, ...] = () if jax.__version_info__ >= (0, 11) else ((),)
     return plgpu.load(ref, *whole, layout=layout, optimized=optimized)
 
 
 def store(ref: Any, values: jax.Array) -> None:
-    """Writes values in registers to global memory, also to less than whole sectors of 32 bytes."""
+    """Writes values in registers to memory, also to less than whole sectors of 32 bytes.
+
+    Mosaic requires that the last axis of the reference is contiguous: it may have a length of 1.
+    """
     if hasattr(plgpu, "store"):  # since JAX 0.12, whose assignments to references refuse that
         plgpu.store(ref, values, optimized=False)
     else:
@@ -83,6 +86,21 @@ def product(a: Any, b: Any) -> jax.Array:
         return result
 
     result: jax.Array = pl.run_scoped(multiply, plgpu.ACC((ROWS, b.shape[0]), jnp.float32))
+    return result
+
+
+def product_plain(a: Any, b: Any) -> jax.Array:
+    """Returns a @ b in float32 (64, n), for a (64, k) in shared memory or registers and b (k, n) in shared memory.
+
+    Both are of one dtype with 16 bits.
+    """
+
+    def multiply(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, a, b)
+        result: jax.Array = accumulator[...]
+        return result
+
+    result: jax.Array = pl.run_scoped(multiply, plgpu.ACC((ROWS, b.shape[1]), jnp.float32))
     return result
 
 
@@ -140,3 +158,33 @@ def kernel(body: Any, out_type: jax.ShapeDtypeStruct, *, interpret: Any = None, 
     return plgpu.kernel(
         body, out_type=out_type, num_threads=3, thread_name="warpgroup", compiler_params=parameters, **settings
     )
+
+
+Updated = tuple[jax.Array, ...]
+
+
+def kernel_in_place(body: Any, out_type: Any, *, interpret: Any = None, **mesh: Any) -> Any:
+    """Returns a Pallas kernel that updates arrays in place: `kernel(operands, updated) -> (results, updated)`.
+
+    body      function of references to the operands, to the updated arrays and to the results
+    out_type  shapes and dtypes of the results
+    mesh      grid of the kernel and the names of its axes
+
+    XLA copies an updated array that is used later, and one that is an argument of a program and not donated.
+    """
+    settings = {} if interpret is None else {"interpret": interpret}
+    launch = pl.kernel(
+        body,
+        out_type=out_type,
+        mesh=plgpu.Mesh(**mesh),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **settings,
+    )
+
+    @jax.jit  # outside of which a reference has no memory space
+    def run(operands: Updated, updated: Updated) -> tuple[Any, Updated]:
+        references = [jax.new_ref(array, memory_space=plgpu.GMEM) for array in updated]
+        results = launch(*operands, *references)
+        return results, tuple(jax.freeze(reference) for reference in references)
+
+    return run

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulator.compiled import compile_kernels, emulated
-from schedules import run_in_all_schedules
+from emulator.compiled import compile_kernels, emulated, run_in_all_schedules
 
-from perparam.models.decoding import hopper_gate, hopper_norm, trials
+from perparam.models.decoding import hopper_gate, hopper_norm, row_trials
 
 pytestmark = [pytest.mark.cuda, pytest.mark.optimised]
 
@@ -71,12 +70,12 @@ class TestEmulated:
     @pytest.fixture(autouse=True)
     def emulator(self, monkeypatch):
         monkeypatch.setattr(trials, "jit", lambda function: function)  # the emulator takes launches outside of `jit`
-        monkeypatch.setattr(trials, "NORMS", (*trials.NORMS[:3], trials.Shape(8, 4608, 0)))
+        monkeypatch.setattr(trials, "NORMS", (*row_trials.NORMS[:3], row_trials.Shape(8, 4608, 0)))
         with emulated(run_in_all_schedules):
             yield
 
     @pytest.mark.parametrize("narrow", [False, True])
     @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-    @pytest.mark.parametrize("trial", [trials.of_norm, trials.of_gate])
+    @pytest.mark.parametrize("trial", [row_trials.of_norm, row_trials.of_gate])
     def test_the_trial_succeeds(self, trial, dtype, narrow):
         assert trial(dtype, narrow).compare() is None

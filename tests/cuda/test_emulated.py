@@ -3,11 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulator.compiled import emulated
+from emulator.compiled import emulated, run_in_all_schedules
 from helpers import dtype
 from hopper_operands import assert_products, columns_products, rows_product, wide_rows, widened_product
 from matmuls import FP8
-from schedules import run_in_all_schedules
 
 from perparam import quantize
 from perparam.policies.matmul import hopper_columns, hopper_costs, hopper_quantize, hopper_rows

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from perparam.policies.matmul import warpgroup
+
 from . import machine, ptx
 
 
@@ -84,27 +86,55 @@ def emulated(runner: Runner) -> Iterator[None]:
     """
     import compile_h200
 
-    original = plgpu.kernel
+    def execute(launch: Any, arguments: Any, results: Any) -> Any:
+        """Returns the arguments and the results after the execution."""
+        (found,) = compile_kernels(jax.jit(launch).lower(*compile_h200.abstract(arguments)))
+        leaves, structure = jax.tree.flatten((arguments, results))
+        before = [np.array(leaf) for leaf in leaves]
+        # Results that nobody writes are NaN.
+        count = len(jax.tree.leaves(arguments))
+        arrays = [array.view(np.uint8).reshape(-1) for array in before[:count]]
+        arrays += [np.full(array.nbytes, 0xFF, np.uint8) for array in before[count:]]
+        runner(found, arrays)
+        after = [array.view(leaf.dtype).reshape(leaf.shape) for array, leaf in zip(arrays, before, strict=True)]
+        return jax.tree.unflatten(structure, map(jnp.asarray, after))
 
     def kernel(*arguments: Any, **settings: Any) -> Any:
         launch = original(*arguments, **settings)
+        return lambda *operands: execute(launch, operands, empty(launch, *operands))[1]
 
-        def call(*operands: jax.Array) -> Any:
-            out = jax.eval_shape(launch, *operands)
-            leaves, structure = jax.tree.flatten(out)
-            (found,) = compile_kernels(jax.jit(launch).lower(*compile_h200.abstract(operands)))
-            arrays = [np.array(operand).view(np.uint8).reshape(-1) for operand in operands]
-            # Results that nobody writes are NaN.
-            results = [np.full(math.prod(leaf.shape) * leaf.dtype.itemsize, 0xFF, np.uint8) for leaf in leaves]
-            runner(found, [*arrays, *results])
-            shaped = [
-                jnp.asarray(array.view(leaf.dtype).reshape(leaf.shape))
-                for array, leaf in zip(results, leaves, strict=True)
-            ]
-            return jax.tree.unflatten(structure, shaped)
+    def kernel_in_place(*arguments: Any, **settings: Any) -> Any:
+        launch = original_in_place(*arguments, **settings)
+
+        def call(operands: Any, updated: Any) -> Any:
+            # XLA gives an updated array and the result of it one buffer, for which the kernel uses the operand's name.
+            (_, new), (results, _) = execute(launch, (operands, updated), empty(launch, operands, updated))
+            return results, new
 
         return call
 
+    def empty(launch: Any, *operands: Any) -> Any:
+        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), jax.eval_shape(launch, *operands))
+
+    original, original_in_place = plgpu.kernel, warpgroup.kernel_in_place
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plgpu, "kernel", kernel)
+        patch.setattr(warpgroup, "kernel_in_place", kernel_in_place)
         yield
+
+
+SCHEDULES = 3
+"""Of each launch: copies that arrive at random, late and early.  Each thread block of a launch has another one."""
+
+
+def run_in_all_schedules(kernel: Kernel, arrays: list[np.ndarray]) -> None:
+    """Runs a kernel in several schedules, whose results have to be the same bit by bit."""
+    first = None
+    for schedule in range(SCHEDULES):
+        again = [array.copy() for array in arrays]
+        kernel.run(again, schedule=schedule)
+        first = first or again
+        for one, other in zip(first, again, strict=True):
+            np.testing.assert_array_equal(one, other)
+    for array, found in zip(arrays, first, strict=True):
+        array[:] = found

@@ -43,15 +43,23 @@ def _fence(ins: Instruction) -> Effect:
     return effect
 
 
-def operand_places(descriptor: int, rows: int) -> np.ndarray:
-    """Returns the shared addresses (rows, 32) of an operand of a matrix product: 32 bytes of each row, along K."""
+def operand_places(descriptor: int, rows: int, transposed: bool = False) -> np.ndarray:
+    """Returns the shared addresses (rows, 32) of an operand of a matrix product: 32 bytes of each row, along K.
+
+    Of a transposed operand, with 16-bit elements, it is M or N that is contiguous: rows of the swizzle's width in bytes
+    are 8 steps of K, after which the next 8 begin `stride` bytes, and the next such part of M or N `leading` bytes on.
+    """
     start, stride = (descriptor & 0x3FFF) << 4, ((descriptor >> 32) & 0x3FFF) << 4
+    leading = ((descriptor >> 16) & 0x3FFF) << 4
     span = {0: NO_SWIZZLE, 1: 128, 2: 64, 3: 32}[descriptor >> 62]
     if span == NO_SWIZZLE:
         raise NotImplementedError("operands of matrix products without swizzle")
     if descriptor >> 49 & 7 or start & 7 * span:
         raise Misaligned(f"an operand of a matrix product begins within the pattern of its swizzle, at {start:#x}")
     row, column = np.arange(rows)[:, None], np.arange(32)
+    if transposed:
+        step, byte = column // 2, 2 * row + column % 2
+        return swizzled(start + byte // span * leading + step // 8 * stride + step % 8 * span + byte % span, span)
     return swizzled(start + row // 8 * stride + row % 8 * span + column, span)
 
 
@@ -67,9 +75,10 @@ def _product(ins: Instruction) -> Effect:
     columns, dtypes = int(match[1]), (DTYPES[match[3]], DTYPES[match[4]])
     results, left, right = inside(ins.operands[0]), ins.operands[1], ins.operands[2]
     accumulates, settings = source(ins.operands[3], BOOL), ins.operands[4:]
-    if settings[:2] != ("1", "1") or any(flag != "0" for flag in settings[2:]):
-        raise NotImplementedError(f"negated or transposed operands: {ins}")
     fragments = inside(left) if left[0] == "{" else ()
+    transposed = tuple(flag != "0" for flag in (settings[2:] or ("0", "0")))
+    if settings[:2] != ("1", "1") or (transposed[0] and not fragments):
+        raise NotImplementedError(f"negated operands, or a transposed one at the left: {ins}")
     reads = [source(fragment, U32) for fragment in fragments]
     descriptors = [source(operand, U64) for operand in ((right,) if fragments else (left, right))]
     within = 4 // dtypes[0].itemsize  # elements of the left operand in a register
@@ -90,7 +99,7 @@ def _product(ins: Instruction) -> Effect:
             raise Race(f"{sorted(unfenced)[0]} was written without wgmma.fence before {ins}")
         block, queue = group.block, group.products
         found = [int(read(group)[0]) for read in descriptors]
-        places = [operand_places(found[-1], columns)]
+        places = [operand_places(found[-1], columns, transposed[-1])]
         if not fragments:
             places.insert(0, operand_places(found[0], 64))
         agent = block.clocks.products(int(group.warps[0]))

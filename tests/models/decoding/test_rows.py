@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from interpreter import interpreted, required
 
-from perparam.models.decoding import hopper_gate, hopper_norm, reference, trials
+from perparam.models.decoding import hopper_gate, hopper_norm, reference, row_trials
 
 BF16, F16 = np.dtype(jnp.bfloat16), np.dtype(np.float16)
 EACH = [
-    (trials.of_norm, BF16, True),
+    (row_trials.of_norm, BF16, True),
     *(
         pytest.param(of, dtype, narrow, marks=pytest.mark.slow)
-        for of in (trials.of_norm, trials.of_gate)
+        for of in (row_trials.of_norm, row_trials.of_gate)
         for dtype in (BF16, F16)
         for narrow in (False, True)
-        if (of, dtype, narrow) != (trials.of_norm, BF16, True)
+        if (of, dtype, narrow) != (row_trials.of_norm, BF16, True)
     ),
 ]
 """Trials, dtypes and whether operands are quantised."""
@@ -25,9 +25,9 @@ EACH = [
 @pytest.fixture
 def small(monkeypatch):
     """Trials in which kernels are called as they are: XLA leaves out roundings in the programs of `jit`."""
-    monkeypatch.setattr(trials, "jit", lambda function: function)
-    monkeypatch.setattr(trials, "NORMS", (trials.Shape(8, 512, 3), trials.Shape(8, 256, 1)))
-    monkeypatch.setattr(trials, "GATES", (trials.Shape(8, 256, 3),))
+    monkeypatch.setattr(row_trials, "jit", lambda function: function)
+    monkeypatch.setattr(row_trials, "NORMS", (row_trials.Shape(8, 512, 3), row_trials.Shape(8, 256, 1)))
+    monkeypatch.setattr(row_trials, "GATES", (row_trials.Shape(8, 256, 3),))
 
 
 def use(monkeypatch, change=lambda results: results, **settings):
@@ -84,7 +84,7 @@ WRONG_SCALES = {
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("of", [trials.of_norm, trials.of_gate])
+@pytest.mark.parametrize("of", [row_trials.of_norm, row_trials.of_gate])
 @pytest.mark.parametrize(
     ("wrong", "narrow"),
     [*((name, narrow) for name in WRONG for narrow in (False, True)), *((n, True) for n in WRONG_SCALES)],
@@ -98,9 +98,9 @@ def test_a_wrong_kernel_is_outside(monkeypatch, of, wrong, narrow):
 @pytest.mark.usefixtures("small")
 def test_a_wrong_norm_is_outside(monkeypatch):
     use(monkeypatch, eps=1e-5)
-    assert "the operand" in trials.of_norm(BF16, False).compare()
+    assert "the operand" in row_trials.of_norm(BF16, False).compare()
     use(monkeypatch, lambda results: (results[0].at[0, 5].add(1), results[1]))
-    assert "the stream" in trials.of_norm(BF16, False).compare()
+    assert "the stream" in row_trials.of_norm(BF16, False).compare()
 
 
 @required
@@ -113,7 +113,7 @@ class TestInterpreted:
             yield
 
     @pytest.mark.parametrize(("dtype", "narrow"), [(BF16, True), (F16, False)])
-    @pytest.mark.parametrize("of", [trials.of_norm, trials.of_gate])
+    @pytest.mark.parametrize("of", [row_trials.of_norm, row_trials.of_gate])
     def test_the_trial_succeeds(self, of, dtype, narrow):
         assert of(dtype, narrow).compare() is None
 
@@ -128,7 +128,7 @@ class TestInterpreted:
             same = np.isfinite(np.asarray(want[0]).astype(np.float64))
             assert (np.isfinite(found[0].astype(np.float64)) == same).all()
             if not narrow:
-                assert trials.gate_difference(sums, F16, *found) is None
+                assert row_trials.gate_difference(sums, F16, *found) is None
 
     def test_a_stream_without_sums_is_returned(self):
         stream = jnp.asarray(np.random.default_rng(0).normal(size=(8, 256)), F16)
@@ -137,4 +137,4 @@ class TestInterpreted:
         assert new is stream
         assert scales is None
         operands = np.asarray(stream), None, np.asarray(scale)
-        assert trials.norm_difference(operands, np.asarray(new), np.asarray(values), None) is None
+        assert row_trials.norm_difference(operands, np.asarray(new), np.asarray(values), None) is None

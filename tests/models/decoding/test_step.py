@@ -41,9 +41,9 @@ def built(mode="fp8_weight_only", family=(Qwen3, Qwen3Config), linear=Linear, st
     return model(config(**FIELDS | fields), policy=policy, linear=linear, rngs=nnx.Rngs(0))
 
 
-def refusal(model, rows=1, tokens=1, cache=None, target=HOPPER):
+def refusal(model, rows=1, tokens=1, slots=64, cache=None, target=HOPPER):
     x = jnp.zeros((rows, tokens, FIELDS["hidden_size"]), model.activations)
-    cache = model.empty_cache(rows, 16) if cache is None else cache
+    cache = model.empty_cache(rows, slots) if cache is None else cache
     return decoding.refuses(model.layers, x, [cache.layer(i) for i in range(2)], target)
 
 
@@ -66,7 +66,8 @@ def test_published_models_are_taken(mode, family):
         ("it is for one token of each sequence", {}, {"tokens": 2}),
         ("it is for at most 64 sequences", {}, {"rows": 65}),
         ("activations are not in 16 bits", {"dtype": np.dtype(np.float32)}, {}),
-        ("head_dim is not 128", {"head_dim": 64}, {}),
+        ("there is no kernel for 4 and 2 heads of 32 columns", {"head_dim": 32}, {}),
+        ("there is no kernel for 4 and 2 heads of 128 columns and a cache of 16 slots", {}, {"slots": 16}),
         ("a norm is not computed in the activations' dtype", {"mode": "norm"}, {}),
         ("a projection has a kernel that is not narrow, or is of another class", {"linear": Other}, {}),
         (
@@ -93,7 +94,7 @@ def test_what_the_kernels_cannot_do_is_refused(why, settings, call):
 
 
 def test_a_cache_in_another_dtype_is_refused():
-    cache = dataclasses.replace(built().empty_cache(1, 16), dtype=np.dtype(np.float32))
+    cache = dataclasses.replace(built().empty_cache(1, 64), dtype=np.dtype(np.float32))
     assert refusal(built(), cache=cache) == "the cache has another dtype than activations"
 
 
@@ -140,7 +141,7 @@ since a value that falls on the other side of a tie differs by 2**-3."""
 def test_the_layers_are_the_same(mode, family):
     model = built(mode, family, windows=(5, None) if family[0] is Qwen3 else None)
     ids = np.random.default_rng(0).integers(1, 300, (3, 8))
-    _, cache = model.hidden(ids[:, :7], MASK, model.empty_cache(3, 16))
+    _, cache = model.hidden(ids[:, :7], MASK, model.empty_cache(3, 64))
     expected, expected_cache = model.hidden(ids[:, 7:], None, cache)
     decoding._fused_layer.clear_cache()
     with interpreted(), pytest.MonkeyPatch.context() as patch:
@@ -157,7 +158,7 @@ def test_the_layers_are_the_same(mode, family):
 
 def test_derivatives_and_batches_are_those_of_the_layers():
     model = built()
-    cache = model.empty_cache(2, 16)
+    cache = model.empty_cache(2, 64)
     with matmul_override(target="cuda:9.0"):
         x = jnp.ones((3, 2, 1), jnp.int32)
         found = jax.vmap(lambda ids: model.hidden(ids, None, cache)[0])(x)

@@ -1,4 +1,4 @@
-"""Trials of the kernels of a decoding step: small operands, on which kernel and definition are compared on a device."""
+"""Trials of norm and gate in a decoding step: small operands, on which kernel and definition are compared on a device."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def of_norm(dtype: np.dtype, narrow: bool) -> Trial:
 
     The stream has to be equal: its sums are exact.  The norm has to be in the brackets of `brackets.norm`.
     """
-    return Trial("decoding norm", _kind(dtype, narrow), functools.partial(_compare_norms, dtype, narrow))
+    return Trial("hopper norm", _kind(dtype, narrow), functools.partial(_compare_norms, dtype, narrow))
 
 
 def of_gate(dtype: np.dtype, narrow: bool) -> Trial:
     """Returns the trial of `hopper_gate.gate` for activations of a dtype, quantised if `narrow`; see `brackets`."""
-    return Trial("decoding gate", _kind(dtype, narrow), functools.partial(_compare_gates, dtype, narrow))
+    return Trial("hopper gate", _kind(dtype, narrow), functools.partial(_compare_gates, dtype, narrow))
 
 
 def _kind(dtype: np.dtype, narrow: bool) -> str:
