@@ -1,4 +1,4 @@
-"""Trials of norm and gate in a decoding step: small operands, on which kernel and definition are compared on a device."""
+"""Trials of norm and gate in a decoding step: small operands, on which kernel and definition are compared on a GPU."""
 
 from __future__ import annotations
 
