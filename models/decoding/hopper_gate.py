@@ -45,7 +45,7 @@ def gate(sums: jax.Array, *, dtype: np.dtype, narrow: bool, interpret: Any = Non
         out_type=tuple(tiles.operand_types(rows, intermediate, dtype, narrow=narrow)),
         grid=(blocks, rows // tiles.WARPS),
         grid_names=("column_block", "row_tile"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=tiles.PARAMETERS,
         **settings,
     )
     values, *scales = vary(run(tiles.blocked(sums)), sums)

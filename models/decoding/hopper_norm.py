@@ -118,7 +118,7 @@ def add_and_norm(
             "squares_smem": plgpu.SMEM((count, tiles.WARPS), jnp.float32),
             "ready": plgpu.Barrier(num_arrivals=groups),
         },
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=tiles.PARAMETERS,
         **settings,
     )
     operands = [stream, scale] if sums is None else [stream, scale, sums]

@@ -33,6 +33,10 @@ TILE = WARPS, COLUMNS
 LAYOUT = plgpu.Layout.TILED(plgpu.Tiling((TILE, (COLUMNS // 32,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 """Which thread has which number of a tile."""
 
+PARAMETERS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True)
+"""Without a barrier of the warpgroup before and after each write: threads read nothing that others have written, but
+where each of them has arrived at a barrier."""
+
 Place = tuple[Any, Any]
 """Rows and blocks of columns of a tile: four of one and one of the other, as indices."""
 
