@@ -83,7 +83,9 @@ def parts(dry: bool) -> tuple[float, list[Part]]:
     return 330, [
         # A case takes some 20 seconds: `--seconds` is when the last one begins.
         Part("matmul, published shapes", 120, ("matmul.py", *prompts, *common, "80", "--results")),
-        Part("matmul", 300, ("matmul.py", "--shapes", SHAPES, "--rows", "1,64,512,4096", *common, "260", "--results")),
+        Part(
+            "matmul", 300, ("matmul.py", "--shapes", SHAPES, "--rows", "1,64,128,512,4096", *common, "260", "--results")
+        ),
         Part("attention", 90, ("attention.py", "--out")),
         Part("generate 0.6B", 120, ("generate.py", "device", "0.6B", "--rounds", "3", "--out")),
         Part("generate 8B", 210, ("generate.py", "device", "8B", "--batches", "1,64", "--rounds", "3", "--out")),
