@@ -18,6 +18,7 @@ from flax import nnx
 
 from ...policies.checks import Trial, check
 from ...policies.dtypes import saturating_cast
+from ...policies.formats import Format
 from ...policies.matmul import dispatch, hopper
 from ...policies.matmul.calls import Call
 from ...policies.matmul.hopper_costs import row_tile
@@ -106,9 +107,10 @@ def _call(linear: Linear, rows: int, dtype: np.dtype) -> Call:
     return dispatch.describe(rows, kernel.shape, dtype, kernel.format, linear.compute)
 
 
-def _narrow(linear: Linear) -> bool:
+def _narrow(linear: Any) -> bool:
     """Whether the operand of a projection is quantised."""
-    return getattr(linear, "compute", None) is not None and linear.compute.narrow
+    compute: Format | None = getattr(linear, "compute", None)
+    return compute is not None and compute.narrow
 
 
 def _trials(layers: Sequence[Layer], x: jax.Array) -> Iterator[Trial]:

@@ -139,7 +139,7 @@ since a value that falls on the other side of a tie differs by 2**-3."""
     ids=["W8A16 with norms of heads", "W8A8 without"],
 )
 def test_the_layers_are_the_same(mode, family):
-    model = built(mode, family, windows=(5, None) if family[0] is Qwen3 else None)
+    model = built(mode, family, windows=(5, None))
     ids = np.random.default_rng(0).integers(1, 300, (3, 8))
     _, cache = model.hidden(ids[:, :7], MASK, model.empty_cache(3, 64))
     expected, expected_cache = model.hidden(ids[:, 7:], None, cache)
