@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import gpu_decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,6 +200,12 @@ def masked_attention(tokens: int, slots: int, dtype: np.dtype) -> Check:
     return Check(f"flash attention with a mask: {tokens} tokens, {slots} slots, {dtype}", run)
 
 
+def decoding_step(size: str, mode: str, rows: int, tokens: int, slots: int) -> Check:
+    """Returns the check of a decoding step of two layers with fused kernels; see `gpu_decoding.step`."""
+    name = f"decoding step: {size}, {mode}, {rows} rows, {tokens} tokens in {slots} slots"
+    return Check(name, functools.partial(gpu_decoding.step, size, mode, rows, tokens, slots))
+
+
 def trial(trial: Trial) -> Check:
     """Returns the check that a kernel passes the trial before its first use: else a benchmark measures another one."""
 
@@ -212,6 +219,7 @@ def trial(trial: Trial) -> Check:
 
 def trials_of_kernels() -> Iterator[Check]:
     """Yields the checks of the trials that `generate.py` and the largest products need."""
+    yield from map(trial, gpu_decoding.trials())
     for rows, compute in itertools.product((8, 64, 128, 1000), (None, Format(E4M3))):
         call = describe(rows, (4096, 4096), BF16, stored_format(E4M3, (128, 128), F32), compute)
         for implementation in (hopper.COLUMNS, hopper.ROWS, hopper.WIDENED):
@@ -263,6 +271,7 @@ def checks() -> Iterator[Check]:
     yield attention(130, "last", None, F16)
     yield masked_attention(512, 2048, BF16)
     yield masked_attention(131, 1000, F16)
+    yield from (decoding_step(*step) for step in gpu_decoding.STEPS)
     yield from trials_of_kernels()
 
 

@@ -45,7 +45,7 @@ SHAPES = tuple(sorted({shape for model in _MODELS for shape in linears(model).va
 TINY = "tiny"
 """A model of one layer, to test the scripts."""
 
-_TINY = (256, 512, 2, 1)
+_TINY = (256, 512, 4, 2)
 
 LAYERS = {"0.6B": 28, "1.7B": 28, "4B": 36, "8B": 36, "14B": 40, "32B": 64}
 TIED = ("0.6B", "1.7B", "4B")
@@ -54,14 +54,17 @@ MODES = {"W8A16": "fp8_weight_only", "W8A8": "fp8_dynamic"}
 """The preset of each mode of computation."""
 
 
-def abstract_model(size: str, mode: str = "W8A16") -> Qwen3:
-    """A Qwen3 of shapes, stored as its FP8 checkpoint is: FP8 kernels, other parameters in bfloat16."""
+def abstract_model(size: str, mode: str = "W8A16", *, layers: int | None = None, vocabulary: int = VOCABULARY) -> Qwen3:
+    """A Qwen3 of shapes, stored as its FP8 checkpoint is: FP8 kernels, other parameters in bfloat16.
+
+    layers  None: as many as the published model has
+    """
     hidden, intermediate, heads, kv_heads = _TINY if size == TINY else _MODELS[size]
     config = Qwen3Config(
-        vocab_size=511 if size == TINY else VOCABULARY,
+        vocab_size=511 if size == TINY else vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=1 if size == TINY else LAYERS[size],
+        num_hidden_layers=layers or (1 if size == TINY else LAYERS[size]),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=128,

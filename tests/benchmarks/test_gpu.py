@@ -14,9 +14,11 @@ import gpu_page
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shapes
 from interpreter import required
 from matmuls import W8A16_ERROR
 
+from perparam.models.decoding import step
 from perparam.policies.checks import Trial
 from perparam.policies.matmul import IMPLEMENTATIONS
 from perparam.policies.matmul.dispatch import candidates
@@ -200,8 +202,20 @@ def test_each_trial_of_a_kernel_is_a_check():
     names = [check.name for check in gpu_checks.trials_of_kernels()]
     assert {re.match("trial: (.*?),", name)[1] for name in names} == {
         "hopper columns", "hopper rows", "hopper quantisation", "hopper widened",
+        "hopper norm", "hopper gate", "hopper rotation", "hopper attention",
     }  # fmt: skip
     assert set(names) < {check.name for check in gpu_checks.checks()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_step_that_differs_from_its_layers_fails(monkeypatch, planted):
+    """On a CPU the kernels are not used, and the layers are those of both programs."""
+    if planted:
+        decode = step.decode
+        monkeypatch.setattr(step, "decode", lambda layers, *rest: decode(layers[::-1], *rest))
+    found = gpu_checks.judged(gpu_checks.decoding_step(shapes.TINY, "W8A16", 3, 20, 64), 1)
+    assert found["passed"] is not planted
 
 
 @pytest.mark.parametrize("why", [None, "the product is nan instead of 1"])
