@@ -132,7 +132,7 @@ def test_a_reader_that_hangs_is_interrupted(monkeypatch):
     assert any("still running" in line for line in promise.failures_of(lambda: [None for _ in iter(int, 1)]))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_thousands_of_hostile_files_are_read_or_refused(tmp_path):
     report = run.run(2_500, keep=tmp_path)
     assert not report.failures, f"{report}\n" + "\n".join(map(str, report.failures))

@@ -73,7 +73,7 @@ def test_it_generates_what_the_whole_model_does(lines):
     assert all(line["tokens"] > 0.5 for line in lines.values())  # in bfloat16 rows may part ways
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", MORE)
 def test_so_it_is_for_other_layouts(more, name):
     assert_the_same(more[name])
@@ -103,7 +103,7 @@ def test_scales_are_cut_with_whole_blocks_and_copied_where_a_cut_falls_within_on
     assert lines["by pattern, both axes cut"]["shards"]["layers/0/mlp/up_proj/scale_inv"] == [3, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_biases_are_cut_with_the_rows_of_their_kernel(more, family):
     shards = more[f"{family} over four"]["shards"]
@@ -114,7 +114,7 @@ def test_biases_are_cut_with_the_rows_of_their_kernel(more, family):
         assert shards["layers/0/mlp/down_proj/bias"] == [256]  # of a kernel that is cut by columns
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_heads_that_do_not_divide_are_copied(more):
     shards = more["one mesh axis of eight"]["shards"]
     assert shards["layers/0/self_attn/q_proj/kernel"] == [768, 256]

@@ -222,8 +222,9 @@ class TestModels:
         wanted, bound = exact(x, weight, True)
         assert (np.abs(layer(jnp.asarray(x)) - wanted) <= bound).all()
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("compute", [None, "mxfp8"])
+    @pytest.mark.parametrize(
+        "compute", [pytest.param(None, marks=pytest.mark.thorough), pytest.param("mxfp8", marks=pytest.mark.slow)]
+    )
     def test_qwen3_quantises_on_load_runs_and_generates(self, folder, compute):
         kernels = "**/*_proj/kernel"
         computed = {kernels: compute, "default": "f32"}

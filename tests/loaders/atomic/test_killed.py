@@ -152,7 +152,7 @@ def kill_savers(folder, kills, seed, way):
     [
         (25, "exchange"),
         pytest.param(150, "exchange", marks=pytest.mark.slow),
-        pytest.param(150, "renamings", marks=pytest.mark.slow),
+        pytest.param(150, "renamings", marks=pytest.mark.thorough),
     ],
 )
 def test_whenever_a_process_is_killed_one_of_two_models_is_there(tmp_path, kills, way):

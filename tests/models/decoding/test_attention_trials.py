@@ -90,31 +90,34 @@ WRONG_QUANTISATION = {
 }
 
 
-@pytest.mark.slow
 class TestRotation:
+    @pytest.mark.slow
     @pytest.mark.parametrize("normed", [True, False])
     def test_the_reference_passes(self, monkeypatch, normed):
         monkeypatch.setattr(hopper_rotate, "rotate_and_store", rotate)
         assert attention_trials.of_rotation(BF16, normed).compare() is None
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize("mistake", WRONG_ROTATION)
     def test_a_mistake_fails(self, monkeypatch, mistake):
         monkeypatch.setattr(hopper_rotate, "rotate_and_store", WRONG_ROTATION[mistake])
         assert attention_trials.of_rotation(BF16, True).compare()
 
 
-@pytest.mark.slow
 class TestAttention:
+    @pytest.mark.slow
     @pytest.mark.parametrize("narrow", [True, False])
     def test_the_reference_passes(self, monkeypatch, narrow):
         monkeypatch.setattr(hopper_attention, "attend", attend)
         assert attention_trials.of_attention(BF16, narrow).compare() is None
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize("mistake", WRONG_ATTENTION)
     def test_a_mistake_fails(self, monkeypatch, mistake):
         monkeypatch.setattr(hopper_attention, "attend", WRONG_ATTENTION[mistake])
         assert attention_trials.of_attention(BF16, False).compare()
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize("mistake", WRONG_QUANTISATION)
     def test_a_mistake_of_quantisation_fails(self, monkeypatch, mistake):
         monkeypatch.setattr(hopper_attention, "attend", WRONG_QUANTISATION[mistake])

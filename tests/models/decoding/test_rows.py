@@ -82,7 +82,7 @@ WRONG_SCALES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("of", [row_trials.of_norm, row_trials.of_gate])
 @pytest.mark.parametrize(

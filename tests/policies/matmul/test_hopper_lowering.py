@@ -36,7 +36,7 @@ def kernels_of(case: Case, target: str = "cuda:9.0") -> int:
 
 def some(first):
     """All shapes, of which every fourth is in the quick run."""
-    return [pytest.param(shape, marks=pytest.mark.slow if i % 4 != first else ()) for i, shape in enumerate(SHAPES)]
+    return [pytest.param(shape, marks=pytest.mark.thorough if i % 4 != first else ()) for i, shape in enumerate(SHAPES)]
 
 
 class TestEveryShape:

@@ -57,14 +57,16 @@ def test_a_handful_on_a_cpu(rows, shape):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rows", [1, pytest.param(8, marks=pytest.mark.thorough), pytest.param(64, marks=pytest.mark.thorough)]
+)
 def test_one_by_every_implementation(rows, name):
     arrays = operands(rows, (1024, 2560))
     found = errors(name, *arrays, product(*arrays))
     assert max(found.values(), default=0) <= 1, found
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_row_and_eight_of_every_shape(shape):
     x, kernel, scale_inv = operands(8, shape)
@@ -75,7 +77,7 @@ def test_a_row_and_eight_of_every_shape(shape):
     assert max(found.values()) <= 1, found
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_prompt():
     arrays = operands(512, (4096, 4096))
     found = errors("slabs", *arrays, product(*arrays))
