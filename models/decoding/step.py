@@ -182,11 +182,15 @@ def fused(
     return (stream + product(sums, dtype))[:batch, None], results
 
 
-@functools.partial(jax.jit, static_argnums=0)  # Mosaic's lowering takes a quarter of a second, once for equal layers
+@functools.partial(jax.jit, static_argnums=0)
 def _fused_layer(
     graph: Any, state: Any, stream: jax.Array, sums: jax.Array | None, step: Step, cache: LayerCache
 ) -> tuple[jax.Array, jax.Array, LayerCache]:
-    """`(stream, sums, cache)`: the stream (rows, hidden) without the MLP's product, and the sums of that product."""
+    """`(stream, sums, cache)`: the stream (rows, hidden) without the MLP's product, and the sums of that product.
+
+    Mosaic's lowering takes up to a second for a kernel: equal layers are lowered once, and the first layer, which has
+    no sums, shares its other kernels with them.
+    """
     from . import hopper_attention, hopper_gate, hopper_norm, hopper_rotate
 
     layer, dtype = nnx.merge(graph, state), np.dtype(stream.dtype)
@@ -197,11 +201,12 @@ def _fused_layer(
         return saturating_cast(norm.scale[...], dtype)
 
     def normed(sums: jax.Array | None, norm: RMSNorm, linear: Linear) -> tuple[jax.Array, Operand]:
-        return hopper_norm.add_and_norm(stream, sums, scale(norm), eps=norm.eps, narrow=_narrow(linear))
+        run = jax.jit(hopper_norm.add_and_norm, static_argnames=("eps", "narrow"))
+        return run(stream, sums, scale(norm), eps=norm.eps, narrow=_narrow(linear))
 
     stream, x = normed(sums, layer.input_layernorm, qkv[0])
     norms = attention.head_norms()
-    q, cache = hopper_rotate.rotate_and_store(
+    q, cache = jax.jit(hopper_rotate.rotate_and_store, static_argnames="eps")(
         _sums(x, qkv, dtype),
         None if norms is None else (scale(norms[0]), scale(norms[1])),
         step.cos[:, 0, 0],
@@ -210,7 +215,7 @@ def _fused_layer(
         jnp.asarray(step.start, jnp.int32),
         eps=0.0 if norms is None else norms[0].eps,
     )
-    mixed = hopper_attention.attend(
+    mixed = jax.jit(hopper_attention.attend, static_argnames=("rows", "window", "narrow"))(
         q,
         cache,
         step.queries[:, 0],
@@ -221,7 +226,8 @@ def _fused_layer(
         narrow=_narrow(o),
     )
     stream, x = normed(_sums(mixed, (o,), dtype), layer.post_attention_layernorm, gate_up[0])
-    x = hopper_gate.gate(_sums(x, gate_up, dtype), dtype=dtype, narrow=_narrow(down))
+    gate = jax.jit(hopper_gate.gate, static_argnames=("dtype", "narrow"))
+    x = gate(_sums(x, gate_up, dtype), dtype=dtype, narrow=_narrow(down))
     return stream, _sums(x, (down,), dtype), cache
 
 
@@ -229,4 +235,4 @@ def _sums(x: Operand, linears: Sequence[Linear], dtype: np.dtype) -> jax.Array:
     """The sums of the products of one operand with several projections, side by side."""
     kernels = tuple(pair(linear.kernel, linear.scale_inv) for linear in linears if linear.scale_inv is not None)
     calls = tuple(_call(linear, x[0].shape[0], dtype) for linear in linears)
-    return hopper.sums(calls, *x, kernels)
+    return jax.jit(hopper.sums, static_argnums=0)(calls, *x, kernels)

@@ -46,7 +46,7 @@ class Choice:
 
 _CPU = (cpu.SLABS, cpu.TWO_ROWS, xla.DOT)
 _ANY = (xla.DOT, xla.REDUCTION, xla.BY_BLOCK, xla.WIDENED)
-_HOPPER = (xla.DOT, hopper.ROWS, hopper.WIDENED, hopper.COLUMNS, *_ANY[1:])
+_HOPPER = (xla.DOT, hopper.WIDENED, hopper.ROWS, hopper.COLUMNS, *_ANY[1:])
 _BLACKWELL = (xla.DOT, blackwell.BLOCK_SCALED, *_ANY[1:])
 _TARGETS: dict[tuple[str, int | None, int | None], tuple[Implementation, ...]] = {
     ("cpu", None, None): _CPU,
