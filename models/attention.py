@@ -86,7 +86,7 @@ def attend(
         output: jax.Array = jax.lax.platform_dependent(*operands, cuda=on_gpu, default=over_slots)
         return output
 
-    return differentiated_as(over_slots, dispatched)(q, cache, queries, slots, prefill), weights
+    return _differentiated_as(over_slots, dispatched)(q, cache, queries, slots, prefill), weights
 
 
 def in_row_major_order(cache: LayerCache) -> LayerCache:
@@ -106,24 +106,30 @@ def in_row_major_order(cache: LayerCache) -> LayerCache:
         result: LayerCache = jax.lax.platform_dependent(cache, cuda=on_gpu, default=lambda cache: cache)
         return result
 
-    return differentiated_as(lambda cache: cache, dispatched)(cache)
+    return _differentiated_as(lambda cache: cache, dispatched)(cache)
 
 
-def differentiated_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+def _differentiated_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, an implementation of `plain` that JAX can neither differentiate nor batch."""
-    batchable = jax.custom_batching.custom_vmap(function)
-    result = jax.custom_jvp(batchable)
-
-    @batchable.def_vmap
-    def _(size: int, batched: Any, *operands: Any) -> tuple[Any, Any]:
-        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
-        results = jax.vmap(plain, in_axes=tuple(axes), axis_size=size)(*operands)
-        return results, jax.tree.map(lambda _: True, results)
+    result = jax.custom_jvp(batched_as(plain, function))
 
     @result.defjvp
     def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
         results: tuple[Any, Any] = jax.jvp(plain, primals, tangents)
         return results
+
+    return result
+
+
+def batched_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, an implementation of `plain` that JAX cannot batch."""
+    result = jax.custom_batching.custom_vmap(function)
+
+    @result.def_vmap
+    def _(size: int, batched: Any, *operands: Any) -> tuple[Any, Any]:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+        results = jax.vmap(plain, in_axes=tuple(axes), axis_size=size)(*operands)
+        return results, jax.tree.map(lambda _: True, results)
 
     return result
 

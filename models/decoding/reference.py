@@ -121,6 +121,7 @@ def attend(
     slots    (batch, slots) int32  positions of the keys, EMPTY for slots that no query sees
     length   () int32              filled slots; only these are read
     rows     of the operand, at least `batch`; those beyond are zero
+             A query that sees no slot has the mean of all values here, and zero from the kernel: nothing reads it.
     window   a query sees the keys less than `window` positions before it; None: all
     """
     mixed, _ = attention.attend(q[:, None], cache, queries[:, None], slots, window)

@@ -25,7 +25,7 @@ from ...policies.matmul.hopper_costs import row_tile
 from ...policies.matmul.portable import unless_portable
 from ...policies.targets import HOPPER, Target
 from .. import taps
-from ..attention import differentiated_as
+from ..attention import batched_as
 from ..kv_cache import LayerCache
 from ..layers import Linear, RMSNorm, pair
 from ..transformer import MLP, Attention, Layer, Step
@@ -41,6 +41,8 @@ def refuses(layers: Sequence[Layer], x: jax.Array, caches: Sequence[LayerCache],
         return "its kernels are for Hopper GPUs"
     if x.shape[1] != 1:
         return "it is for one token of each sequence"
+    if not isinstance(x.shape[0], int):
+        return "the number of sequences is not known"
     if x.shape[0] > hopper.FEW_ROWS:
         return f"it is for at most {hopper.FEW_ROWS} sequences"
     if x.dtype not in (jnp.bfloat16, np.float16):
@@ -52,37 +54,46 @@ def refuses(layers: Sequence[Layer], x: jax.Array, caches: Sequence[LayerCache],
     for layer, cache in zip(layers, caches, strict=True):
         if cache.dtype != x.dtype:
             return "the cache has another dtype than activations"
-        if why := _refuses_layer(layer, x, cache.values.shape[2], target):
+        if why := _refuses_layer(layer, np.dtype(x.dtype), cache.values.shape[2]):
             return why
-    kinds = dict.fromkeys(_trials(layers, x))
+    linears = [linear for layer in layers for group in _products(layer) for linear in group]
+    for call in dict.fromkeys(_call(linear, x.shape[0], np.dtype(x.dtype)) for linear in linears):
+        if dispatch.choose(call, target)[0].name != hopper.COLUMNS.name:
+            return f"a product is not computed by {hopper.COLUMNS.name!r}"
+    kinds = dict.fromkeys(_trials(layers, np.dtype(x.dtype)))
     return next((f"the check of {one.kernel!r} failed" for one in kinds if check(one, target).state == "refused"), None)
 
 
-def _refuses_layer(layer: Layer, x: jax.Array, slots: int, target: Target) -> str | None:
+def _refuses_layer(layer: Layer, dtype: np.dtype, slots: int) -> str | None:
     from . import hopper_attention, hopper_rotate  # Pallas is imported only where a kernel is used
 
-    attention, mlp = layer.self_attn, layer.mlp
-    if type(layer) is not Layer or type(mlp) is not MLP:
+    if type(layer) is not Layer or type(layer.mlp) is not MLP:
         return "a layer is of another class"
+    attention = layer.self_attn
     if type(attention).__call__ is not Attention.__call__:
         return "attention is of another class"
+    if any(type(norm) is not RMSNorm for norm in _norms(layer)):
+        return "a norm is of another class"
+    if any({norm.compute or dtype, norm.activations or dtype} != {dtype} for norm in _norms(layer)):
+        return "a norm is not computed in the activations' dtype"
+    if len({norm.eps for norm in attention.head_norms() or ()}) > 1:
+        return "the norms of queries and keys differ in eps"
     heads = attention.heads, attention.kv_heads, attention.head_dim
     if not hopper_rotate.accepts(*heads):
         return "there is no kernel for {} and {} heads of {} columns".format(*heads)
     if not hopper_attention.accepts(*heads, slots, narrow=_narrow(attention.o_proj)):
         return "there is no kernel for {} and {} heads of {} columns and a cache of {} slots".format(*heads, slots)
-    if any({norm.compute or x.dtype, norm.activations or x.dtype} != {x.dtype} for norm in _norms(layer)):
-        return "a norm is not computed in the activations' dtype"
     for linears in _products(layer):
         if any(type(linear) is not Linear or linear.scale_inv is None for linear in linears):
             return "a projection has a kernel that is not narrow, or is of another class"
-        if any(linear.bias is not None or linear.activations not in (None, x.dtype) for linear in linears):
+        if any(linear.bias is not None or linear.activations not in (None, dtype) for linear in linears):
             return "a projection has a bias, or other activations"
         if len({linear.launch_key() for linear in linears}) > 1:
             return "projections of the same operand differ in their formats"
-        calls = [_call(linear, x.shape[0], np.dtype(x.dtype)) for linear in linears]
-        if any(dispatch.choose(call, target)[0].name != hopper.COLUMNS.name for call in calls):
-            return f"a product is not computed by {hopper.COLUMNS.name!r}"
+    try:
+        hash(nnx.split(layer)[0])
+    except TypeError:
+        return "a layer has attributes that cannot be hashed"
     return None
 
 
@@ -113,11 +124,10 @@ def _narrow(linear: Any) -> bool:
     return compute is not None and compute.narrow
 
 
-def _trials(layers: Sequence[Layer], x: jax.Array) -> Iterator[Trial]:
+def _trials(layers: Sequence[Layer], dtype: np.dtype) -> Iterator[Trial]:
     """The trials of the kernels that these layers need."""
     from . import attention_trials, row_trials
 
-    dtype = np.dtype(x.dtype)
     for layer in layers:
         (q, *_), (o,), (gate, *_), (down,) = _products(layer)
         yield from (row_trials.of_norm(dtype, narrow=_narrow(one)) for one in (q, gate))
@@ -146,8 +156,10 @@ def decode(
     def dispatched(*operands: Any) -> Any:
         return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=plain)
 
-    operands = list(states), x, step, list(caches)
-    results: tuple[jax.Array, list[LayerCache]] = differentiated_as(plain, dispatched)(*operands)
+    # Not by `differentiated_as`: the layers have derivatives in reverse mode only.
+    run = jax.custom_vjp(batched_as(plain, dispatched))
+    run.defvjp(lambda *operands: jax.vjp(plain, *operands), lambda pull_back, gradients: pull_back(gradients))
+    results: tuple[jax.Array, list[LayerCache]] = run(list(states), x, step, list(caches))
     return results
 
 

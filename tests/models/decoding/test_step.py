@@ -14,7 +14,7 @@ from interpreter import interpreted, required
 from perparam import Policy, get_policy
 from perparam.models import Llama, LlamaConfig, Qwen3, Qwen3Config, transformer
 from perparam.models.decoding import step as decoding
-from perparam.models.layers import Linear
+from perparam.models.layers import Linear, RMSNorm
 from perparam.policies.matmul import Target, matmul_override
 
 HOPPER = Target("cuda", (9, 0))
@@ -98,6 +98,24 @@ def test_a_norm_in_another_dtype_is_refused():
     assert refusal(model) == "a norm is not computed in the activations' dtype"
 
 
+def test_other_norms_are_refused():
+    class Norm(nnx.Module):
+        """A norm of the user's."""
+
+    class Centred(RMSNorm):
+        pass
+
+    model = built()
+    model.layers[0].input_layernorm = Norm()
+    assert refusal(model) == "a norm is of another class"
+    model = built()
+    model.layers[1].self_attn.k_norm.__class__ = Centred
+    assert refusal(model) == "a norm is of another class"
+    model = built()
+    model.layers[1].self_attn.k_norm.eps = 1e-3
+    assert refusal(model) == "the norms of queries and keys differ in eps"
+
+
 def test_layers_and_attention_of_other_classes_are_refused():
     class Layer(transformer.Layer):
         pass
@@ -109,9 +127,17 @@ def test_layers_and_attention_of_other_classes_are_refused():
     model = built(family=(Llama, LlamaConfig))
     model.layers[0].__class__ = Layer
     assert refusal(model) == "a layer is of another class"
+    model.layers = nnx.List([nnx.Module(), model.layers[1]])
+    assert refusal(model) == "a layer is of another class"
     model = built(family=(Llama, LlamaConfig))
     model.layers[1].self_attn.__class__ = Attention
     assert refusal(model) == "attention is of another class"
+
+
+def test_what_cannot_be_the_key_of_a_compiled_layer_is_refused():
+    model = built()
+    model.layers[0].self_attn.notes = nnx.static({"a": 1})
+    assert refusal(model) == "a layer has attributes that cannot be hashed"
 
 
 def test_observed_models_are_refused():
@@ -156,11 +182,44 @@ def test_the_layers_are_the_same(mode, family):
     assert decoding._fused_layer._cache_size() <= 2  # the first layer has no sums before it
 
 
-def test_derivatives_and_batches_are_those_of_the_layers():
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_derivatives_and_batches_are_those_of_the_layers(run):
     model = built()
-    cache = model.empty_cache(2, 64)
+    _, cache = model.hidden(np.arange(1, 7).reshape(2, 3), None, model.empty_cache(2, 64))
+    towards = jnp.asarray(np.random.default_rng(1).normal(size=(2, 1, FIELDS["hidden_size"])), jnp.float32)
+
+    graph, state = nnx.split(model)
+
+    def loss(scale, ids):
+        changed = nnx.merge(graph, state)
+        changed.layers[0].input_layernorm.scale = nnx.Param(scale)
+        return jnp.sum(changed.hidden(ids, None, cache)[0].astype(jnp.float32) * towards)
+
+    ids = jnp.ones((3, 2, 1), jnp.int32) * jnp.arange(3)[:, None, None]
+    scale = jnp.linspace(0.5, 1.5, FIELDS["hidden_size"], dtype=BF16)
+    functions = [jax.grad(loss), jax.vmap(loss, (None, 0)), jax.vmap(jax.grad(loss), (None, 0))]
+    for function, batch in zip(functions, (ids[1], ids, ids), strict=True):
+        expected = jax.jit(function)(scale, batch)
+        with matmul_override(target="cuda:9.0"):
+            found = run(function)(scale, batch)
+        assert np.abs(np.asarray(expected, np.float32)).max() > 0.1
+        assert relative_error(found, expected) <= 0.02
+
+
+def test_a_step_for_any_number_of_sequences_is_exported():
+    model = built()
+    graph, state = nnx.split(model)
+    (b,) = jax.export.symbolic_shape("b", constraints=["b<=64"])
+    cache = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((b, *leaf.shape[1:]) if leaf.ndim else (), leaf.dtype),
+        model.empty_cache(1, 64),
+    )
+
+    def step(state, ids, mask, cache):
+        return nnx.merge(graph, state).hidden(ids, mask, cache)[0]
+
     with matmul_override(target="cuda:9.0"):
-        x = jnp.ones((3, 2, 1), jnp.int32)
-        found = jax.jit(jax.vmap(lambda ids: model.hidden(ids, None, cache)[0]))(x)
-    expected = jax.jit(jax.vmap(lambda ids: model.hidden(ids, None, cache)[0]))(x)
-    np.testing.assert_array_equal(found, expected)
+        ids, mask = (jax.ShapeDtypeStruct((b, 1), dtype) for dtype in (jnp.int32, bool))
+        program = jax.export.export(jax.jit(step), platforms=["cuda"])(state, ids, mask, cache)
+    assert program.platforms == ("cuda",)
