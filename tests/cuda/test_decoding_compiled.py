@@ -95,7 +95,7 @@ def test_attention_is_two_launches(shape, narrow):
     assert host.launch(first.text, range(1 << 30, (1 << 30) + 8 * 2**20, 2**20)).shared <= MEMORY
     arrays = first.zeros()
     arrays[5][:] = jnp.asarray([slots], jnp.int32).view(jnp.uint8)
-    (record,) = first.run(arrays, blocks=1, steps=STEPS)
+    (record,) = first.run(arrays, clusters=1, steps=STEPS)
     assert record.loads
     assert record.products
     for address, _ in record.loads + record.stores:

@@ -21,7 +21,9 @@ Values are the hardware's, with two exceptions: the tensor core's sums are round
 float8 sums have about 14 bits, and `div.full` is rounded correctly, where the hardware's may be two ulps off.
 
 A fault is anything that the programming model leaves undefined, whether or not it harms in the schedule that is run.
-With one exception: an arrival at the barrier of another block of the cluster orders what came before it in both blocks.
+With two exceptions.  An arrival at the barrier of another block of the cluster orders what came before it in both:
 Mosaic GPU and CUTLASS write `mbarrier.arrive.shared::cluster` for this, which is documented to do so in one block alone
-unless its scope is said to be the cluster.
+unless its scope is said to be the cluster.  And a thread that has waited for a matrix product knows it to be complete
+in all four warps: PTX has one group of products for a warpgroup, and in clusters Pallas and CUTLASS let one thread of
+it release operands after its own wait.
 """
