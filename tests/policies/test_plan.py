@@ -199,7 +199,7 @@ class TestTarget:
         assert found == {"dense/kernel": ragged, "wide/kernel": wide}
         why = {row.path: row.matmul_refused for row in plan.rows if row.matmul_refused is not None}
         assert set(why) == ({"dense/kernel"} if target == "cuda:9.0" else set() if target == "cpu" else set(found))
-        names = "hopper rows or hopper widened or hopper columns"
+        names = "hopper widened or hopper rows or hopper columns"
         assert (f"\ndense/kernel: not {names}: " in str(plan)) == (target == "cuda:9.0")
         nothing = f"\ndense/kernel and 1 more: no implementation is made for {reason}\n"
         assert (nothing in str(plan)) == bool(reason)
