@@ -1,8 +1,8 @@
 """A decoding step through all layers with fused kernels: 10 launches a layer.
 
-A layer has four launches of matrix products, two of attention, and one before each product that has other operands than
-attention's.  A product leaves its sums to the launch after it, which adds them; a launch before a product quantises its
-operand where activations are narrow.
+They are four of matrix products, two of attention, two of norms, one of the rotation of queries and keys, and one of the
+MLP's gate.  A product leaves its sums to the launch after it, which adds them; where activations are narrow, the launch
+before a product quantises its operand.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def decode(
     def dispatched(*operands: Any) -> Any:
         return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=plain)
 
-    # Not by `differentiated_as`: the layers have derivatives in reverse mode only.
+    # Unlike attention, which has no narrow kernels, the layers have derivatives in reverse mode only.
     run = jax.custom_vjp(batched_as(plain, dispatched))
     run.defvjp(lambda *operands: jax.vjp(plain, *operands), lambda pull_back, gradients: pull_back(gradients))
     results: tuple[jax.Array, list[LayerCache]] = run(list(states), x, step, list(caches))
