@@ -1,8 +1,8 @@
 """A decoding step through all layers with fused kernels: 10 launches a layer.
 
-They are four of matrix products, two of attention, two of norms, one of the rotation of queries and keys, and one of the
-MLP's gate.  A product leaves its sums to the launch after it, which adds them; where activations are narrow, the launch
-before a product quantises its operand.
+Four are matrix products, two are norms and two attention, one rotates queries and keys, and one is the MLP's gate.  A
+product leaves its sums to the launch after it, which adds them; where activations are narrow, the launch before a
+product quantises its operand.
 """
 
 from __future__ import annotations
