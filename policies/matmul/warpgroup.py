@@ -1,7 +1,7 @@
 """Warpgroup operations of the Hopper kernels: loads, matrix products and layouts, for every supported JAX version.
 
 The tests run the kernels in Pallas' interpreter, which has neither registers nor tensor cores, and replace `load`,
-`store`, `product`, `product_plain`, `product_widened`, `zeros` and `store_transposed`.
+`store`, `full`, `product`, `product_plain`, `product_widened`, `zeros` and `store_transposed`.
 
 A thread may have 168 registers: the 65536 of a multiprocessor among three warpgroups.  `pipeline` moves registers from
 the warpgroup that copies to those that compute, which then have 224, but JAX 0.12 compiles with libnvJitLink, as a
