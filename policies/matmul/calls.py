@@ -93,8 +93,8 @@ class Implementation:
     refuses     returns the reason why it does not accept a call: it cannot compute it, or would be slower than the next
                 implementation; None if it accepts the call
     run         returns the products (rows, out), in their result dtypes, of calls that share x
-    slower      returns the reason why the next implementation is preferred for a call that this one accepts, too, or
-                None; it does not matter to `matmul_override`
+    slower      returns the reason why the next implementation that accepts the call is preferred, or None; for calls
+                that this one accepts, too; it does not matter to `matmul_override`
     quantizer   returns what quantises the activations of a W8A8 call
     opaque      whether it is a kernel that XLA cannot see into, which is checked before its first use on a device
     exportable  whether `jax.export` accepts its kernel

@@ -128,9 +128,10 @@ def choose(
         with targeting(target):  # whose number of multiprocessors costs depend on
             why = implementation.refuses(call)
             slower = None if why or implementation.name in refused else implementation.slower(call)
-        if slower is not None:
+            preferred = None if slower is None else next(one for one in left if one.refuses(call) is None)
+        if slower is not None and preferred is not None:
             refused[implementation.name] = slower
-            left.insert(1, implementation)  # used all the same if the next one is wrong on this device
+            left.insert(left.index(preferred) + 1, implementation)  # used if that one is wrong on this device
             continue
         if why is None and implementation.opaque:
             checks.append(check(trials.of_product(implementation, call), target, run=run_checks))

@@ -16,6 +16,7 @@ from shapes import ROWS, SHAPES, linears
 from perparam.policies import checks
 from perparam.policies.formats import Format
 from perparam.policies.matmul import (
+    dispatch,
     face,
     hopper,
     hopper_costs,
@@ -105,6 +106,11 @@ class TestKernel:
             "8 tiles on 132 multiprocessors would take it an estimated 36 steps of 128 columns, and hopper columns 16"
         )
         assert "not hopper rows: 8 tiles on 132 multiprocessors" in str(plan)
+
+    def test_is_the_same_with_a_kernel_between_them_that_refuses_the_call(self, monkeypatch):
+        order = hopper.ROWS, hopper.WIDENED, hopper.COLUMNS
+        monkeypatch.setattr(dispatch, "candidates", lambda target: order)
+        assert self.plan(128, 1024).implementation == "hopper columns"
 
     def test_goes_by_all_kernels_of_a_call(self):
         gate, up = linears("0.6B")["gate_proj"], linears("0.6B")["up_proj"]
