@@ -74,7 +74,7 @@ class BuildLibrary(build_ext):
         extra = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitizers else []
         self.objects = pathlib.Path(self.build_temp)
         self.objects.mkdir(parents=True, exist_ok=True)
-        self.command = [*compiler(), *FLAGS, *extra, *shlex.split(os.environ.get("CXXFLAGS", "")), "-I", str(NATIVE)]
+        self.command = [*compiler(), *FLAGS, *extra, *shlex.split(os.environ.get("CXXFLAGS", "")), "-isystem", str(NATIVE)]
         self.newest = max(os.path.getmtime(header) for header in ext.depends)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(self.compile, map(pathlib.Path, sorted(ext.sources))))

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "export.h"
-#include "xla/ffi/api/ffi.h"
+#include <xla/ffi/api/ffi.h>
 
 namespace {
 
