@@ -5,6 +5,7 @@ Where it does not compile, the install succeeds without it.
 """
 
 import concurrent.futures
+import hashlib
 import os
 import pathlib
 import shlex
@@ -35,6 +36,12 @@ INSTRUCTIONS = {
 """What a source needs beside FLAGS, on the machine that has it; elsewhere `#if` leaves its contents out."""
 
 
+def sources_hash():
+    """A hash of all sources, which the library contains: a test compares it with those of the tree."""
+    files = sorted(path for path in NATIVE.rglob("*") if path.suffix in (".cc", ".h"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
 def compiler():
     """The command that compiles C++: $CXX, or Python's own compiler, or one in $PATH."""
     if named := os.environ.get("CXX"):
@@ -59,8 +66,11 @@ class BuildLibrary(build_ext):
     """Compiles each source with the flags of its instruction set, in parallel, and only what has changed."""
 
     def run(self):
+        for ext in self.extensions:  # what an earlier run compiled, from other sources
+            for path in self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext):
+                pathlib.Path(path).unlink(missing_ok=True)
         super().run()
-        if self.extensions and not pathlib.Path(self.get_ext_fullpath(self.extensions[0].name)).is_file():
+        if not all(pathlib.Path(self.get_ext_fullpath(ext.name)).is_file() for ext in self.extensions):
             # Nothing was compiled: the wheel is one for every platform.
             self.extensions = self.distribution.ext_modules = []
             if wheel := self.distribution.get_command_obj("bdist_wheel", create=False):
@@ -76,6 +86,7 @@ class BuildLibrary(build_ext):
         self.objects.mkdir(parents=True, exist_ok=True)
         self.command = [*compiler(), *FLAGS, *extra, *shlex.split(os.environ.get("CXXFLAGS", "")), "-isystem", str(NATIVE)]
         self.newest = max(os.path.getmtime(header) for header in ext.depends)
+        self.sources = sources_hash()
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(self.compile, map(pathlib.Path, sorted(ext.sources))))
         library = pathlib.Path(self.get_ext_fullpath(ext.name))
@@ -86,6 +97,8 @@ class BuildLibrary(build_ext):
     def compile(self, source):
         """The object file of a source; compiled unless it is newer than the source, all headers and the flags."""
         flags = INSTRUCTIONS.get((MACHINE, source.stem), [])
+        if source.stem == "version":
+            flags = [f'-DPERPARAM_SOURCES="{self.sources}"']
         target, made_by = self.objects / f"{source.stem}.o", self.objects / f"{source.stem}.command"
         command = [*self.command, *flags, "-c", source, "-o", target]
         text = shlex.join(map(str, command))
@@ -108,7 +121,7 @@ class Wheel(bdist_wheel):
 library = Extension(
     "perparam.policies.native.libperparam",
     sources=sorted(map(str, NATIVE.glob("*.cc"))),
-    depends=sorted(str(path) for path in NATIVE.rglob("*") if path.suffix in (".h", ".txt", ".md")),
+    depends=sorted(str(path) for path in NATIVE.rglob("*") if path.suffix == ".h" or path.name == "README.md"),
     # A developer who compiles sees errors; whoever installs gets perparam without native kernels.
     optional="build_ext" not in sys.argv,
 )

@@ -1,10 +1,11 @@
 // Stands in for dispatch.cc and matmul.cc until they exist: one handler, which adds 1 to each float, and the scalar set.
 
+#include <xla/ffi/api/ffi.h>
+
 #include <cstdlib>
 #include <cstring>
 
 #include "export.h"
-#include <xla/ffi/api/ffi.h>
 
 namespace {
 
