@@ -66,8 +66,9 @@ class BuildLibrary(build_ext):
     """Compiles each source with the flags of its instruction set, in parallel, and only what has changed."""
 
     def run(self):
-        for ext in self.extensions:  # what an earlier run compiled, from other sources
-            for path in self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext):
+        for ext in self.extensions:  # what an earlier run compiled, perhaps from other sources
+            in_tree, built = self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
+            for path in (in_tree, built) if self.inplace else (built,):
                 pathlib.Path(path).unlink(missing_ok=True)
         super().run()
         if not all(pathlib.Path(self.get_ext_fullpath(ext.name)).is_file() for ext in self.extensions):
