@@ -133,6 +133,7 @@ library = Extension(
 )
 
 setup(
+    script_name="setup.py",  # which pip would not know: this file is no module of the package
     # Windows' compiler takes other flags.
     ext_modules=[] if sys.platform == "win32" else [library],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
