@@ -27,7 +27,7 @@ PLATFORM = sysconfig.get_platform()  # $_PYTHON_HOST_PLATFORM where that is set,
 MACHINE = platform.machine() if PLATFORM.endswith("universal2") else PLATFORM.rpartition("-")[2]
 
 # No contraction: a product and a sum are one FMA where a kernel says so, whatever the compiler.
-FLAGS = shlex.split("-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra")
+FLAGS = shlex.split("-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-maybe-uninitialized")
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 X86 = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_avx512bf16": f"{AVX512} -mavx512vbmi -mavx512bf16"}

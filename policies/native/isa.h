@@ -60,8 +60,8 @@ struct Isa {
   void (*pack)(const Source& source, bool pairs, void* panel);
   // Adds the products of rows with a panel of `columns`, an even number for pairs.
   void (*multiply)(const Rows& rows, bool pairs, const void* panel, int columns);
-  // The same for kRun columns and up to kFewRows rows, without a panel; asks for the memory `ahead` bytes further on.
-  void (*multiply_few)(const Rows& rows, bool pairs, const Source& source, ptrdiff_t ahead);
+  // The same for kRun columns and up to kFewRows rows, without a panel.
+  void (*multiply_few)(const Rows& rows, bool pairs, const Source& source);
 };
 
 // Each returns null where the library was compiled for other processors.

@@ -85,7 +85,7 @@ struct V {
     uint32_t magnitude = half & 0x7fff, sign = (half & 0x8000) << 16;
     if (magnitude >= 0x7c00) return bits<float>(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
     if (magnitude < 0x400) return bits<float>(sign | bits<uint32_t>(float(magnitude) * 0x1p-24f));
-    return bits<float>(sign | (magnitude << 13) + (112u << 23));
+    return bits<float>(sign | ((magnitude << 13) + (112u << 23)));
   }
   static F from_half(I a) { return floats([&](int i) { return half_to_float(a.at[i] & 0xffff); }); }
   static F round_to_half(F a) {

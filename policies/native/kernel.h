@@ -181,14 +181,8 @@ void pack_as(const Source& source, void* panel) {
 }
 
 template <bool kPairs, Values kValues, int kCount>
-INLINE void multiply_few_as(const Rows& rows, const Source& source, ptrdiff_t ahead) {
-  constexpr int kBytes = kValues == Values::kFloat32 ? 4 : kValues == Values::kBfloat16 || kValues == Values::kFloat16 ? 2 : 1;
+INLINE void multiply_few_as(const Rows& rows, const Source& source) {
   for (int part = 0; part < V::kParts; ++part) {
-    // To the second cache: lines that are a power of two apart would evict each other from the first.
-    if (ahead)
-      for (int i = 0; i < kPart; ++i)
-        for (int byte = 0; byte < kRun * kBytes; byte += 64)
-          __builtin_prefetch(source.data + (part * kPart + i) * source.stride + byte + ahead, 0, 2);
     F sums[kCount];
     for (int r = 0; r < kCount; ++r) sums[r] = V::zero();
     visit_rounded<kValues>(source, part, Multiply<kPairs, kCount>{rows, sums});
@@ -197,12 +191,12 @@ INLINE void multiply_few_as(const Rows& rows, const Source& source, ptrdiff_t ah
 }
 
 template <bool kPairs, Values kValues>
-void multiply_few_as(const Rows& rows, const Source& source, ptrdiff_t ahead) {
+void multiply_few_as(const Rows& rows, const Source& source) {
   switch (rows.count) {
-    case 1: return multiply_few_as<kPairs, kValues, 1>(rows, source, ahead);
-    case 2: return multiply_few_as<kPairs, kValues, 2>(rows, source, ahead);
-    case 3: return multiply_few_as<kPairs, kValues, 3>(rows, source, ahead);
-    case 4: return multiply_few_as<kPairs, kValues, 4>(rows, source, ahead);
+    case 1: return multiply_few_as<kPairs, kValues, 1>(rows, source);
+    case 2: return multiply_few_as<kPairs, kValues, 2>(rows, source);
+    case 3: return multiply_few_as<kPairs, kValues, 3>(rows, source);
+    case 4: return multiply_few_as<kPairs, kValues, 4>(rows, source);
   }
   static_assert(kFewRows == 4, "a case for each number of rows");
 }
@@ -253,11 +247,11 @@ void pack(const Source& source, bool pairs, void* panel) {
   PERPARAM_BY_VALUES(pack_as, false, source, panel)
 }
 
-void multiply_few(const Rows& rows, bool pairs, const Source& source, ptrdiff_t ahead) {
+void multiply_few(const Rows& rows, bool pairs, const Source& source) {
   if constexpr (V::kPairs) {
-    if (pairs) PERPARAM_BY_VALUES(multiply_few_as, true, rows, source, ahead)
+    if (pairs) PERPARAM_BY_VALUES(multiply_few_as, true, rows, source)
   }
-  PERPARAM_BY_VALUES(multiply_few_as, false, rows, source, ahead)
+  PERPARAM_BY_VALUES(multiply_few_as, false, rows, source)
 }
 
 void multiply(const Rows& rows, bool pairs, const void* panel, int columns) {
