@@ -83,8 +83,8 @@ class BuildLibrary(build_ext):
                 wheel.root_is_pure = True
 
     def get_ext_filename(self, fullname):
-        """The path of the library, without the ABI of a Python."""
-        return os.path.join(*fullname.split(".")) + ".so"
+        """The path of the library: without the ABI of a Python, and with a dot, so that it is no name of a module."""
+        return os.path.join(*fullname.split(".")) + ".cpu.so"
 
     def build_extension(self, ext):
         """Compiles what has changed, and links."""
