@@ -29,7 +29,8 @@ MACHINE = platform.machine() if PLATFORM.endswith("universal2") else PLATFORM.rp
 # No contraction: a product and a sum are one FMA where a kernel says so, whatever the compiler.
 FLAGS = shlex.split("-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-maybe-uninitialized")
 AVX2 = "-mavx2 -mfma -mf16c"
-AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+# The headers of GCC 12 use vectors before they have values, which are then not used.
+AVX512 = f"{AVX2} -Wno-uninitialized -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 X86 = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_avx512bf16": f"{AVX512} -mavx512vbmi -mavx512bf16"}
 ARM = {"isa_neonbf16": "-march=armv8.6-a+bf16"}
 INSTRUCTIONS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(MACHINE, {})
@@ -82,8 +83,8 @@ class BuildLibrary(build_ext):
                 wheel.root_is_pure = True
 
     def get_ext_filename(self, fullname):
-        """The path of the library, without the ABI of a Python."""
-        return os.path.join(*fullname.split(".")) + ".so"
+        """The path of the library: without the ABI of a Python, and with a dot, so that it is no name of a module."""
+        return os.path.join(*fullname.split(".")) + ".cpu.so"
 
     def build_extension(self, ext):
         """Compiles what has changed, and links."""

@@ -18,4 +18,4 @@ def build(folder: pathlib.Path, source: pathlib.Path = ROOT, **environment: str)
     command = [sys.executable, "setup.py", "-q", "build_ext", *places]
     done = subprocess.run(command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "perparam" / "policies" / "native" / "libperparam.so"
+    return folder / "perparam" / "policies" / "native" / "libperparam.cpu.so"

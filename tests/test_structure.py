@@ -186,4 +186,4 @@ def test_the_wheel_holds_exactly_the_package(tmp_path, compiles):
         if file in ("__init__.py", "__main__.py", "generation.py", "training.py", "py.typed")
         or (file.startswith(shipped) and file.endswith((".py", ".yaml")))
     }
-    assert held == expected | ({"perparam/policies/native/libperparam.so"} if compiles else set())
+    assert held == expected | ({"perparam/policies/native/libperparam.cpu.so"} if compiles else set())

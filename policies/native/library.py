@@ -15,7 +15,7 @@ import jax
 HANDLERS = (("perparam_matmul", "perparam_matmul"),)
 """Names of the FFI targets, and the symbols of their handlers in the library."""
 
-FILE = "libperparam.so"
+FILE = "libperparam.cpu.so"
 
 _lock = threading.Lock()
 

@@ -54,7 +54,7 @@ class Tree:
         subprocess.run(command, cwd=self.folder, env=environment, check=True, capture_output=True)
         calls = [line.split() for line in self.log.read_text().splitlines()]
         assert "-shared" in calls[-1]
-        assert (self.folder / "policies/native/libperparam.so").is_file()
+        assert (self.folder / "policies/native/libperparam.cpu.so").is_file()
         return {
             pathlib.Path(call[call.index("-c") + 1]).stem: {f for f in call if f[:2] == "-m"} for call in calls[:-1]
         }
@@ -92,4 +92,4 @@ def test_a_compiler_that_fails_is_an_error_in_the_tree_and_leaves_no_library(tmp
     with pytest.raises(subprocess.CalledProcessError) as error:
         tree.build(CXX="/bin/false")
     assert b"exit status 1: /bin/false" in error.value.stderr
-    assert not (tmp_path / "policies/native/libperparam.so").exists()
+    assert not (tmp_path / "policies/native/libperparam.cpu.so").exists()
