@@ -20,7 +20,7 @@ from ..errors import UnsupportedCast
 from ..formats import Format, ScaledArray, as_format, quantize, scaled_array, stored_format
 from ..scales import F32
 from ..targets import Target, here
-from . import cpu, oracle
+from . import cpu, native, oracle
 from .calls import BY_XLA, Call, Implementation, Operands, Quantizer
 from .dispatch import choose, describe, portable
 from .portable import unless_portable
@@ -298,15 +298,17 @@ _scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 def _gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.Array:
-    """Returns gradient (rows, out) @ weight (out, in) in float32: on CPUs by slabs, else with a widened weight."""
+    """Returns gradient (rows, out) @ weight (out, in) in float32: on CPUs without a wide copy, else with a widened weight."""
 
     def widened(gradient: jax.Array, operands: Operands) -> jax.Array:
         # Rounding the weight to bfloat16 costs no more accuracy than the gradient in bfloat16 has lost.
         dtype = call.weight or np.dtype(jnp.bfloat16 if gradient.dtype == jnp.bfloat16 else np.float32)
         return oracle.dot(gradient.astype(dtype), oracle.wide_weight(operands.kernel, dtype).T)
 
-    by_slab = functools.partial(cpu.gradient_of_x, call)
-    result: jax.Array = jax.lax.platform_dependent(gradient, operands, cpu=by_slab, default=widened)
+    on_cpu = functools.partial(cpu.gradient_of_x, call)
+    if native.refuses(call) is None:
+        on_cpu = unless_portable(functools.partial(native.gradient_of_x, call), on_cpu, exportable=False)
+    result: jax.Array = jax.lax.platform_dependent(gradient, operands, cpu=on_cpu, default=widened)
     return result
 
 

@@ -45,7 +45,8 @@ def _table(dtype: np.dtype) -> np.ndarray:
     return bits
 
 
-def _refuses(call: Call) -> str | None:
+def refuses(call: Call) -> str | None:
+    """Returns the reason why it does not accept a call, or None."""
     if why := library.unavailable():
         return why
     if call.kernel.values.itemsize > 4:
@@ -130,6 +131,6 @@ def _run(
 
 
 NATIVE = Implementation(
-    "native", "decodes the kernel in registers, with instructions of this processor", _refuses, products,
+    "native", "decodes the kernel in registers, with instructions of this processor", refuses, products,
     opaque=True, checked=False, exportable=False,
 )  # fmt: skip

@@ -74,7 +74,7 @@ struct V {
   template <Values kValues>
   struct Decoder {
     const uint16_t* table;
-    explicit Decoder(const uint16_t* table) : table(table) {}
+    explicit Decoder(const Table& table) : table(table.whole) {}
 
     // The numbers of 16 codes, one in each 16 bits: lane by lane four of a column, then four of another.
     void numbers(I codes, F& first, F& second) const {

@@ -17,7 +17,7 @@ struct V : Vector512 {
   template <Values kValues>
   struct Decoder {
     const uint16_t* table;
-    explicit Decoder(const uint16_t* table) : table(table) {}
+    explicit Decoder(const Table& table) : table(table.whole) {}
 
     // The numbers of 16 codes, one in each 32 bits.
     F number(I codes) const {

@@ -23,16 +23,11 @@ struct V : Vector512 {
     static constexpr bool kSigned = kValues != Values::kTable;
     I low[kSigned ? 2 : 4], high[kSigned ? 2 : 4];
 
-    explicit Decoder(const uint16_t* table) {
+    explicit Decoder(const Table& table) {
       for (int i = 0; i < (kSigned ? 2 : 4); ++i) {
-        I a = _mm512_loadu_si512(table + 64 * i), b = _mm512_loadu_si512(table + 64 * i + 32);
-        low[i] = bytes(a, b);
-        high[i] = bytes(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+        low[i] = _mm512_load_si512(table.low + 64 * i);
+        high[i] = _mm512_load_si512(table.high + 64 * i);
       }
-    }
-
-    static I bytes(I a, I b) {
-      return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
     }
 
     template <class Sink>

@@ -119,7 +119,7 @@ struct V {
   template <Values kValues>
   struct Decoder {
     const uint16_t* table;
-    explicit Decoder(const uint16_t* table) : table(table) {}
+    explicit Decoder(const Table& table) : table(table.whole) {}
     template <class Sink>
     void decode(I codes, int k, Sink& sink) const {
       uint8_t bytes[16];

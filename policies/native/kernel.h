@@ -12,6 +12,7 @@
 // Weights are transposed within lanes of 16 bytes: four rows and a few columns at a time.
 
 #define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
 using F = V::F;
 using I = V::I;
@@ -25,12 +26,12 @@ template <Values kValues, class Sink>
 INLINE void visit_bytes(const V::Decoder<kValues>& decoder, const uint8_t* data, ptrdiff_t stride, Sink sink) {
   I lanes[4][V::kLanes];
   V::gather_lanes(data, stride, lanes);
-  for (int c = 0; c < V::kLanes; ++c) {
+  UNROLL for (int c = 0; c < V::kLanes; ++c) {
     I a0 = V::unpacklo16(lanes[0][c], lanes[1][c]), a1 = V::unpackhi16(lanes[0][c], lanes[1][c]);
     I b0 = V::unpacklo16(lanes[2][c], lanes[3][c]), b1 = V::unpackhi16(lanes[2][c], lanes[3][c]);
     // Two pairs of columns in each: (row, column of the pair) bytes of the first, then those of the second.
     I pairs[4] = {V::unpacklo32(a0, b0), V::unpackhi32(a0, b0), V::unpacklo32(a1, b1), V::unpackhi32(a1, b1)};
-    for (int i = 0; i < 4; ++i) decoder.decode(pairs[i], 16 * c + 4 * i, sink);
+    UNROLL for (int i = 0; i < 4; ++i) decoder.decode(pairs[i], 16 * c + 4 * i, sink);
   }
 }
 
@@ -39,11 +40,11 @@ template <Values kValues, class Sink>
 INLINE void visit_halves(const uint8_t* data, ptrdiff_t stride, Sink sink) {
   I lanes[4][V::kLanes];
   V::gather_lanes(data, stride, lanes);
-  for (int c = 0; c < V::kLanes; ++c) {
+  UNROLL for (int c = 0; c < V::kLanes; ++c) {
     I a0 = V::unpacklo32(lanes[0][c], lanes[1][c]), a1 = V::unpackhi32(lanes[0][c], lanes[1][c]);
     I b0 = V::unpacklo32(lanes[2][c], lanes[3][c]), b1 = V::unpackhi32(lanes[2][c], lanes[3][c]);
     I pairs[4] = {V::unpacklo64(a0, b0), V::unpackhi64(a0, b0), V::unpacklo64(a1, b1), V::unpackhi64(a1, b1)};
-    for (int i = 0; i < 4; ++i) {
+    UNROLL for (int i = 0; i < 4; ++i) {
       if (kValues == Values::kBfloat16)
         sink.pair(8 * c + 2 * i, pairs[i]);
       else
@@ -57,7 +58,7 @@ template <class Sink>
 INLINE void visit_floats(const uint8_t* data, ptrdiff_t stride, Sink sink) {
   I lanes[4][V::kLanes];
   V::gather_lanes(data, stride, lanes);
-  for (int c = 0; c < V::kLanes; ++c) {
+  UNROLL for (int c = 0; c < V::kLanes; ++c) {
     I a0 = V::unpacklo32(lanes[0][c], lanes[1][c]), a1 = V::unpackhi32(lanes[0][c], lanes[1][c]);
     I b0 = V::unpacklo32(lanes[2][c], lanes[3][c]), b1 = V::unpackhi32(lanes[2][c], lanes[3][c]);
     sink.floats(4 * c, V::as_float(V::unpacklo64(a0, b0)), V::as_float(V::unpackhi64(a0, b0)));
@@ -85,7 +86,7 @@ INLINE void visit(const Source& source, int part, Sink sink) {
   } else if constexpr (kValues == Values::kFloat32) {
     for (int k = 0; k < kRun; k += kBytes / 4) visit_floats(data + 4 * k, source.stride, Shifted<Sink>{sink, k});
   } else {
-    V::Decoder<kValues> decoder(source.table);
+    V::Decoder<kValues> decoder(*source.table);
     for (int k = 0; k < kRun; k += kBytes)
       visit_bytes<kValues>(decoder, data + k, source.stride, Shifted<Sink>{sink, k});
   }
@@ -146,14 +147,14 @@ struct Multiply {
   F* sums;
   INLINE void pair(int k, I pair) {
     if constexpr (kPairs) {
-      for (int r = 0; r < kCount; ++r) sums[r] = V::dot(sums[r], broadcast_pair(rows, r, k), pair);
+      UNROLL for (int r = 0; r < kCount; ++r) sums[r] = V::dot(sums[r], broadcast_pair(rows, r, k), pair);
     } else {
       floats(k, first_of(pair), second_of(pair));
     }
   }
   INLINE void floats(int k, F even, F odd) {
     if (kPairs) return pair(k, pair_of(even, odd));
-    for (int r = 0; r < kCount; ++r) {
+    UNROLL for (int r = 0; r < kCount; ++r) {
       sums[r] = V::fma(broadcast_float(rows, r, k), even, sums[r]);
       sums[r] = V::fma(broadcast_float(rows, r, k + 1), odd, sums[r]);
     }
@@ -184,9 +185,9 @@ template <bool kPairs, Values kValues, int kCount>
 INLINE void multiply_few_as(const Rows& rows, const Source& source) {
   for (int part = 0; part < V::kParts; ++part) {
     F sums[kCount];
-    for (int r = 0; r < kCount; ++r) sums[r] = V::zero();
+    UNROLL for (int r = 0; r < kCount; ++r) sums[r] = V::zero();
     visit_rounded<kValues>(source, part, Multiply<kPairs, kCount>{rows, sums});
-    for (int r = 0; r < kCount; ++r) add_to_totals(rows, r, part, sums[r]);
+    UNROLL for (int r = 0; r < kCount; ++r) add_to_totals(rows, r, part, sums[r]);
   }
 }
 
@@ -204,14 +205,14 @@ void multiply_few_as(const Rows& rows, const Source& source) {
 template <bool kPairs, int kCount>
 void multiply_panel(const Rows& rows, const char* panel, int columns) {
   F sums[kCount][V::kParts];
-  for (int r = 0; r < kCount; ++r)
-    for (int part = 0; part < V::kParts; ++part) sums[r][part] = V::zero();
+  UNROLL for (int r = 0; r < kCount; ++r)
+    UNROLL for (int part = 0; part < V::kParts; ++part) sums[r][part] = V::zero();
   for (int k = 0; k < columns; k += kPairs ? 2 : 1) {
     F weights[V::kParts];
-    for (int part = 0; part < V::kParts; ++part, panel += sizeof(F)) weights[part] = V::load(panel);
-    for (int r = 0; r < kCount; ++r) {
+    UNROLL for (int part = 0; part < V::kParts; ++part, panel += sizeof(F)) weights[part] = V::load(panel);
+    UNROLL for (int r = 0; r < kCount; ++r) {
       F x = kPairs ? broadcast_pair(rows, r, k) : broadcast_float(rows, r, k);
-      for (int part = 0; part < V::kParts; ++part) {
+      UNROLL for (int part = 0; part < V::kParts; ++part) {
         if constexpr (kPairs)
           sums[r][part] = V::dot(sums[r][part], x, V::as_int(weights[part]));
         else
@@ -219,7 +220,7 @@ void multiply_panel(const Rows& rows, const char* panel, int columns) {
       }
     }
   }
-  for (int r = 0; r < kCount; ++r)
+  UNROLL for (int r = 0; r < kCount; ++r)
     for (int part = 0; part < V::kParts; ++part) add_to_totals(rows, r, part, sums[r][part]);
 }
 

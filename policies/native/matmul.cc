@@ -23,7 +23,6 @@ using ffi::DataType;
 constexpr int64_t kChunk = 2048;   // columns that are packed before they are multiplied: 128 KiB of pairs
 constexpr int64_t kRows = 512;     // most rows of a task: 64 KiB of totals
 constexpr int64_t kTasks = 8;      // per thread, so that a slow thread delays the others little
-constexpr int kTable = 256;
 
 template <class T>
 struct Aligned {
@@ -47,7 +46,7 @@ struct Run {
 struct Format {
   Values values;
   Rounding rounding;
-  uint16_t table[kTable + 1];  // one more, since entries may be read as four bytes
+  Table table;
   int64_t block_height, block_width;
   bool transposed;  // sums over the rows of the kernel
   int size() const { return values == Values::kFloat32 ? 4 : values >= Values::kBfloat16 ? 2 : 1; }
@@ -196,7 +195,7 @@ class Panel {
 
   // The values of a run: in place if the panel and the run are full, else copied, with zeros beside them.
   Source piece(const Run& run, bool& in_place) const {
-    Source source{nullptr, 0, format_.values, format_.table, format_.rounding, kernel_.scales ? scales_ : ones()};
+    Source source{nullptr, 0, format_.values, &format_.table, format_.rounding, kernel_.scales ? scales_ : ones()};
     int size = format_.size();
     in_place = !format_.transposed && valid_ == isa_.width && run.columns == kRun;
     if (in_place) {
@@ -231,7 +230,8 @@ class Panel {
   }
 
   // Asks for the next panel. To the second cache: rows that are a power of two apart share a set of the first.
-  void prefetch(const Source& source) const {
+  // Inline, since GCC removes calls of a function that does nothing else.
+  __attribute__((always_inline)) void prefetch(const Source& source) const {
     const uint8_t* next = source.data + isa_.width * source.stride;
     for (int i = 0; i < isa_.width; ++i, next += source.stride)
       for (int byte = 0; byte < kRun * format_.size(); byte += 64) __builtin_prefetch(next + byte, 0, 2);
@@ -281,7 +281,12 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_buffer, ffi::AnyBuffe
                     int64_t block_height, int64_t block_width, int64_t x_group, bool transposed) {
   const Isa& isa = *perparam::isa();
   Format format{Values(values), Rounding(rounding), {}, block_height, block_width, transposed};
-  if (table.size() == kTable) std::copy(table.begin(), table.end(), format.table);
+  if (table.size() != 256) return ffi::Error::InvalidArgument("a table has 256 entries");
+  for (int i = 0; i < 256; ++i) {
+    format.table.whole[i] = table[i];
+    format.table.low[i] = table[i] & 0xff;
+    format.table.high[i] = table[i] >> 8;
+  }
 
   int64_t length = x_buffer.dimensions()[1];
   bool bfloat16 = x_buffer.element_type() == DataType::BF16;

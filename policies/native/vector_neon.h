@@ -65,14 +65,11 @@ struct VectorNeon {
   struct Decoder {
     uint8x16x4_t low[4], high[4];
 
-    explicit Decoder(const uint16_t* table) {
-      const uint8_t* entries = reinterpret_cast<const uint8_t*>(table);
-      for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 4; ++j) {
-          uint8x16x2_t both = vld2q_u8(entries + 128 * i + 32 * j);
-          low[i].val[j] = both.val[0];
-          high[i].val[j] = both.val[1];
-        }
+    explicit Decoder(const Table& table) {
+      for (int i = 0; i < 4; ++i) {
+        low[i] = vld1q_u8_x4(table.low + 64 * i);
+        high[i] = vld1q_u8_x4(table.high + 64 * i);
+      }
     }
 
     // Codes outside of a table of 64 leave what was found in the others.
