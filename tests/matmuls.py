@@ -11,8 +11,12 @@ from perparam.policies.blocks import grid_shape
 from perparam.policies.formats import Format, stored_format
 from perparam.policies.matmul.calls import Call
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, describe
+from perparam.policies.native import library
 
 FP8 = "float8_e4m3fn"
+
+ON_CPU = "slabs" if library.unavailable() else "native"
+"""The implementation that CPUs choose in this process."""
 
 W8A16_ERROR = 2e-3
 """The result is rounded once, to eight bits: an error uniform within 2**-8 of a binade, of 2**-8 / sqrt(3) rms, over
@@ -93,7 +97,7 @@ def marks(name: str, case: Case | None = None, *, quick_kernels: bool = False) -
     Kernels need the interpreter, in which they take seconds: in the quick run they have tests of their own, and those
     that ask for it, of one tile of x.  70 rows are for what takes no fewer.
     """
-    opaque = IMPLEMENTATIONS[name].opaque
+    opaque = IMPLEMENTATIONS[name].needs_check  # the native kernels need no interpreter
     if case is None:
         quick = True
     elif opaque:

@@ -305,10 +305,28 @@ def _gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.A
         dtype = call.weight or np.dtype(jnp.bfloat16 if gradient.dtype == jnp.bfloat16 else np.float32)
         return oracle.dot(gradient.astype(dtype), oracle.wide_weight(operands.kernel, dtype).T)
 
-    on_cpu = functools.partial(cpu.gradient_of_x, call)
+    by_slab = functools.partial(cpu.gradient_of_x, call)
+    on_cpu = by_slab
     if native.refuses(call) is None:
-        on_cpu = unless_portable(functools.partial(native.gradient_of_x, call), on_cpu, exportable=False)
+        on_cpu = _batched_by_rows(unless_portable(functools.partial(native.gradient_of_x, call), by_slab, False), by_slab)
     result: jax.Array = jax.lax.platform_dependent(gradient, operands, cpu=on_cpu, default=widened)
+    return result
+
+
+def _batched_by_rows(
+    function: Callable[[jax.Array, Operands], jax.Array], plain: Callable[[jax.Array, Operands], jax.Array]
+) -> Callable[[jax.Array, Operands], jax.Array]:
+    """Returns `function`; a batch of gradients becomes rows of one call, and a batch of operands is left to `plain`."""
+    result = jax.custom_batching.custom_vmap(function)
+
+    @result.def_vmap
+    def batched(size: int, is_batched: Any, gradient: jax.Array, operands: Operands) -> tuple[jax.Array, bool]:
+        if any(jax.tree.leaves(is_batched[1])):
+            axes = jax.tree.map(lambda mapped: 0 if mapped else None, is_batched)
+            return jax.vmap(plain, in_axes=tuple(axes), axis_size=size)(gradient, operands), True
+        rows = result(gradient.reshape(-1, gradient.shape[-1]), operands)
+        return rows.reshape(size, -1, rows.shape[-1]), True
+
     return result
 
 

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import bits
-from matmuls import FP8, Case
+from matmuls import FP8, ON_CPU, Case
 
 from perparam.policies import PerparamError, UnknownImplementation, UnknownTarget, UnsupportedCast
-from perparam.policies.matmul import IMPLEMENTATIONS, Target, cpu, matmul_override, matmul_plan, scaled_matmul
+from perparam.policies.matmul import IMPLEMENTATIONS, Target, cpu, matmul_override, matmul_plan, native, scaled_matmul
 from perparam.policies.matmul.dispatch import candidates
+from perparam.policies.native import library
 from perparam.policies.targets import here
 
 GENERAL = ["cuda", "cuda:8.0", "cuda:10.0", "rocm", "tpu"]
@@ -21,15 +22,30 @@ def plan(case: Case, target="here"):
     return matmul_plan(case.rows, case.shape, x=case.x, kernel=case.kernel, target=target, **case.settings)
 
 
+@pytest.fixture
+def no_library(monkeypatch):
+    """No native kernels, as where nothing was compiled."""
+    monkeypatch.setattr(library, "unavailable", lambda: "they were not compiled")
+
+
 class TestPlan:
+    @pytest.mark.skipif(ON_CPU == "slabs", reason="needs the native library")
+    def test_cpus_have_native_kernels_for_all_but_float64(self):
+        for case in (Case(1), Case(4096, compute=FP8), Case(8, kernel="bfloat16"), Case(8, x="float32", kernel="float32")):
+            assert plan(case, "cpu").implementation == "native"
+        assert native.refuses(Case(1, kernel="float64").call) == "native kernels do not support float64"
+
+    def test_a_plan_says_why_there_are_no_native_kernels(self, no_library):
+        assert "; not native: they were not compiled" in str(plan(Case(1), "cpu"))
+
     @pytest.mark.parametrize("rows", [1, 8, 4096])
     @pytest.mark.parametrize("compute", [None, FP8, "float32"])
-    def test_cpus_widen_narrow_kernels_slab_by_slab(self, rows, compute):
+    def test_cpus_widen_narrow_kernels_slab_by_slab(self, no_library, rows, compute):
         assert plan(Case(rows, compute=compute), "cpu").implementation == "slabs"
 
     @pytest.mark.parametrize(("has_instructions", "expected"), [(True, "two rows"), (False, "slabs")])
     def test_cpus_take_a_row_and_a_bfloat16_kernel_as_two_where_they_multiply_bfloat16(
-        self, monkeypatch, has_instructions, expected
+        self, no_library, monkeypatch, has_instructions, expected
     ):
         monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: has_instructions)
         assert plan(Case(1, kernel="bfloat16"), "cpu").implementation == expected
@@ -45,7 +61,7 @@ class TestPlan:
         ],
         ids=str,
     )
-    def test_cpus_with_plain_kernels(self, case, expected):
+    def test_cpus_with_plain_kernels(self, no_library, case, expected):
         assert plan(case, "cpu").implementation == expected
 
     @pytest.mark.parametrize("target", GENERAL)
@@ -148,7 +164,7 @@ class TestTarget:
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a CPU is")
     def test_here_is_the_device_that_computes(self):
         assert Target.parse("here") == here() == Target("cpu")
-        assert matmul_plan(1, (128, 128)).implementation == "slabs"
+        assert matmul_plan(1, (128, 128)).implementation == ON_CPU
 
     @pytest.mark.parametrize(
         ("version", "capability", "expected"),
@@ -173,14 +189,14 @@ class TestOverride:
                     assert (here(), plan(Case(1)).implementation) == (Target("tpu"), "widen, then dot")
                 assert plan(Case(1)).implementation == "oracle"
             assert plan(Case(1)).implementation == "hopper columns"
-        assert plan(Case(1), "cpu").implementation == "slabs"
+        assert plan(Case(1), "cpu").implementation == ON_CPU
 
     def test_is_undone_by_an_exception(self):
         before = here()
         with pytest.raises(ZeroDivisionError), matmul_override("oracle", "cuda:9.0"):
             raise ZeroDivisionError
         assert here() == before
-        assert plan(Case(1), "cpu").implementation == "slabs"
+        assert plan(Case(1), "cpu").implementation == ON_CPU
 
     def test_is_that_of_its_thread(self):
         found = []
@@ -188,7 +204,7 @@ class TestOverride:
             thread = threading.Thread(target=lambda: found.append(plan(Case(1), "cpu").implementation))
             thread.start()
             thread.join()
-        assert found == ["slabs"]
+        assert found == [ON_CPU]
 
     def test_an_implementation_that_nobody_knows(self):
         with pytest.raises(UnknownImplementation, match=r"no implementation 'cutlass'. Write one of these: ") as caught:
@@ -225,7 +241,7 @@ class TestOverride:
             inside = run(*operands)
             run(*operands)
         again = run(*operands)
-        assert traced == ["slabs", "widen, then dot"]
+        assert traced == [ON_CPU, "widen, then dot"]
         assert bits(outside) == bits(again)
         assert inside.shape == outside.shape
 
