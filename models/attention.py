@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from ..policies.matmul.portable import unless_portable
 from ..policies.targets import here
-from . import flash
+from . import cpu_attention, flash
 from .kv_cache import LayerCache, update_slice
 
 SCORES = 2**26
@@ -50,8 +50,8 @@ def attend(
              attention with a mask, which is also for tokens that follow others
     weights  function without arguments that returns the attention weights (b, h, t, s) in q's dtype
 
-    On a GPU this is cuDNN's flash attention where that accepts the call; derivatives and batches (`vmap`) are those of
-    attention over the slots.  There, scores and softmax are float32, and the queries of a long prompt are processed in
+    On a CPU this is a native kernel, on a GPU cuDNN's flash attention, where that accepts the call; derivatives and
+    batches (`vmap`) are those of attention over the slots.  There, scores and softmax are float32, and the queries of a long prompt are processed in
     chunks, so that never more than SCORES bytes of scores are held.
     """
 
@@ -68,10 +68,21 @@ def attend(
     def flash_attention(q: jax.Array, _: LayerCache, __: jax.Array, ___: jax.Array, prefill: PrefillKV) -> jax.Array:
         return flash.attend(q, prefill.k, prefill.v, prefill.mask, window).reshape(*q.shape[:2], -1)
 
+    def natively(q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array) -> jax.Array:
+        return cpu_attention.attend(q, cache, queries, slots, window)
+
     def weights() -> jax.Array:
         b, t, heads, _ = q.shape
         return _weights(window, _grouped(q, cache), queries, cache, slots).astype(q.dtype).reshape(b, heads, t, -1)
 
+    if cpu_attention.refuses(here(), q, cache) is None:
+        on_cpu = unless_portable(natively, over_slots, exportable=False)
+
+        def on_platform(*operands: Any) -> jax.Array:
+            output: jax.Array = jax.lax.platform_dependent(*operands, cpu=on_cpu, default=over_slots)
+            return output
+
+        return _differentiated_as(over_slots, on_platform)(q, cache, queries, slots), weights
     if flash.refuses(here(), q.shape[1], q.shape[3], q.dtype, cache.dtype):
         return over_slots(q, cache, queries, slots), weights
     if prefill is not None:

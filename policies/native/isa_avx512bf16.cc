@@ -1,4 +1,17 @@
 // AVX-512 with VBMI and BF16 (Zen 4 and later, Sapphire Rapids and later, Cooper Lake without VBMI not).
+#include "attention_kernels.h"
+
+namespace perparam {
+
+const AttentionIsa* attention_avx512bf16();
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+const AttentionIsa* attention_avx512bf16() { return &attention::kAttention; }
+#else
+const AttentionIsa* attention_avx512bf16() { return nullptr; }
+#endif
+
+}  // namespace perparam
+
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #include <immintrin.h>
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <thread>
+#include <type_traits>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -28,7 +29,7 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const Body& body) {
     }
   };
   int64_t helpers = std::min<int64_t>(count, pool.num_threads()) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(work);
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::decay_t<decltype(work)>(work));
   work();
   for (int spins = 0; progress->done.load() < count; ++spins)
     if (spins > 1000) std::this_thread::yield();

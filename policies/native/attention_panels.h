@@ -1,0 +1,192 @@
+// Panels of an attention's products: a chunk of keys or values, converted for the instructions that multiply it.
+//
+// A source has rows and columns: keys (d, slots), values (slots, d).  Products sum over its rows, and have its columns in
+// the lanes of vectors.  A panel is
+//
+//   floats  float32  [row][width]
+//   pairs   bfloat16 [row / 2][width][2]
+//
+// with `width` columns, a multiple of kLanes; what is not in the source is 0, or the value of the byte 0.
+#pragma once
+
+#include "attention.h"
+#include "vectors.h"
+
+namespace perparam {
+namespace attention {
+namespace {
+
+using namespace vectors;
+
+struct Source {
+  const char* data;
+  int64_t stride;  // bytes from row to row
+  int rows, columns;
+  Kind kind;
+  const uint16_t* table;
+  bool has_sign;
+};
+
+inline int size_of(Kind kind) {
+  switch (kind) {
+    case Kind::kFloat32: return 4;
+    case Kind::kBfloat16: case Kind::kFloat16: return 2;
+    default: return 1;
+  }
+}
+
+// kLanes numbers as float32.
+template <Kind kKind>
+inline Floats widened(const char* from, const uint16_t* table) {
+  if constexpr (kKind == Kind::kFloat32) return load<Floats>(from);
+  if constexpr (kKind == Kind::kBfloat16) return from_bfloat16(load<Halves>(from));
+  if constexpr (kKind == Kind::kFloat16) return from_float16(load<Halves>(from));
+  if constexpr (kKind == Kind::kInt8) return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
+  Halves values{};
+  if constexpr (kKind == Kind::kTable)
+    for (int i = 0; i < kLanes; ++i) values[i] = table[uint8_t(from[i])];
+  return from_bfloat16(values);
+}
+
+template <Kind kKind>
+inline void widen_row(const char* from, const uint16_t* table, int columns, int width, float* to) {
+  constexpr int kSize = kKind == Kind::kFloat32 ? 4 : kKind == Kind::kBfloat16 || kKind == Kind::kFloat16 ? 2 : 1;
+  int column = 0;
+  for (; column + kLanes <= columns; column += kLanes) store(to + column, widened<kKind>(from + kSize * column, table));
+  if (column < columns) {
+    char rest[4 * kLanes] = {};
+    __builtin_memcpy(rest, from + kSize * column, size_t(kSize) * (columns - column));
+    store(to + column, widened<kKind>(rest, table));
+    column += kLanes;
+  }
+  for (; column < width; column += kLanes) store(to + column, Floats{});
+}
+
+// Columns as float32; `to` has `width` of them.
+inline void widen(Kind kind, const char* from, const uint16_t* table, int columns, int width, float* to) {
+  switch (kind) {
+    case Kind::kFloat32: return widen_row<Kind::kFloat32>(from, table, columns, width, to);
+    case Kind::kBfloat16: return widen_row<Kind::kBfloat16>(from, table, columns, width, to);
+    case Kind::kFloat16: return widen_row<Kind::kFloat16>(from, table, columns, width, to);
+    case Kind::kInt8: return widen_row<Kind::kInt8>(from, table, columns, width, to);
+    case Kind::kTable: return widen_row<Kind::kTable>(from, table, columns, width, to);
+  }
+}
+
+// Memory that is read soon: `rows` rows of `bytes` bytes, of which each call of `some` fetches a part.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t stride = 0;
+  int rows = 0, bytes = 0;
+  int row = 0, byte = 0;
+
+  void some(int lines) {
+    for (; lines > 0 && row < rows; --lines) {
+      __builtin_prefetch(data + row * stride + byte, 0, 3);
+      byte += 64;
+      if (byte >= bytes) byte = 0, ++row;
+    }
+  }
+  // Lines to fetch for each of n calls.
+  int lines(int n) const { return (rows * ((bytes + 63) / 64) + n - 1) / n; }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+
+// The words or bytes of two rows in turn: a0 b0 a1 b1 …
+alignas(64) constexpr uint16_t kInTurn[2][32] = {
+    {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+    {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+
+inline __mmask64 first_of(int count) { return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1; }
+
+// Bytes to bfloat16 by a table.
+struct Decoder {
+  __m512i low[4], high[4];  // low and high bytes of the 256 entries
+  __m512i turns[2];         // for the first 32 columns of two rows and for the others
+  bool has_sign;
+
+  Decoder(const uint16_t* table, bool has_sign) : has_sign(has_sign) {
+    for (int i = 0; i < 4; ++i) {
+      __m512i a = _mm512_loadu_si512(table + 64 * i), b = _mm512_loadu_si512(table + 64 * i + 32);
+      low[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
+      a = _mm512_srli_epi16(a, 8), b = _mm512_srli_epi16(b, 8);
+      high[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
+    }
+    // Unpacking takes the first half of each 16 bytes, then the second: `first` has columns 0 to 15, `second` 16 to 31.
+    alignas(64) uint8_t order[2][64];
+    for (int i = 0; i < 64; ++i) {
+      int column = 16 * (i % 16 / 8) + 4 * (i / 16) + i % 8 / 2, row = i % 2;
+      for (int half = 0; half < 2; ++half) order[half][i] = uint8_t(64 * row + 32 * half + column);
+    }
+    for (int half = 0; half < 2; ++half) turns[half] = _mm512_load_si512(order[half]);
+  }
+
+  template <bool kHasSign>
+  void decode(__m512i bytes, __m512i& first, __m512i& second) const {
+    __m512i l = _mm512_permutex2var_epi8(low[0], bytes, low[1]), h = _mm512_permutex2var_epi8(high[0], bytes, high[1]);
+    if (kHasSign) {
+      h = _mm512_ternarylogic_epi32(h, bytes, _mm512_set1_epi8(int8_t(0x80)), 0xf8);  // h | (bytes & 0x80)
+    } else {
+      __mmask64 upper = _mm512_movepi8_mask(bytes);
+      l = _mm512_mask_blend_epi8(upper, l, _mm512_permutex2var_epi8(low[2], bytes, low[3]));
+      h = _mm512_mask_blend_epi8(upper, h, _mm512_permutex2var_epi8(high[2], bytes, high[3]));
+    }
+    first = _mm512_unpacklo_epi8(l, h), second = _mm512_unpackhi_epi8(l, h);
+  }
+};
+
+template <bool kHasSign>
+inline void pack_table(const Source& s, int width, uint16_t* panel, Ahead& ahead) {
+  const Decoder decoder(s.table, kHasSign);
+  const int lines = ahead.lines((s.rows + 1) / 2);
+  for (int row = 0; row < s.rows; row += 2, panel += 2 * width) {
+    const char *a = s.data + row * s.stride, *b = a + s.stride;
+    ahead.some(lines);
+    for (int column = 0; column < width; column += 64) {
+      __mmask64 inside = first_of(s.columns - column), second = row + 1 < s.rows ? inside : 0;
+      __m512i x = _mm512_maskz_loadu_epi8(inside, a + column), y = _mm512_maskz_loadu_epi8(second, b + column);
+      for (int half = 0; half < 2; ++half) {
+        __m512i pairs[2];
+        decoder.decode<kHasSign>(_mm512_permutex2var_epi8(x, decoder.turns[half], y), pairs[0], pairs[1]);
+        for (int i = 0, at = column + 32 * half; i < 2; ++i, at += 16)
+          if (at < width) _mm512_storeu_si512(panel + 2 * at, pairs[i]);
+      }
+    }
+  }
+}
+
+inline void pack_pairs(const Source& s, int width, uint16_t* panel, Ahead& ahead) {
+  if (s.kind != Kind::kBfloat16) return s.has_sign ? pack_table<true>(s, width, panel, ahead) : pack_table<false>(s, width, panel, ahead);
+  const __m512i turns[2] = {_mm512_load_si512(kInTurn[0]), _mm512_load_si512(kInTurn[1])};
+  const int lines = ahead.lines((s.rows + 1) / 2);
+  for (int row = 0; row < s.rows; row += 2, panel += 2 * width) {
+    const char *a = s.data + row * s.stride, *b = a + s.stride;
+    ahead.some(lines);
+    for (int column = 0; column < width; column += 32) {
+      __mmask32 inside = __mmask32(first_of(s.columns - column)), second = row + 1 < s.rows ? inside : 0;
+      __m512i x = _mm512_maskz_loadu_epi16(inside, a + 2 * column), y = _mm512_maskz_loadu_epi16(second, b + 2 * column);
+      _mm512_storeu_si512(panel + 2 * column, _mm512_permutex2var_epi16(x, turns[0], y));
+      if (column + 16 < width) _mm512_storeu_si512(panel + 2 * column + 32, _mm512_permutex2var_epi16(x, turns[1], y));
+    }
+  }
+}
+
+#endif
+
+inline void pack(const Source& s, bool pairs, int width, void* panel, Ahead& ahead) {
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+  if (pairs) return pack_pairs(s, width, static_cast<uint16_t*>(panel), ahead);
+#endif
+  (void)pairs;
+  float* to = static_cast<float*>(panel);
+  const int lines = ahead.lines(s.rows);
+  for (int row = 0; row < s.rows; ++row) {
+    ahead.some(lines);
+    widen(s.kind, s.data + row * s.stride, s.table, s.columns, width, to + int64_t(row) * width);
+  }
+}
+
+}  // namespace
+}  // namespace attention
+}  // namespace perparam
