@@ -12,7 +12,7 @@
 
 namespace perparam {
 
-constexpr int kChunk = 64, kSpan = 512;  // slots
+constexpr int kChunk = 64, kSpan = 1024;  // slots
 
 enum class Kind : int32_t { kFloat32, kBfloat16, kFloat16, kInt8, kTable };  // how numbers are stored
 

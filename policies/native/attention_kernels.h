@@ -22,10 +22,16 @@ inline bool uses_pairs(const Attention& a) {
 
 inline int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// Blocks of at most this many rows read the keys of a span row by row, in stretches that memory is fast at: 64 slots
+// of one row are 64 or 128 bytes.  Others have more to compute than to read, and keep the scores of a chunk in registers.
+constexpr int64_t kFewRows = 16;
+constexpr int kSlab = 16;  // rows of keys then
+
 // Parts of the memory of a block.
 struct Memory {
   char *q, *weights;  // (rows, depth), (rows, kChunk): bfloat16 for pairs, otherwise float32
-  float* scores;      // (rows, kChunk)
+  float* scores;      // (rows, stride)
+  int64_t stride;     // kSpan for few rows, otherwise kChunk
   float* factors;     // (rows,)
   char* panel;
   float* key_scales;    // (kChunk,)
@@ -40,12 +46,13 @@ struct Memory {
       at += rounded_up(bytes, 64);
       return start;
     };
-    const int64_t depth = rounded_up(a.d, kLanes);
+    const int64_t depth = rounded_up(a.d, kLanes), chunk = kChunk * depth, slab = kSlab * kSpan;
+    stride = rows <= kFewRows ? kSpan : kChunk;
     q = take(4 * rows * depth);
-    scores = reinterpret_cast<float*>(take(4 * rows * kChunk));
-    weights = uses_pairs(a) ? take(2 * rows * kChunk) : reinterpret_cast<char*>(scores);
+    scores = reinterpret_cast<float*>(take(4 * rows * stride));
+    weights = take(4 * rows * kChunk);
     factors = reinterpret_cast<float*>(take(4 * rows));
-    panel = take(4 * kChunk * depth);
+    panel = take(4 * (chunk > slab ? chunk : slab));
     key_scales = reinterpret_cast<float*>(take(4 * kChunk));
     value_scales = reinterpret_cast<float*>(take(4 * kChunk));
     positions = reinterpret_cast<int32_t*>(take(4 * kChunk));
@@ -55,22 +62,26 @@ struct Memory {
 
 size_t memory(const Attention& a, int64_t rows) { return Memory(a, rows, nullptr).size; }
 
-// Products of kRows rows of x with kVectors vectors of a panel's columns, added to out times factors; or only the
-// products without factors.  Sums take the panel's rows in order, beginning with what is there.
-template <bool kPairs, int kRows, int kVectors>
-inline void tile(int depth, const char* x, int64_t x_stride, const char* panel, int width, float* out,
-                 int64_t out_stride, const float* factors) {
+enum class To { kNew, kSums, kScaled };  // products alone, added to what is there, or to factors times what is there
+
+// Products of kRows rows of x with kVectors vectors of columns.  Sums take the columns' numbers in order, beginning with
+// what is there.
+template <bool kPairs, To kTo, int kRows, int kVectors, class Columns>
+__attribute__((always_inline)) inline void tile(int depth, const char* x, int64_t x_stride, const Columns& from,
+                                                float* out, int64_t out_stride,
+                                                const float* factors, int64_t ahead = 0) {
   Floats sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v)
-      sums[r][v] = factors ? load<Floats>(out + r * out_stride + v * kLanes) * all(factors[r]) : Floats{};
+    for (int v = 0; v < kVectors; ++v) {
+      sums[r][v] = kTo == To::kNew ? Floats{} : load<Floats>(out + r * out_stride + v * kLanes);
+      if (kTo == To::kScaled) sums[r][v] = sums[r][v] * all(factors[r]);
+    }
   const int steps = kPairs ? (depth + 1) / 2 : depth;
   for (int k = 0; k < steps; ++k) {
     Floats columns[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) columns[v] = load<Floats>(panel + 4 * (int64_t(k) * width + v * kLanes));
+    from.get(k, ahead, columns);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Floats each = all(load<float>(x + 4 * (r * x_stride + k)));  // a float32, or the bits of a pair
@@ -95,12 +106,12 @@ inline void tile(int depth, const char* x, int64_t x_stride, const char* panel, 
 constexpr int kTileRows = kRegisters == 32 ? 6 : 3, kTileVectors = 4;
 
 // `tile` for any number of rows; strides are in float32, or pairs.
-template <bool kPairs, int kVectors>
-inline void columns_product(int64_t rows, int depth, const char* x, int64_t x_stride, const char* panel, int width,
-                            float* out, int64_t out_stride, const float* factors) {
+template <bool kPairs, To kTo, int kVectors, class Columns>
+inline void columns_product(int64_t rows, int depth, const char* x, int64_t x_stride, const Columns& from, float* out,
+                            int64_t out_stride, const float* factors) {
   auto some = [&](auto count, int64_t r) {
-    tile<kPairs, decltype(count)::value, kVectors>(depth, x + 4 * r * x_stride, x_stride, panel, width,
-                                                   out + r * out_stride, out_stride, factors ? factors + r : nullptr);
+    tile<kPairs, kTo, decltype(count)::value, kVectors>(depth, x + 4 * r * x_stride, x_stride, from,
+                                                        out + r * out_stride, out_stride, kTo == To::kScaled ? factors + r : nullptr);
   };
   int64_t r = 0;
   for (; r + kTileRows <= rows; r += kTileRows) some(Number<kTileRows>{}, r);
@@ -113,14 +124,68 @@ inline void columns_product(int64_t rows, int depth, const char* x, int64_t x_st
   }
 }
 
-template <bool kPairs>
+template <bool kPairs, To kTo>
 inline void product(int64_t rows, int depth, const char* x, int64_t x_stride, const char* panel, int width, float* out,
-                    int64_t out_stride, const float* factors) {
+                    int64_t out_stride, const float* factors = nullptr) {
   int column = 0;
   for (; column + kTileVectors * kLanes <= width; column += kTileVectors * kLanes)
-    columns_product<kPairs, kTileVectors>(rows, depth, x, x_stride, panel + 4 * column, width, out + column, out_stride, factors);
+    columns_product<kPairs, kTo, kTileVectors>(rows, depth, x, x_stride, FromPanel{panel + 4 * column, width}, out + column, out_stride, factors);
   for (; column < width; column += kLanes)
-    columns_product<kPairs, 1>(rows, depth, x, x_stride, panel + 4 * column, width, out + column, out_stride, factors);
+    columns_product<kPairs, kTo, 1>(rows, depth, x, x_stride, FromPanel{panel + 4 * column, width}, out + column, out_stride, factors);
+}
+
+// `product` of at most kTileRows rows, added to what is there, without a panel: in slabs of kSlab rows of the source,
+// each kTileVectors vectors of columns at a time.
+template <bool kPairs, int kRows, class Columns>
+void stream_rows(const Source& s, Columns from, const char* x, int64_t x_stride, float* out, int64_t out_stride,
+                 int ahead, int all_rows) {
+  constexpr int kWidth = kTileVectors * kLanes;
+  const char* data = s.data;
+  for (int row = 0; row < s.rows; row += kSlab) {
+    const int depth = s.rows - row < kSlab ? s.rows - row : kSlab;
+    const int64_t next = row + kSlab + ahead <= all_rows ? ahead * s.stride : 0;
+    for (int column = 0; column < s.columns; column += kWidth) {
+      from.data = data + row * s.stride + Columns::kSize * column;
+      tile<kPairs, To::kSums, kRows, kTileVectors>(depth, x + 4 * (row / (kPairs ? 2 : 1)), x_stride, from, out + column,
+                                                   out_stride, nullptr, next);
+    }
+  }
+}
+
+template <bool kPairs, class Columns>
+inline bool stream_columns(int64_t rows, const Source& s, const Columns& from, const char* x, int64_t x_stride,
+                           float* out, int64_t out_stride, int ahead, int all_rows) {
+  switch (rows) {
+    case 1: stream_rows<kPairs, 1>(s, from, x, x_stride, out, out_stride, ahead, all_rows); return true;
+    case 2: stream_rows<kPairs, 2>(s, from, x, x_stride, out, out_stride, ahead, all_rows); return true;
+    case 3: stream_rows<kPairs, 3>(s, from, x, x_stride, out, out_stride, ahead, all_rows); return true;
+    case 4: stream_rows<kPairs, 4>(s, from, x, x_stride, out, out_stride, ahead, all_rows); return true;
+    default: return false;
+  }
+}
+
+// Whether it did so: it reads whole vectors only.  Rows are prefetched `ahead` rows before they are read, of `all_rows`,
+// which are those of the source and what follows them.
+template <bool kPairs>
+inline bool stream(int64_t rows, const Source& s, const char* x, int64_t x_stride, float* out, int64_t out_stride,
+                   int ahead, int all_rows) {
+  if (s.columns % (kTileVectors * kLanes) || (kPairs && s.rows % 2)) return false;
+  auto by = [&](const auto& from) {
+    return stream_columns<kPairs>(rows, s, from, x, x_stride, out, out_stride, ahead, all_rows);
+  };
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+  if constexpr (kPairs) {
+    if (s.kind == Kind::kBfloat16) return by(PairsOfBfloat16(s));
+    return s.has_sign ? by(PairsByTable<true>(s)) : by(PairsByTable<false>(s));
+  }
+#endif
+  switch (s.kind) {
+    case Kind::kFloat32: return by(Widened<Kind::kFloat32>(s));
+    case Kind::kBfloat16: return by(Widened<Kind::kBfloat16>(s));
+    case Kind::kFloat16: return by(Widened<Kind::kFloat16>(s));
+    case Kind::kInt8: return by(Widened<Kind::kInt8>(s));
+    default: return false;
+  }
 }
 
 // A chunk of slots, as a block of queries sees it.
@@ -158,10 +223,9 @@ inline Chunk next_chunk(const Attention& a, const Block& block, int64_t begin, i
 
 // Weights of a row's slots from its scores, and its state's largest score and sum; the factor of its earlier weights.
 template <bool kPairs>
-inline void weigh(const Attention& a, const Memory& m, State state, int64_t row, int32_t query, bool whole,
-                  const float* key_scales, const float* value_scales, const int32_t* slots) {
+inline void weigh(const Attention& a, const Memory& m, State state, int64_t row, const float* scores, int32_t query,
+                  bool whole, const float* key_scales, const float* value_scales, const int32_t* slots) {
   constexpr int kVectors = kChunk / kLanes;
-  float* scores = m.scores + row * kChunk;
   Floats each[kVectors], top = all(kLowest), total{};
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) {
@@ -201,6 +265,41 @@ inline const T* filled(const T* from, int n, T rest, T* copy) {
   return copy;
 }
 
+// What a block reads of a span's keys and values.
+struct Operands {
+  const Attention& a;
+  const Block& block;
+  int64_t head = block.batch * a.kv + block.head;  // among those of the batch
+
+  Source keys(int64_t slot, int count, int row = 0, int rows = 0) const {
+    const int size = size_of(a.cache);
+    return {a.keys + ((head * a.d + row) * a.slots + slot) * size, a.slots * size, rows ? rows : int(a.d), count, a.cache,
+            a.table, a.has_sign};
+  }
+  Source values(int64_t slot, int count) const {
+    const int size = size_of(a.cache);
+    return {a.values + (head * a.slots + slot) * a.d * size, a.d * size, count, int(a.d), a.cache, a.table, a.has_sign};
+  }
+};
+
+// Scores of all rows with the keys of `count` slots, kSlab rows of keys at a time.
+template <bool kPairs>
+inline void scores_by_slabs(const Operands& from, const Memory& m, int64_t rows, int64_t slot, int count) {
+  const Attention& a = from.a;
+  const int width = int(rounded_up(count, kChunk));
+  const int64_t step = rounded_up(a.d, kLanes) / (kPairs ? 2 : 1);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int i = 0; i < width; i += kLanes) store(m.scores + r * m.stride + i, Floats{});
+  if (stream<kPairs>(rows, from.keys(slot, count), m.q, step, m.scores, m.stride, kSlab, int(a.d))) return;
+  for (int row = 0; row < a.d; row += kSlab) {
+    auto some = [&](int at) { return int(a.d - at < kSlab ? a.d - at : kSlab); };
+    Ahead ahead(row + kSlab < a.d ? from.keys(slot, count, row + kSlab, some(row + kSlab)) : from.values(slot, kSlab));
+    pack(from.keys(slot, count, row, some(row)), kPairs, width, m.panel, ahead);
+    const char* x = m.q + 4 * (row / (kPairs ? 2 : 1));
+    product<kPairs, To::kSums>(rows, some(row), x, step, m.panel, width, m.scores, m.stride);
+  }
+}
+
 template <bool kPairs>
 bool span_of(const Attention& a, const Block& block, int64_t begin, void* memory, State state) {
   const int64_t end = begin + kSpan < a.slots ? begin + kSpan : a.slots;
@@ -208,34 +307,52 @@ bool span_of(const Attention& a, const Block& block, int64_t begin, void* memory
   if (chunk.begin == end) return false;
   const int64_t group = a.heads / a.kv, depth = rounded_up(a.d, kLanes), rows = block.count * group;
   const Memory m(a, rows, memory);
+  const Operands from{a, block};
   for (int64_t r = 0; r < rows; ++r) state.largest[r] = kLowest, state.weights[r] = 0;
   for (int64_t i = 0; i < rows * depth; i += kLanes) store(state.values + i, Floats{});
-  const int size = size_of(a.cache);
-  const int64_t head = block.batch * a.kv + block.head;
-  const char *keys = a.keys + head * a.d * a.slots * size, *values = a.values + head * a.slots * a.d * size;
   const int32_t* queries = a.positions + block.batch * a.queries + block.first;
+  const bool few = rows <= kFewRows;
+  const int64_t start = chunk.begin, q_step = kPairs ? depth / 2 : depth, step = kPairs ? kChunk / 2 : kChunk;
+  if (few) {
+    int64_t last = end;
+    for (Chunk each = chunk; each.begin < end; each = next_chunk(a, block, each.begin + kChunk, end))
+      last = each.begin + each.count;
+    scores_by_slabs<kPairs>(from, m, rows, start, int(last - start));
+  }
   while (chunk.begin < end) {
-    const int64_t at = chunk.begin;
-    const Source k{keys + at * size, a.slots * size, int(a.d), chunk.count, a.cache, a.table, a.has_sign};
-    const Source v{values + at * a.d * size, a.d * size, chunk.count, int(a.d), a.cache, a.table, a.has_sign};
+    const int64_t at = chunk.begin, first = chunk.first * group, some = (chunk.last - chunk.first) * group;
     const Chunk next = next_chunk(a, block, at + kChunk, end);
-    const int64_t first = chunk.first * group, some = (chunk.last - chunk.first) * group;
-    const int64_t step = kPairs ? depth / 2 : depth;
-    Ahead ahead{v.data, v.stride, v.rows, v.columns * size};
-    pack(k, kPairs, kChunk, m.panel, ahead);
-    product<kPairs>(some, int(a.d), m.q + 4 * first * step, step, m.panel, kChunk, m.scores + first * kChunk, kChunk,
-                    nullptr);
-    auto* key_scales = filled(a.key_scales ? a.key_scales + head * a.slots + at : nullptr, chunk.count, 1.0f, m.key_scales);
-    auto* value_scales = filled(a.value_scales ? a.value_scales + head * a.slots + at : nullptr, chunk.count, 1.0f, m.value_scales);
+    const Source values = from.values(at, chunk.count);
+    if (!few) {
+      Ahead ahead(values);
+      pack(from.keys(at, chunk.count), kPairs, kChunk, m.panel, ahead);
+      product<kPairs, To::kNew>(some, int(a.d), m.q + 4 * first * q_step, q_step, m.panel, kChunk,
+                                m.scores + first * m.stride, m.stride);
+    }
+    auto scales = [&](const float* all_scales, float* copy) {
+      return filled(all_scales ? all_scales + from.head * a.slots + at : nullptr, chunk.count, 1.0f, copy);
+    };
+    const float *key_scales = scales(a.key_scales, m.key_scales), *value_scales = scales(a.value_scales, m.value_scales);
     auto* slots = filled(a.slot_positions + block.batch * a.slots + at, chunk.count, INT32_MAX, m.positions);
-    for (int64_t i = chunk.first; i < chunk.last; ++i)
-      for (int64_t r = i * group; r < (i + 1) * group; ++r)
-        weigh<kPairs>(a, m, state, r, queries[i], chunk.whole, key_scales, value_scales, slots);
-    ahead = {keys + next.begin * size, k.stride, k.rows, next.count * size};
-    pack(v, kPairs, int(depth), m.panel, ahead);
-    const int64_t weights = kPairs ? kChunk / 2 : kChunk;
-    product<kPairs>(some, chunk.count, m.weights + 4 * first * weights, weights, m.panel, int(depth),
-                    state.values + first * depth, depth, m.factors + first);
+    for (int64_t r = first; r < first + some; ++r)
+      weigh<kPairs>(a, m, state, r, m.scores + r * m.stride + (few ? at - start : 0), queries[r / group], chunk.whole,
+                    key_scales, value_scales, slots);
+    const char* weights = m.weights + 4 * first * step;
+    float* sums = state.values + first * depth;
+    if (some <= kTileRows) {
+      for (int64_t r = 0; r < some; ++r)
+        for (int64_t i = r * depth; i < (r + 1) * depth; i += kLanes)
+          store(sums + i, load<Floats>(sums + i) * all(m.factors[first + r]));
+      if (stream<kPairs>(some, values, weights, step, sums, depth, kChunk,
+                         next.begin == at + kChunk && next.count == kChunk ? 2 * kChunk : 0)) {
+        chunk = next;
+        continue;
+      }
+      for (int64_t r = 0; r < some; ++r) m.factors[first + r] = 1;
+    }
+    Ahead ahead = next.begin == end ? Ahead() : few ? Ahead(from.values(next.begin, next.count)) : Ahead(from.keys(next.begin, next.count));
+    pack(values, kPairs, int(depth), m.panel, ahead);
+    product<kPairs, To::kScaled>(some, chunk.count, weights, step, m.panel, int(depth), sums, depth, m.factors + first);
     chunk = next;
   }
   return true;
