@@ -39,9 +39,9 @@ def refuses(target: Target, q: jax.Array, cache: LayerCache) -> str | None:
 def attend(q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array, window: int | None) -> jax.Array:
     """Attention of q (b, t, h, d) over the cache, (b, t, h * d) in q's dtype; `refuses` has no reason against it.
 
-    Scores, softmax and sums are float32.  The result of a query has the same bits alone and among others, for any number
-    of threads, and whatever is in slots that it does not see, as long as that is finite; a query that sees no slot has
-    zero.  bfloat16 queries and a cache that is exact in bfloat16 are multiplied as pairs of bfloat16 on processors with
+    Scores, softmax and sums are float32.  The result of a query has the same bits alone and among others, for any
+    number of threads, and whatever is in slots that it does not see, as long as that is finite; a query that sees no
+    slot has zero.  bfloat16 queries and a cache that is exact in bfloat16 are multiplied as pairs of bfloat16 on processors with
     such instructions, which round the weights to bfloat16; all else is multiplied in float32.
 
     queries  (b, t) int32  positions of the queries
