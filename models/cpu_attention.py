@@ -41,8 +41,8 @@ def attend(q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array
 
     Scores, softmax and sums are float32.  The result of a query has the same bits alone and among others, for any
     number of threads, and whatever is in slots that it does not see, as long as that is finite; a query that sees no
-    slot has zero.  bfloat16 queries and a cache that is exact in bfloat16 are multiplied as pairs of bfloat16 on processors with
-    such instructions, which round the weights to bfloat16; all else is multiplied in float32.
+    slot has zero.  Weights are rounded to bfloat16 only where queries are bfloat16, the cache is exact in it, and the
+    processor multiplies pairs of bfloat16; all else is multiplied in float32.
 
     queries  (b, t) int32  positions of the queries
     slots    (b, s) int32  positions of the keys, EMPTY for those that no query sees

@@ -1,6 +1,7 @@
 """The shape of the repository: imports point one way, and what is installed is what is there."""
 
 import ast
+import os
 import pathlib
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tomllib
 import zipfile
 
+import native_builds
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -150,14 +152,19 @@ def test_importing_perparam_touches_no_device_and_no_environment():
         "from jax._src import xla_bridge\n"
         "before = dict(os.environ)\n"
         "import perparam, perparam.__main__\n"
+        "from perparam.policies.native import library\n"
         "assert not xla_bridge._backends, xla_bridge._backends\n"
+        "assert library._load.cache_info().currsize == 0\n"
         "assert dict(os.environ) == before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_exactly_the_package(tmp_path):
+@pytest.mark.parametrize("compiles", [True, False])
+def test_the_wheel_holds_exactly_the_package(tmp_path, compiles):
+    if compiles and native_builds.CXX is None:
+        pytest.skip("there is no C++ compiler")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     source = tmp_path / "source"
@@ -166,8 +173,11 @@ def test_the_wheel_holds_exactly_the_package(tmp_path):
             (source / file).parent.mkdir(parents=True, exist_ok=True)
             (source / file).write_bytes((ROOT / file).read_bytes())
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "dist", source]
-    subprocess.run(build, check=True)
+    compiler = {} if compiles else {"CXX": "/bin/false"}
+    subprocess.run(build, check=True, env={**os.environ, **compiler})
     (wheel,) = (tmp_path / "dist").glob("*.whl")
+    platform = re.fullmatch(r"perparam-[\d.]+-py3-none-(\w+)", wheel.stem).group(1)  # for every version of Python
+    assert (platform != "any") == compiles
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     shipped = ("policies/", "models/", "loaders/", "commands/", "examples/")
     expected = {
@@ -176,4 +186,4 @@ def test_the_wheel_holds_exactly_the_package(tmp_path):
         if file in ("__init__.py", "__main__.py", "generation.py", "training.py", "py.typed")
         or (file.startswith(shipped) and file.endswith((".py", ".yaml")))
     }
-    assert held == expected
+    assert held == expected | ({"perparam/policies/native/libperparam.cpu.so"} if compiles else set())

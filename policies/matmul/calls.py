@@ -96,7 +96,8 @@ class Implementation:
     slower      returns the reason why the next implementation that accepts the call is preferred, or None; for calls
                 that this one accepts, too; it does not matter to `matmul_override`
     quantizer   returns what quantises the activations of a W8A8 call
-    opaque      whether it is a kernel that XLA cannot see into, which is checked before its first use on a device
+    opaque      whether it is a kernel that XLA can neither see into nor divide over several devices
+    checked     whether an opaque kernel is compared with the oracle before its first use on a device
     exportable  whether `jax.export` accepts its kernel
     """
 
@@ -107,7 +108,13 @@ class Implementation:
     slower: Callable[[Call], str | None] = lambda call: None
     quantizer: Callable[[Call], Quantizer] = by_xla
     opaque: bool = False
+    checked: bool = True
     exportable: bool = True
+
+    @property
+    def needs_check(self) -> bool:
+        """Whether it is compared with the oracle before its first use on a device."""
+        return self.opaque and self.checked
 
 
 def one_by_one(

@@ -17,7 +17,7 @@ from ..checks import Check, check, checking, clauses
 from ..errors import UnknownImplementation, UnsupportedCast
 from ..formats import Format, as_format
 from ..targets import Target, targeting
-from . import blackwell, cpu, hopper, trials, xla
+from . import blackwell, cpu, hopper, native, trials, xla
 from .calls import Call, Implementation, by_xla
 from .oracle import ORACLE
 
@@ -44,7 +44,7 @@ class Choice:
         return f"{self.implementation} ({self.gist}{reasons}{checks})"
 
 
-_CPU = (cpu.SLABS, cpu.TWO_ROWS, xla.DOT)
+_CPU = (native.NATIVE, cpu.SLABS, cpu.TWO_ROWS, xla.DOT)
 _ANY = (xla.DOT, xla.REDUCTION, xla.BY_BLOCK, xla.WIDENED)
 _HOPPER = (xla.DOT, hopper.WIDENED, hopper.ROWS, hopper.COLUMNS, *_ANY[1:])
 _BLACKWELL = (xla.DOT, blackwell.BLOCK_SCALED, *_ANY[1:])
@@ -119,7 +119,7 @@ def choose(
                 f"{name!r}, the implementation in matmul_override, does not accept this call: {why}. Use another one."
             )
         named = Check(name, "unchecked", "matmul_override names it")
-        return implementation, Choice(implementation.name, implementation.gist, (), (named,) * implementation.opaque)
+        return implementation, Choice(implementation.name, implementation.gist, (), (named,) * implementation.needs_check)
     refused: dict[str, str] = {}
     checks: list[Check] = []
     left = list(candidates(target))
@@ -133,7 +133,7 @@ def choose(
             refused[implementation.name] = slower
             left.insert(left.index(preferred) + 1, implementation)  # used if that one is wrong on this device
             continue
-        if why is None and implementation.opaque:
+        if why is None and implementation.needs_check:
             checks.append(check(trials.of_product(implementation, call), target, run=run_checks))
             why = "its check failed" if checks[-1].state == "refused" else None
         if why is None:

@@ -8,10 +8,11 @@
 #include <memory>
 #include <vector>
 
-#include "dispatch.h"
+#include <xla/ffi/api/ffi.h>
+
 #include "export.h"
+#include "isa.h"
 #include "parallel.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace perparam {
 namespace {
@@ -151,7 +152,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, f
     a.has_sign = true;
     for (int i = 0; i < 128; ++i) a.has_sign = a.has_sign && (a.table[i] ^ a.table[i + 128]) == 0x8000;
   }
-  run(a, *attention_isa(), pool);
+  run(a, *isa()->attention, pool);
   return ffi::Error::Success();
 }
 
@@ -176,5 +177,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(perparam_attention, perparam::Attend,
 
 // exp as attention computes it, for tests; x is at most 0.
 PERPARAM_EXPORT void perparam_exponential(int64_t n, const float* x, float* y) {
-  perparam::attention_isa()->exponential(n, x, y);
+  perparam::isa()->attention->exponential(n, x, y);
 }

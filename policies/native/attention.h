@@ -5,7 +5,8 @@
 // spans are merged in the order of slots.  Chunks and spans begin at the same slots in every call, and what a query does
 // not see leaves its state as it is: its result has the same bits alone and among others, for any number of threads,
 // and for any number of empty slots.
-#pragma once
+#ifndef PERPARAM_ATTENTION_H_
+#define PERPARAM_ATTENTION_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -64,3 +65,5 @@ struct AttentionIsa {
 };
 
 }  // namespace perparam
+
+#endif

@@ -1,5 +1,6 @@
 // The kernels of attention, for the instruction set of the translation unit that includes this.
-#pragma once
+#ifndef PERPARAM_ATTENTION_KERNELS_H_
+#define PERPARAM_ATTENTION_KERNELS_H_
 
 #include "attention_panels.h"
 
@@ -436,3 +437,5 @@ constexpr AttentionIsa kAttention = {kLanes, memory, prepare, span, merge, finis
 }  // namespace
 }  // namespace attention
 }  // namespace perparam
+
+#endif

@@ -7,10 +7,11 @@
 //   pairs   bfloat16 [row / 2][width][2]
 //
 // with `width` columns, a multiple of kLanes; what is not in the source is 0, or the value of the byte 0.
-#pragma once
+#ifndef PERPARAM_ATTENTION_PANELS_H_
+#define PERPARAM_ATTENTION_PANELS_H_
 
 #include "attention.h"
-#include "vectors.h"
+#include "attention_vectors.h"
 
 namespace perparam {
 namespace attention {
@@ -296,3 +297,5 @@ struct PairsByTable {
 }  // namespace
 }  // namespace attention
 }  // namespace perparam
+
+#endif

@@ -1,59 +1,83 @@
-// What one instruction set provides: packing of weights into panels, and products of rows with a panel.
+// What one instruction set provides to products: packing of weights into panels, and products of rows with panels.
 //
-// A panel holds `width` outputs and the columns of one run, with the outputs in the lanes of vectors, so that a product
-// needs no sums across lanes.  Its elements are
+// A panel holds the columns of one run of `width` outputs. Outputs are in the lanes of vectors, so that a product needs no
+// sums across lanes. Its elements are
 //
-//   pairs   bfloat16 [column / 2][width][2], for instructions that multiply pairs of bfloat16 and add in float32
-//   floats  float32  [column][width]
+//   pairs   bfloat16 [columns / 2][width][2], for instructions that multiply pairs of bfloat16 and add in float32
+//   floats  float32  [columns][width]
 //
-// The sum of an output over a run begins at zero and takes the columns in order (pairs: both products of a pair in one
-// instruction); it is then multiplied with the scales and added to the output's total.  This order is the same for every
-// number of rows and threads, which is why a row alone gives the same bits as the row in a batch.
-#pragma once
+// A run is at most kRun columns for which each output has one scale, and each row of x too. The sum over a run begins at
+// zero and takes the columns in order (both products of a pair in one instruction); it is then multiplied with the scales
+// and added to the output's total. The order depends on neither the number of rows nor the number of threads, which is
+// why a row alone has the same bits as in a batch.
+
+#ifndef PERPARAM_ISA_H_
+#define PERPARAM_ISA_H_
 
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
+
 namespace perparam {
 
-constexpr int kRun = 64;  // most columns in a run, even
-constexpr int kMaxWidth = 32;
+constexpr int kRun = 64;        // most columns in a run; a multiple of the columns of every vector
+constexpr int kMaxWidth = 32;   // most outputs in a panel
+constexpr int kFewRows = 4;     // up to this number of rows, weights are multiplied without being packed in memory
 
-enum class Values : int32_t { kTable, kBfloat16, kFloat16, kFloat32 };  // how a kernel's values are stored
-enum class Rounding : int32_t { kNone, kBfloat16, kFloat16 };           // to what a scaled weight is rounded
+// How the values of a kernel are stored. Float8 and int8 have a table; E4M3FN and E5M2 also have arithmetic.
+enum class Values : int32_t { kTable, kE4M3, kE5M2, kBfloat16, kFloat16, kFloat32 };
 
-// A kernel as stored, row by row.
+// To what the scaled weight is rounded; kNone: the value is not scaled before the product.
+enum class Rounding : int32_t { kNone, kFloat32, kBfloat16, kFloat16 };
+
+// A piece of a kernel as stored: `width` rows, kRun columns, all readable.
 struct Source {
-  const uint8_t* data;    // of the first row of the panel, at the first column of the run
+  const uint8_t* data;
   ptrdiff_t stride;       // bytes from row to row
   Values values;
-  const uint16_t* table;  // kTable: the bfloat16 of each of the 256 bytes
-  bool has_sign;          // kTable: bit 7 is a sign: table[i + 128] == -table[i]
-  Rounding rounding;      // other than kNone: each value is multiplied with its row's scale and rounded
-  const float* scales;    // (width,) for rounding
+  const uint16_t* table;  // the 256 values of one-byte dtypes, as bfloat16
+  Rounding rounding;
+  const float* scales;    // (width,) that multiply the values before they are rounded
 };
 
-// One product of a few rows with a panel: totals[r, n] += x_scales[r] * scales[n] * sum(x[r, k] * panel[k, n]).
-struct Tile {
-  int rows;
-  int columns;            // of the run; even for pairs
-  const void* x;          // bfloat16 for pairs, else float32
-  ptrdiff_t x_stride;     // elements
-  const void* panel;
-  const float* scales;    // (width,)
-  const float* x_scales;  // one for each row, or null for 1
+// A few rows of x, and their totals: totals[r][n] += x_scales[r] * scales[n] * sum(x[r][k] * weight[k][n]).
+struct Rows {
+  int count;
+  const void* x;            // the first column of the run: bfloat16 for pairs, else float32
+  ptrdiff_t x_stride;       // elements from row to row
+  const float* x_scales;    // of the run, or null: 1
   ptrdiff_t x_scales_stride;
-  float* totals;          // (rows, width)
+  const float* scales;      // (width,) of the run
+  float* totals;            // (count, width)
 };
 
+// Functions of one instruction set; each takes pairs only if `pairs` is true.
 struct Isa {
   const char* name;
-  int width;  // outputs in a panel, at most kMaxWidth
-  int rows;   // most rows of a tile
-  bool pairs; // whether it multiplies pairs of bfloat16
-  // Packs kRun columns of `width` rows; what is at `next` will be packed soon.
-  void (*pack)(const Source& source, bool pairs, void* panel, const uint8_t* next);
-  void (*multiply)(const Tile& tile, bool pairs);
+  int width;   // outputs in a panel
+  int rows;    // most rows of `multiply`
+  bool pairs;  // whether it has instructions for pairs of bfloat16
+  // Decodes kRun columns to a panel, aligned to 64 bytes.
+  void (*pack)(const Source& source, bool pairs, void* panel);
+  // Adds the products of rows with a panel of `columns`, an even number for pairs.
+  void (*multiply)(const Rows& rows, bool pairs, const void* panel, int columns);
+  // The same for kRun columns and up to kFewRows rows, without a panel.
+  void (*multiply_few)(const Rows& rows, bool pairs, const Source& source);
+  const AttentionIsa* attention;
 };
 
+// Each returns null where the library was compiled for other processors.
+const Isa* isa_scalar();
+const Isa* isa_avx2();
+const Isa* isa_avx512();
+const Isa* isa_avx512bf16();
+const Isa* isa_neon();
+const Isa* isa_neonbf16();
+
+// The functions in use: the best that this processor has, or those that PERPARAM_CPU names; null: it names others.
+const Isa* isa();
+
 }  // namespace perparam
+
+#endif

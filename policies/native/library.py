@@ -12,10 +12,10 @@ import threading
 
 import jax
 
-HANDLERS = (("perparam_attention", "perparam_attention"),)
+HANDLERS = (("perparam_matmul", "perparam_matmul"), ("perparam_attention", "perparam_attention"))
 """Names of the FFI targets, and the symbols of their handlers in the library."""
 
-FILE = "libperparam.so"
+FILE = "libperparam.cpu.so"
 
 _lock = threading.Lock()
 

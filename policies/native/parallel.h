@@ -1,14 +1,15 @@
 // Work shared by the threads of XLA's intra-op pool and the calling thread.
-#pragma once
+#ifndef PERPARAM_PARALLEL_H_
+#define PERPARAM_PARALLEL_H_
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <thread>
-#include <type_traits>
 
-#include "xla/ffi/api/ffi.h"
+#include <xla/ffi/api/ffi.h>
 
 namespace perparam {
 
@@ -29,10 +30,12 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const Body& body) {
     }
   };
   int64_t helpers = std::min<int64_t>(count, pool.num_threads()) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::decay_t<decltype(work)>(work));
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
   work();
   for (int spins = 0; progress->done.load() < count; ++spins)
     if (spins > 1000) std::this_thread::yield();
 }
 
 }  // namespace perparam
+
+#endif

@@ -2,7 +2,8 @@
 //
 // Written with the vector extensions of GCC and Clang, which have + - * and comparisons; intrinsics are for what they
 // lack.  All is in an anonymous namespace, since each translation unit has its own.
-#pragma once
+#ifndef PERPARAM_ATTENTION_VECTORS_H_
+#define PERPARAM_ATTENTION_VECTORS_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -176,3 +177,5 @@ inline Halves to_float16(Floats x) {
 }  // namespace
 }  // namespace vectors
 }  // namespace perparam
+
+#endif

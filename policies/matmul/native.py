@@ -1,0 +1,135 @@
+"""The product on a CPU by the native library: decodes narrow kernels in registers, with the processor's own instructions.
+
+A block of the kernel is multiplied with x as bfloat16 if x is, since its values are exact in bfloat16, and as float32 if
+not; its sums are float32, and are multiplied with its scale.  `policies/native/isa.h` has the order of the sums.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from ..formats import ScaledArray
+from ..native import library
+from ..scales import decode_scales
+from .calls import Call, Implementation, Operands
+
+_TABLE, _E4M3, _E5M2, _BFLOAT16, _FLOAT16, _FLOAT32 = range(6)
+_VALUES = {
+    np.dtype(ml_dtypes.float8_e4m3fn): _E4M3,
+    np.dtype(ml_dtypes.float8_e5m2): _E5M2,
+    np.dtype(ml_dtypes.bfloat16): _BFLOAT16,
+    np.dtype(np.float16): _FLOAT16,
+    np.dtype(np.float32): _FLOAT32,
+}
+"""The enum `Values` of isa.h by dtype; other dtypes of one byte are decoded by a table."""
+
+_UNROUNDED = 0
+_ROUNDING = {np.dtype(np.float32): 1, np.dtype(ml_dtypes.bfloat16): 2, np.dtype(np.float16): 3}
+"""The enum `Rounding` of isa.h by the dtype to which weights are rounded."""
+
+
+@functools.cache
+def _table(dtype: np.dtype) -> np.ndarray:
+    """Returns the bits of the 256 values of a dtype as bfloat16, in which they are exact."""
+    if dtype.itemsize != 1:
+        return np.zeros(256, np.uint16)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+        assert np.array_equal(values.astype(ml_dtypes.bfloat16).astype(np.float32), values, equal_nan=True), dtype
+        bits: np.ndarray = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return bits
+
+
+def _refuses(call: Call) -> str | None:
+    if why := library.unavailable():
+        return why
+    if call.kernel.values.itemsize > 4:
+        return "native kernels do not support float64"
+    if call.rows is None:
+        return "the number of rows is not known"
+    return None
+
+
+def products(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
+    """Returns the products (rows, out) of calls that share x; those that differ only in `out` in one run."""
+    keys = [_key(call) for call in calls]
+    if len(set(keys)) > 1:
+        return tuple(_products((call,), (arrays,))[0] for call, arrays in zip(calls, operands, strict=True))
+    return _products(calls, operands)
+
+
+def _key(call: Call) -> tuple[object, ...]:
+    return call.x, call.kernel, call.weight, call.result
+
+
+def _products(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
+    x, x_scales = _activations(calls[0], operands[0].x)
+    result = np.dtype(ml_dtypes.bfloat16 if calls[0].result == ml_dtypes.bfloat16 else np.float32)
+    shapes = [jax.ShapeDtypeStruct((x.shape[0], call.out_features), result) for call in calls]
+    sums = _run(calls[0], x, x_scales, [one.kernel for one in operands], shapes, transposed=False)
+    return tuple(y.astype(call.result) for y, call in zip(sums, calls, strict=True))
+
+
+def gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.Array:
+    """Returns gradient (rows, out) @ weight (out, in) in float32."""
+    gradient = gradient.astype(np.float32) if gradient.dtype == np.float16 else gradient
+    shapes = [jax.ShapeDtypeStruct((gradient.shape[0], call.in_features), np.dtype(np.float32))]
+    return _run(call, gradient, None, [operands.kernel], shapes, transposed=True)[0]
+
+
+def _activations(call: Call, x: jax.Array | ScaledArray) -> tuple[jax.Array, jax.Array | None]:
+    """Returns x as bfloat16 or float32, and the scales of narrow activations."""
+    if isinstance(x, ScaledArray):
+        return x.values.astype(jnp.bfloat16), decode_scales(x.scale_inv)
+    if call.weight is not None:
+        x = x.astype(call.weight)
+    return (x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)), None
+
+
+def _run(
+    call: Call,
+    x: jax.Array,
+    x_scales: jax.Array | None,
+    kernels: list[jax.Array | ScaledArray],
+    shapes: list[jax.ShapeDtypeStruct],
+    *,
+    transposed: bool,
+) -> list[jax.Array]:
+    """Returns the products of x, as the handler takes it, with kernels of one format."""
+    none = jnp.zeros((0, 0), jnp.float32)
+    arrays: list[jax.Array] = []
+    for kernel in kernels:
+        scaled = isinstance(kernel, ScaledArray)
+        arrays += [kernel.values, decode_scales(kernel.scale_inv)] if scaled else [kernel, none]
+    values = call.kernel.values
+    exact = call.weight is None or (not call.kernel.narrow and call.weight in (values, np.float32))
+    x_group = 0
+    if x_scales is not None:
+        assert call.x.block is not None
+        x_group = call.in_features if call.x.block[1] == -1 else call.x.block[1]
+    block = call.block or (1, 1)
+    function = jax.ffi.ffi_call("perparam_matmul", shapes)
+    results: list[jax.Array] = function(
+        x,
+        none if x_scales is None else x_scales,
+        *arrays,
+        table=_table(values),
+        values=np.int32(_VALUES.get(values, _TABLE)),
+        rounding=np.int32(_UNROUNDED if exact else _ROUNDING[call.weight]),
+        block_height=np.int64(block[0]),
+        block_width=np.int64(block[1]),
+        x_group=np.int64(x_group),
+        transposed=transposed,
+    )
+    return results
+
+
+NATIVE = Implementation(
+    "native", "decodes the kernel in registers, with instructions of this processor", _refuses, products,
+    opaque=True, checked=False, exportable=False,
+)  # fmt: skip

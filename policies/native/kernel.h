@@ -1,0 +1,262 @@
+// The functions of an Isa, written once for all instruction sets.
+//
+// Each instruction set includes this file in an anonymous namespace of its own source, after a struct V of its vectors:
+//
+//   I, F            vectors of integers and of kLanes * 4 floats; kLanes lanes of 16 bytes each
+//   kParts, kRows   vectors of outputs in a panel, and most rows of a product with one
+//   kPairs          whether it multiplies pairs of bfloat16
+//   gather_lanes    reads 4 * kLanes rows: out[j][c] has in lane L the 16 bytes from 16 c of row 4 L + j
+//   unpack…         as in SSE2, within lanes
+//   Decoder<values> what turns bytes to numbers, see below
+//
+// Weights are transposed within lanes of 16 bytes: four rows and a few columns at a time.
+
+#define INLINE inline __attribute__((always_inline))
+
+using F = V::F;
+using I = V::I;
+
+constexpr int kPart = 4 * V::kLanes;  // outputs in a vector
+constexpr int kWidth = kPart * V::kParts;
+
+// Calls sink(k, even, odd) with the columns k and k + 1 of kPart rows, in float32, for each even k of 16 * kLanes bytes.
+// Pairs are sink(k, pair), a vector of (row, column of the pair) bfloat16.
+template <Values kValues, class Sink>
+INLINE void visit_bytes(const V::Decoder<kValues>& decoder, const uint8_t* data, ptrdiff_t stride, Sink sink) {
+  I lanes[4][V::kLanes];
+  V::gather_lanes(data, stride, lanes);
+  for (int c = 0; c < V::kLanes; ++c) {
+    I a0 = V::unpacklo16(lanes[0][c], lanes[1][c]), a1 = V::unpackhi16(lanes[0][c], lanes[1][c]);
+    I b0 = V::unpacklo16(lanes[2][c], lanes[3][c]), b1 = V::unpackhi16(lanes[2][c], lanes[3][c]);
+    // Two pairs of columns in each: (row, column of the pair) bytes of the first, then those of the second.
+    I pairs[4] = {V::unpacklo32(a0, b0), V::unpackhi32(a0, b0), V::unpacklo32(a1, b1), V::unpackhi32(a1, b1)};
+    for (int i = 0; i < 4; ++i) decoder.decode(pairs[i], 16 * c + 4 * i, sink);
+  }
+}
+
+// The same for values of two bytes, 8 * kLanes columns.
+template <Values kValues, class Sink>
+INLINE void visit_halves(const uint8_t* data, ptrdiff_t stride, Sink sink) {
+  I lanes[4][V::kLanes];
+  V::gather_lanes(data, stride, lanes);
+  for (int c = 0; c < V::kLanes; ++c) {
+    I a0 = V::unpacklo32(lanes[0][c], lanes[1][c]), a1 = V::unpackhi32(lanes[0][c], lanes[1][c]);
+    I b0 = V::unpacklo32(lanes[2][c], lanes[3][c]), b1 = V::unpackhi32(lanes[2][c], lanes[3][c]);
+    I pairs[4] = {V::unpacklo64(a0, b0), V::unpackhi64(a0, b0), V::unpacklo64(a1, b1), V::unpackhi64(a1, b1)};
+    for (int i = 0; i < 4; ++i) {
+      if (kValues == Values::kBfloat16)
+        sink.pair(8 * c + 2 * i, pairs[i]);
+      else
+        sink.floats(8 * c + 2 * i, V::from_half(pairs[i]), V::from_half(V::shift_right_16(pairs[i])));
+    }
+  }
+}
+
+// The same for float32, 4 * kLanes columns.
+template <class Sink>
+INLINE void visit_floats(const uint8_t* data, ptrdiff_t stride, Sink sink) {
+  I lanes[4][V::kLanes];
+  V::gather_lanes(data, stride, lanes);
+  for (int c = 0; c < V::kLanes; ++c) {
+    I a0 = V::unpacklo32(lanes[0][c], lanes[1][c]), a1 = V::unpackhi32(lanes[0][c], lanes[1][c]);
+    I b0 = V::unpacklo32(lanes[2][c], lanes[3][c]), b1 = V::unpackhi32(lanes[2][c], lanes[3][c]);
+    sink.floats(4 * c, V::as_float(V::unpacklo64(a0, b0)), V::as_float(V::unpackhi64(a0, b0)));
+    sink.floats(4 * c + 2, V::as_float(V::unpacklo64(a1, b1)), V::as_float(V::unpackhi64(a1, b1)));
+  }
+}
+
+// A sink at columns further on.
+template <class Sink>
+struct Shifted {
+  Sink sink;
+  int columns;
+  INLINE void pair(int k, I pair) { sink.pair(k + columns, pair); }
+  INLINE void floats(int k, F even, F odd) { sink.floats(k + columns, even, odd); }
+};
+
+// Calls the sink with kRun columns of kPart rows, in order.
+template <Values kValues, class Sink>
+INLINE void visit(const Source& source, int part, Sink sink) {
+  const uint8_t* data = source.data + part * kPart * source.stride;
+  constexpr int kBytes = 16 * V::kLanes;  // of a row that are read at once
+  if constexpr (kValues == Values::kBfloat16 || kValues == Values::kFloat16) {
+    for (int k = 0; k < kRun; k += kBytes / 2)
+      visit_halves<kValues>(data + 2 * k, source.stride, Shifted<Sink>{sink, k});
+  } else if constexpr (kValues == Values::kFloat32) {
+    for (int k = 0; k < kRun; k += kBytes / 4) visit_floats(data + 4 * k, source.stride, Shifted<Sink>{sink, k});
+  } else {
+    V::Decoder<kValues> decoder(source.table);
+    for (int k = 0; k < kRun; k += kBytes)
+      visit_bytes<kValues>(decoder, data + k, source.stride, Shifted<Sink>{sink, k});
+  }
+}
+
+// The float32 numbers of a vector of pairs of bfloat16: the first of each pair, and the second.
+INLINE F first_of(I pair) { return V::as_float(V::shift_left_16(pair)); }
+INLINE F second_of(I pair) { return V::as_float(V::upper_halves(pair)); }
+
+INLINE I pair_of(F even, F odd) { return V::join(V::shift_right_16(V::as_int(even)), V::upper_halves(V::as_int(odd))); }
+
+// Scaled and rounded weights, for a sink.
+template <class Sink>
+struct Rounded {
+  Sink sink;
+  Rounding rounding;
+  F scales;
+  INLINE F round(F value) {
+    value = V::mul(value, scales);
+    if (rounding == Rounding::kBfloat16) return V::as_float(V::round_to_bfloat16(V::as_int(V::clip(value, 0x1.fep127f))));
+    if (rounding == Rounding::kFloat16) return V::round_to_half(V::clip(value, 65504.0f));
+    return value;
+  }
+  INLINE void floats(int k, F even, F odd) { sink.floats(k, round(even), round(odd)); }
+  INLINE void pair(int k, I pair) { floats(k, first_of(pair), second_of(pair)); }
+};
+
+// Writes a panel.
+template <bool kPairs>
+struct Store {
+  char* panel;
+  int part;
+  INLINE void pair(int k, I pair) {
+    if (kPairs)
+      V::store(panel + (k / 2 * V::kParts + part) * sizeof(I), pair);
+    else
+      floats(k, first_of(pair), second_of(pair));
+  }
+  INLINE void floats(int k, F even, F odd) {
+    if (kPairs) return pair(k, pair_of(even, odd));
+    V::store(panel + (k * V::kParts + part) * sizeof(F), V::as_int(even));
+    V::store(panel + ((k + 1) * V::kParts + part) * sizeof(F), V::as_int(odd));
+  }
+};
+
+INLINE F broadcast_pair(const Rows& rows, int row, int k) {
+  return V::broadcast_bits(static_cast<const uint16_t*>(rows.x) + row * rows.x_stride + k);
+}
+
+INLINE F broadcast_float(const Rows& rows, int row, int k) {
+  return V::broadcast_bits(static_cast<const float*>(rows.x) + row * rows.x_stride + k);
+}
+
+// Adds the products with a few rows.
+template <bool kPairs, int kCount>
+struct Multiply {
+  const Rows& rows;
+  F* sums;
+  INLINE void pair(int k, I pair) {
+    if constexpr (kPairs) {
+      for (int r = 0; r < kCount; ++r) sums[r] = V::dot(sums[r], broadcast_pair(rows, r, k), pair);
+    } else {
+      floats(k, first_of(pair), second_of(pair));
+    }
+  }
+  INLINE void floats(int k, F even, F odd) {
+    if (kPairs) return pair(k, pair_of(even, odd));
+    for (int r = 0; r < kCount; ++r) {
+      sums[r] = V::fma(broadcast_float(rows, r, k), even, sums[r]);
+      sums[r] = V::fma(broadcast_float(rows, r, k + 1), odd, sums[r]);
+    }
+  }
+};
+
+// Multiplies the sums of a run with their scales, and adds them to the totals.
+INLINE void add_to_totals(const Rows& rows, int row, int part, F sum) {
+  F scale = V::load(rows.scales + part * kPart);
+  if (rows.x_scales) scale = V::mul(scale, V::broadcast_bits(rows.x_scales + row * rows.x_scales_stride));
+  float* total = rows.totals + row * kWidth + part * kPart;
+  V::store(total, V::as_int(V::fma(sum, scale, V::load(total))));
+}
+
+template <Values kValues, class Sink>
+INLINE void visit_rounded(const Source& source, int part, Sink sink) {
+  if (source.rounding == Rounding::kNone) return visit<kValues>(source, part, sink);
+  visit<kValues>(source, part, Rounded<Sink>{sink, source.rounding, V::load(source.scales + part * kPart)});
+}
+
+template <bool kPairs, Values kValues>
+void pack_as(const Source& source, void* panel) {
+  for (int part = 0; part < V::kParts; ++part)
+    visit_rounded<kValues>(source, part, Store<kPairs>{static_cast<char*>(panel), part});
+}
+
+template <bool kPairs, Values kValues, int kCount>
+INLINE void multiply_few_as(const Rows& rows, const Source& source) {
+  for (int part = 0; part < V::kParts; ++part) {
+    F sums[kCount];
+    for (int r = 0; r < kCount; ++r) sums[r] = V::zero();
+    visit_rounded<kValues>(source, part, Multiply<kPairs, kCount>{rows, sums});
+    for (int r = 0; r < kCount; ++r) add_to_totals(rows, r, part, sums[r]);
+  }
+}
+
+template <bool kPairs, Values kValues>
+void multiply_few_as(const Rows& rows, const Source& source) {
+  switch (rows.count) {
+    case 1: return multiply_few_as<kPairs, kValues, 1>(rows, source);
+    case 2: return multiply_few_as<kPairs, kValues, 2>(rows, source);
+    case 3: return multiply_few_as<kPairs, kValues, 3>(rows, source);
+    case 4: return multiply_few_as<kPairs, kValues, 4>(rows, source);
+  }
+  static_assert(kFewRows == 4, "a case for each number of rows");
+}
+
+template <bool kPairs, int kCount>
+void multiply_panel(const Rows& rows, const char* panel, int columns) {
+  F sums[kCount][V::kParts];
+  for (int r = 0; r < kCount; ++r)
+    for (int part = 0; part < V::kParts; ++part) sums[r][part] = V::zero();
+  for (int k = 0; k < columns; k += kPairs ? 2 : 1) {
+    F weights[V::kParts];
+    for (int part = 0; part < V::kParts; ++part, panel += sizeof(F)) weights[part] = V::load(panel);
+    for (int r = 0; r < kCount; ++r) {
+      F x = kPairs ? broadcast_pair(rows, r, k) : broadcast_float(rows, r, k);
+      for (int part = 0; part < V::kParts; ++part) {
+        if constexpr (kPairs)
+          sums[r][part] = V::dot(sums[r][part], x, V::as_int(weights[part]));
+        else
+          sums[r][part] = V::fma(x, weights[part], sums[r][part]);
+      }
+    }
+  }
+  for (int r = 0; r < kCount; ++r)
+    for (int part = 0; part < V::kParts; ++part) add_to_totals(rows, r, part, sums[r][part]);
+}
+
+template <bool kPairs, int kCount>
+void multiply_as(const Rows& rows, const void* panel, int columns) {
+  if (rows.count == kCount) return multiply_panel<kPairs, kCount>(rows, static_cast<const char*>(panel), columns);
+  if constexpr (kCount > 1) multiply_as<kPairs, kCount - 1>(rows, panel, columns);
+}
+
+// Calls function<kPairs, values> of the source's values.
+#define PERPARAM_BY_VALUES(function, kPairs, ...)                                      \
+  switch (source.values) {                                                             \
+    case Values::kTable: return function<kPairs, Values::kTable>(__VA_ARGS__);         \
+    case Values::kE4M3: return function<kPairs, Values::kE4M3>(__VA_ARGS__);           \
+    case Values::kE5M2: return function<kPairs, Values::kE5M2>(__VA_ARGS__);           \
+    case Values::kBfloat16: return function<kPairs, Values::kBfloat16>(__VA_ARGS__);   \
+    case Values::kFloat16: return function<kPairs, Values::kFloat16>(__VA_ARGS__);     \
+    case Values::kFloat32: return function<kPairs, Values::kFloat32>(__VA_ARGS__);     \
+  }
+
+void pack(const Source& source, bool pairs, void* panel) {
+  if constexpr (V::kPairs) {
+    if (pairs) PERPARAM_BY_VALUES(pack_as, true, source, panel)
+  }
+  PERPARAM_BY_VALUES(pack_as, false, source, panel)
+}
+
+void multiply_few(const Rows& rows, bool pairs, const Source& source) {
+  if constexpr (V::kPairs) {
+    if (pairs) PERPARAM_BY_VALUES(multiply_few_as, true, rows, source)
+  }
+  PERPARAM_BY_VALUES(multiply_few_as, false, rows, source)
+}
+
+void multiply(const Rows& rows, bool pairs, const void* panel, int columns) {
+  if constexpr (V::kPairs) {
+    if (pairs) return multiply_as<true, V::kRows>(rows, panel, columns);
+  }
+  multiply_as<false, V::kRows>(rows, panel, columns);
+}
