@@ -104,8 +104,8 @@ inline float largest(Floats x) {
 
 // exp(x) for x <= 0, and 0 below -87, where it is less than 2**-125; NaN for NaN.
 //
-// Within 1 ulp of the exact value (tests/models/test_cpu_attention.py compares all of its range): x is n * ln 2 + r,
-// the polynomial is of degree 6 in r, |r| <= ln 2 / 2, and 2**n is added to the exponent.
+// x is n * ln 2 + r, the polynomial is of degree 6 in r, |r| <= ln 2 / 2, and n is added to the exponent.  Of 11.6 million
+// x, the largest error was 0.88 ulp, and 1.09 without FMA; tests compare one in 997.
 inline Floats exponential(Floats x) {
   const Floats bound = all(-87.0f), magic = all(0x1.8p23f);
   Floats clamped = larger(bound, x);
