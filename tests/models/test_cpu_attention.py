@@ -226,7 +226,10 @@ def test_a_nan_that_is_seen_is_seen(stored):
 
 
 def test_exp_is_within_one_ulp():
-    """Within two where there is no FMA, which rounds once.  Of all float32 from -0 to -88, one in 997; and at the bound below which it is 0."""
+    """Within two where there is no FMA, which rounds once.
+
+    Of all float32 from -0 to -88, one in 997; and at the bound below which it is 0.
+    """
     x = np.arange(0x80000000, 0xC2B00000, 997, dtype=np.uint32).view(F32)
     x = np.append(x, np.float32([0, -87, -1e30, -np.inf]))
     y = np.full_like(x, np.nan)
