@@ -20,6 +20,9 @@ serialised = pytest.param(
         importlib.util.find_spec("flatbuffers") is None, reason="JAX writes exported programs with flatbuffers"
     ),
 )
+WITHOUT_NATIVE_KERNELS = functools.partial(matmul_override, "slabs")
+"""Exported programs have none, since the process that runs them may not have the library."""
+
 AS_IT_IS_OR_SERIALISED = pytest.mark.parametrize("through", [pytest.param(lambda it: it, id="as it is"), serialised])
 MODES = pytest.mark.parametrize("compute", [None, FP8])
 
@@ -43,7 +46,9 @@ def test_runs_on_a_cpu_as_it_does_without_export(platforms, compute, through):
     assert program.platforms == platforms
     assert not has_kernel(program)
     operands = case.operands()
-    assert bits(program.call(*operands)) == bits(jax.jit(functools.partial(scaled_matmul, **case.settings))(*operands))
+    with WITHOUT_NATIVE_KERNELS():
+        want = jax.jit(functools.partial(scaled_matmul, **case.settings))(*operands)
+    assert bits(program.call(*operands)) == bits(want)
 
 
 @AS_IT_IS_OR_SERIALISED
@@ -53,7 +58,9 @@ def test_for_several_platforms_a_cpu_runs_the_same_whatever_the_gpu(compute, thr
     program = through(exported(case, "cpu", "cuda", target="cuda:9.0"))
     assert not has_kernel(program)  # Pallas lowers for a single platform
     operands = case.operands()
-    assert bits(program.call(*operands)) == bits(jax.jit(functools.partial(scaled_matmul, **case.settings))(*operands))
+    with WITHOUT_NATIVE_KERNELS():
+        want = jax.jit(functools.partial(scaled_matmul, **case.settings))(*operands)
+    assert bits(program.call(*operands)) == bits(want)
 
 
 @MODES
@@ -80,7 +87,9 @@ def test_a_gradient_is_exported_too():
     operands = case.operands()
     loss = jax.jit(jax.grad(lambda x, *pair: jnp.sum(scaled_matmul(x, *pair) ** 2)))
     program = export.export(loss, platforms=("cpu", "cuda"))(*operands)
-    np.testing.assert_array_equal(program.call(*operands), loss(*operands))
+    with WITHOUT_NATIVE_KERNELS():
+        want = jax.jit(jax.grad(lambda x, *pair: jnp.sum(scaled_matmul(x, *pair) ** 2)))(*operands)
+    np.testing.assert_allclose(program.call(*operands), want, rtol=1e-5)  # sums of 384 products in another order
 
 
 def test_for_any_number_of_rows():
@@ -89,4 +98,6 @@ def test_for_any_number_of_rows():
     (rows,) = export.symbolic_shape("rows")
     of_any = jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype)
     program = export.export(jax.jit(scaled_matmul))(of_any, kernel, scale_inv)
-    assert bits(program.call(x, kernel, scale_inv)) == bits(jax.jit(scaled_matmul)(x, kernel, scale_inv))
+    with WITHOUT_NATIVE_KERNELS():
+        want = jax.jit(scaled_matmul)(x, kernel, scale_inv)
+    assert bits(program.call(x, kernel, scale_inv)) == bits(want)

@@ -345,8 +345,8 @@ class TestTraces:
                 refused = jax.make_jaxpr(lambda *operands: scaled_matmul(*operands))(X, *planted.pair())
             with matmul_override(check=False):
                 used = jax.make_jaxpr(lambda *operands: scaled_matmul(*operands))(X, *planted.pair())
-        assert "perparam_kernel" not in str(refused)
-        assert "perparam_kernel" in str(used)
+        # That of the native kernels, on a CPU, is in both.
+        assert str(used).count("perparam_kernel[") == str(refused).count("perparam_kernel[") + 1
 
     @pytest.mark.slow
     def test_several_kernels_of_one_launch(self, tmp_path):
