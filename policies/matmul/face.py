@@ -298,7 +298,7 @@ _scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 def _gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.Array:
-    """Returns gradient (rows, out) @ weight (out, in) in float32: on CPUs without a wide copy, else with a widened weight."""
+    """Returns gradient (rows, out) @ weight (out, in) in float32: with a widened weight, but not on CPUs."""
 
     def widened(gradient: jax.Array, operands: Operands) -> jax.Array:
         # Rounding the weight to bfloat16 costs no more accuracy than the gradient in bfloat16 has lost.
@@ -306,7 +306,7 @@ def _gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.A
         return oracle.dot(gradient.astype(dtype), oracle.wide_weight(operands.kernel, dtype).T)
 
     on_cpu = functools.partial(cpu.gradient_of_x, call)
-    if native.refuses(call) is None:
+    if choose(call, Target("cpu"), run_checks=False)[0] is native.NATIVE:
         on_cpu = unless_portable(functools.partial(native.gradient_of_x, call), on_cpu, exportable=False)
     result: jax.Array = jax.lax.platform_dependent(gradient, operands, cpu=on_cpu, default=widened)
     return result

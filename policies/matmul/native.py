@@ -17,6 +17,7 @@ from ..formats import ScaledArray
 from ..native import library
 from ..scales import decode_scales
 from .calls import Call, Implementation, Operands
+from .shards import vary
 
 _TABLE, _E4M3, _E5M2, _BFLOAT16, _FLOAT16, _FLOAT32 = range(6)
 _VALUES = {
@@ -115,7 +116,7 @@ def _run(
         x_group = call.in_features if call.x.block[1] == -1 else call.x.block[1]
     block = call.block or (1, 1)
     function = jax.ffi.ffi_call("perparam_matmul", shapes)
-    results: list[jax.Array] = function(
+    results = function(
         x,
         none if x_scales is None else x_scales,
         *arrays,
@@ -127,7 +128,8 @@ def _run(
         x_group=np.int64(x_group),
         transposed=transposed,
     )
-    return results
+    marked: list[jax.Array] = vary(results, (x, arrays))
+    return marked
 
 
 NATIVE = Implementation(

@@ -11,7 +11,7 @@ import planted
 import pytest
 from flax import linen as nn
 from flax import nnx
-from matmuls import Case
+from matmuls import ON_CPU, Case
 from plans import TREE, YAML
 
 from perparam import Policy, get_policy, init
@@ -182,7 +182,7 @@ class TestTarget:
     @pytest.mark.parametrize(
         ("target", "compute", "wide", "ragged", "reason"),
         [
-            ("cpu", "null", "slabs", "slabs", ""),
+            ("cpu", "null", ON_CPU, ON_CPU, ""),
             ("cuda:9.0", "null", "hopper columns", _GENERIC, ""),
             ("cuda:9.0", "f8_e4m3fn", "hopper columns | hopper rows", _GENERIC, ""),
             ("cuda:8.0", "null", _GENERIC, _GENERIC, "cuda:8.0"),

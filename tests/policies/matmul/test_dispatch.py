@@ -1,17 +1,21 @@
 """Which implementation is taken for which target, mode and shape, why, and how that is overridden."""
 
+import dataclasses
 import threading
 import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import bits
-from matmuls import FP8, Case
+from matmuls import FP8, ON_CPU, Case
 
 from perparam.policies import PerparamError, UnknownImplementation, UnknownTarget, UnsupportedCast
+from perparam.policies.formats import Format
 from perparam.policies.matmul import IMPLEMENTATIONS, Target, cpu, matmul_override, matmul_plan, scaled_matmul
 from perparam.policies.matmul.dispatch import candidates
+from perparam.policies.native import library
 from perparam.policies.targets import here
 
 GENERAL = ["cuda", "cuda:8.0", "cuda:10.0", "rocm", "tpu"]
@@ -21,19 +25,49 @@ def plan(case: Case, target="here"):
     return matmul_plan(case.rows, case.shape, x=case.x, kernel=case.kernel, target=target, **case.settings)
 
 
+@pytest.fixture
+def without_library(monkeypatch):
+    """As where the native library was not compiled; for plans, not for programs, which JAX keeps."""
+    monkeypatch.setattr(library, "unavailable", lambda: "they were not compiled")
+
+
 class TestPlan:
+    @pytest.mark.skipif(library.unavailable() is not None, reason="there is no native library")
+    @pytest.mark.parametrize(
+        "case",
+        [
+            *(Case(rows, compute=compute) for rows in (1, 8, 4096) for compute in (None, FP8, "float32")),
+            *(Case(1, kernel=kernel) for kernel in ("bfloat16", "float16", "float32", "int8", "float8_e5m2")),
+            Case(8, (5, 9), block=(2, 3)),
+        ],
+        ids=str,
+    )
+    def test_cpus_use_the_native_library_for_everything(self, case):
+        choice = plan(case, "cpu")
+        assert (choice.implementation, choice.refused, choice.checks) == ("native", (), ())
+
+    def test_without_the_library_the_plan_says_why(self, without_library):
+        assert plan(Case(1), "cpu").refused == (("native", "they were not compiled"),)
+
+    def test_numbers_of_64_bits_are_not_for_the_library(self):
+        wide = dataclasses.replace(Case(8, kernel="float32").call, kernel=Format(np.dtype("float64")))
+        assert len(IMPLEMENTATIONS["native"].refuses(wide).split()) > 2
+
+    @pytest.mark.usefixtures("without_library")
     @pytest.mark.parametrize("rows", [1, 8, 4096])
     @pytest.mark.parametrize("compute", [None, FP8, "float32"])
-    def test_cpus_widen_narrow_kernels_slab_by_slab(self, rows, compute):
+    def test_without_it_cpus_widen_narrow_kernels_slab_by_slab(self, rows, compute):
         assert plan(Case(rows, compute=compute), "cpu").implementation == "slabs"
 
+    @pytest.mark.usefixtures("without_library")
     @pytest.mark.parametrize(("has_instructions", "expected"), [(True, "two rows"), (False, "slabs")])
-    def test_cpus_take_a_row_and_a_bfloat16_kernel_as_two_where_they_multiply_bfloat16(
+    def test_without_it_cpus_take_a_row_and_a_bfloat16_kernel_as_two_where_they_multiply_bfloat16(
         self, monkeypatch, has_instructions, expected
     ):
         monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: has_instructions)
         assert plan(Case(1, kernel="bfloat16"), "cpu").implementation == expected
 
+    @pytest.mark.usefixtures("without_library")
     @pytest.mark.parametrize(
         ("case", "expected"),
         [
@@ -45,7 +79,7 @@ class TestPlan:
         ],
         ids=str,
     )
-    def test_cpus_with_plain_kernels(self, case, expected):
+    def test_without_it_cpus_with_plain_kernels(self, case, expected):
         assert plan(case, "cpu").implementation == expected
 
     @pytest.mark.parametrize("target", GENERAL)
@@ -148,7 +182,7 @@ class TestTarget:
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a CPU is")
     def test_here_is_the_device_that_computes(self):
         assert Target.parse("here") == here() == Target("cpu")
-        assert matmul_plan(1, (128, 128)).implementation == "slabs"
+        assert matmul_plan(1, (128, 128)).implementation == ON_CPU
 
     @pytest.mark.parametrize(
         ("version", "capability", "expected"),
@@ -173,14 +207,14 @@ class TestOverride:
                     assert (here(), plan(Case(1)).implementation) == (Target("tpu"), "widen, then dot")
                 assert plan(Case(1)).implementation == "oracle"
             assert plan(Case(1)).implementation == "hopper columns"
-        assert plan(Case(1), "cpu").implementation == "slabs"
+        assert plan(Case(1), "cpu").implementation == ON_CPU
 
     def test_is_undone_by_an_exception(self):
         before = here()
         with pytest.raises(ZeroDivisionError), matmul_override("oracle", "cuda:9.0"):
             raise ZeroDivisionError
         assert here() == before
-        assert plan(Case(1), "cpu").implementation == "slabs"
+        assert plan(Case(1), "cpu").implementation == ON_CPU
 
     def test_is_that_of_its_thread(self):
         found = []
@@ -188,7 +222,7 @@ class TestOverride:
             thread = threading.Thread(target=lambda: found.append(plan(Case(1), "cpu").implementation))
             thread.start()
             thread.join()
-        assert found == ["slabs"]
+        assert found == [ON_CPU]
 
     def test_an_implementation_that_nobody_knows(self):
         with pytest.raises(UnknownImplementation, match=r"no implementation 'cutlass'. Write one of these: ") as caught:
@@ -225,7 +259,7 @@ class TestOverride:
             inside = run(*operands)
             run(*operands)
         again = run(*operands)
-        assert traced == ["slabs", "widen, then dot"]
+        assert traced == [ON_CPU, "widen, then dot"]
         assert bits(outside) == bits(again)
         assert inside.shape == outside.shape
 

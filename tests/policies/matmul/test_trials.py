@@ -173,7 +173,7 @@ class TestVerdicts:
         assert hopper_costs.shared_cost(*shape, 4) <= hopper_costs.apart_cost(*shape)
         assert hopper_costs.tiles_of(rows, outs[-1:]) > processors or rows < trials.MANY_ROWS
 
-    @pytest.mark.parametrize("name", [name for name, one in IMPLEMENTATIONS.items() if one.opaque])
+    @pytest.mark.parametrize("name", [name for name, one in IMPLEMENTATIONS.items() if one.needs_check])
     def test_a_kernel_accepts_the_calls_of_its_trials(self, monkeypatch, name):
         monkeypatch.setattr(hopper, "multiprocessors", lambda: 1)  # all of which have a tile
         refuses, mxfp8 = IMPLEMENTATIONS[name].refuses, as_format("mxfp8")
@@ -345,8 +345,8 @@ class TestTraces:
                 refused = jax.make_jaxpr(lambda *operands: scaled_matmul(*operands))(X, *planted.pair())
             with matmul_override(check=False):
                 used = jax.make_jaxpr(lambda *operands: scaled_matmul(*operands))(X, *planted.pair())
-        assert "perparam_kernel" not in str(refused)
-        assert "perparam_kernel" in str(used)
+        kernels = [str(program).count("perparam_kernel") for program in (refused, used)]
+        assert kernels[0] < kernels[1]  # that of CPUs is in both
 
     @pytest.mark.slow
     def test_several_kernels_of_one_launch(self, tmp_path):
