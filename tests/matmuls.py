@@ -15,8 +15,8 @@ from perparam.policies.native import library
 
 FP8 = "float8_e4m3fn"
 
-ON_CPU = "slabs" if library.unavailable() else "native"
-"""The implementation that CPUs choose in this process."""
+ON_CPU = "native" if library.unavailable() is None else "slabs"
+"""The implementation of narrow kernels on a CPU: other tests pass where the native library was not compiled too."""
 
 W8A16_ERROR = 2e-3
 """The result is rounded once, to eight bits: an error uniform within 2**-8 of a binade, of 2**-8 / sqrt(3) rms, over
@@ -94,17 +94,17 @@ def relative_error(found, want) -> float:
 def marks(name: str, case: Case | None = None, *, quick_kernels: bool = False) -> list:
     """The marks of a test of an implementation.
 
-    Kernels need the interpreter, in which they take seconds: in the quick run they have tests of their own, and those
-    that ask for it, of one tile of x.  70 rows are for what takes no fewer.
+    Kernels for GPUs need the interpreter, in which they take seconds: in the quick run they have tests of their own,
+    and those that ask for it, of one tile of x.  70 rows are for what takes no fewer.
     """
-    opaque = IMPLEMENTATIONS[name].needs_check  # the native kernels need no interpreter
+    checked = IMPLEMENTATIONS[name].needs_check
     if case is None:
         quick = True
-    elif opaque:
+    elif checked:
         quick = quick_kernels and (name == "hopper rows" if case.rows == 70 else case.rows in (2, 5, 8))
     else:
         quick = case.rows != 70
-    return [interpreter.required] * opaque + [pytest.mark.slow] * (not quick)
+    return [interpreter.required] * checked + [pytest.mark.slow] * (not quick)
 
 
 def takers(*cases: Case, quick_kernels: bool = False):

@@ -10,7 +10,7 @@ import pytest
 from helpers import dtype, largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matmuls import FP8, W8A8_ERROR, W8A16_ERROR, Case, exact, marks, relative_error, takers, widened
+from matmuls import FP8, ON_CPU, W8A8_ERROR, W8A16_ERROR, Case, exact, marks, relative_error, takers, widened
 
 from perparam.policies import UnsupportedCast
 from perparam.policies.formats import scaled_array
@@ -222,8 +222,10 @@ class TestEveryImplementation:
 def test_no_implementation_escapes_these_tests():
     idle = {name for name in IMPLEMENTATIONS if all(refusal(name, case) for case in CASES)}
     # "two rows" refuses everything where the processor has no instructions for bfloat16; the second takes mxfp8 alone;
-    # the third takes no fewer tiles than a GPU has multiprocessors, and the checks of `gpu_checks.dry_checks` have it.
-    assert idle <= {"two rows", "cudnn block scaled", "hopper widened"}
+    # the third takes no fewer tiles than a GPU has multiprocessors, and the checks of `gpu_checks.dry_checks` have it;
+    # "native" refuses everything where the library was not compiled.
+    assert idle <= {"two rows", "cudnn block scaled", "hopper widened", "native"}
+    assert ("native" in idle) == (ON_CPU != "native")
 
 
 def test_the_weights_that_cases_draw_cover_the_narrow_range():

@@ -1,16 +1,19 @@
 """Which implementation is taken for which target, mode and shape, why, and how that is overridden."""
 
+import dataclasses
 import threading
 import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import bits
 from matmuls import FP8, ON_CPU, Case
 
 from perparam.policies import PerparamError, UnknownImplementation, UnknownTarget, UnsupportedCast
-from perparam.policies.matmul import IMPLEMENTATIONS, Target, cpu, matmul_override, matmul_plan, native, scaled_matmul
+from perparam.policies.formats import Format
+from perparam.policies.matmul import IMPLEMENTATIONS, Target, cpu, matmul_override, matmul_plan, scaled_matmul
 from perparam.policies.matmul.dispatch import candidates
 from perparam.policies.native import library
 from perparam.policies.targets import here
@@ -23,33 +26,48 @@ def plan(case: Case, target="here"):
 
 
 @pytest.fixture
-def no_library(monkeypatch):
-    """No native kernels, as where nothing was compiled."""
+def without_library(monkeypatch):
+    """As where the native library was not compiled; for plans, not for programs, which JAX keeps."""
     monkeypatch.setattr(library, "unavailable", lambda: "they were not compiled")
 
 
 class TestPlan:
-    @pytest.mark.skipif(ON_CPU == "slabs", reason="needs the native library")
-    def test_cpus_have_native_kernels_for_all_but_float64(self):
-        for case in (Case(1), Case(4096, compute=FP8), Case(8, kernel="bfloat16"), Case(8, x="float32", kernel="float32")):
-            assert plan(case, "cpu").implementation == "native"
-        assert native.refuses(Case(1, kernel="float64").call) == "native kernels do not support float64"
+    @pytest.mark.skipif(library.unavailable() is not None, reason="there is no native library")
+    @pytest.mark.parametrize(
+        "case",
+        [
+            *(Case(rows, compute=compute) for rows in (1, 8, 4096) for compute in (None, FP8, "float32")),
+            *(Case(1, kernel=kernel) for kernel in ("bfloat16", "float16", "float32", "int8", "float8_e5m2")),
+            Case(8, (5, 9), block=(2, 3)),
+        ],
+        ids=str,
+    )
+    def test_cpus_use_the_native_library_for_everything(self, case):
+        choice = plan(case, "cpu")
+        assert (choice.implementation, choice.refused, choice.checks) == ("native", (), ())
 
-    def test_a_plan_says_why_there_are_no_native_kernels(self, no_library):
-        assert "; not native: they were not compiled" in str(plan(Case(1), "cpu"))
+    def test_without_the_library_the_plan_says_why(self, without_library):
+        assert plan(Case(1), "cpu").refused == (("native", "they were not compiled"),)
 
+    def test_numbers_of_64_bits_are_not_for_the_library(self):
+        wide = dataclasses.replace(Case(8, kernel="float32").call, kernel=Format(np.dtype("float64")))
+        assert len(IMPLEMENTATIONS["native"].refuses(wide).split()) > 2
+
+    @pytest.mark.usefixtures("without_library")
     @pytest.mark.parametrize("rows", [1, 8, 4096])
     @pytest.mark.parametrize("compute", [None, FP8, "float32"])
-    def test_cpus_widen_narrow_kernels_slab_by_slab(self, no_library, rows, compute):
+    def test_without_it_cpus_widen_narrow_kernels_slab_by_slab(self, rows, compute):
         assert plan(Case(rows, compute=compute), "cpu").implementation == "slabs"
 
+    @pytest.mark.usefixtures("without_library")
     @pytest.mark.parametrize(("has_instructions", "expected"), [(True, "two rows"), (False, "slabs")])
-    def test_cpus_take_a_row_and_a_bfloat16_kernel_as_two_where_they_multiply_bfloat16(
-        self, no_library, monkeypatch, has_instructions, expected
+    def test_without_it_cpus_take_a_row_and_a_bfloat16_kernel_as_two_where_they_multiply_bfloat16(
+        self, monkeypatch, has_instructions, expected
     ):
         monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: has_instructions)
         assert plan(Case(1, kernel="bfloat16"), "cpu").implementation == expected
 
+    @pytest.mark.usefixtures("without_library")
     @pytest.mark.parametrize(
         ("case", "expected"),
         [
@@ -61,7 +79,7 @@ class TestPlan:
         ],
         ids=str,
     )
-    def test_cpus_with_plain_kernels(self, no_library, case, expected):
+    def test_without_it_cpus_with_plain_kernels(self, case, expected):
         assert plan(case, "cpu").implementation == expected
 
     @pytest.mark.parametrize("target", GENERAL)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import dtype
-from matmuls import FP8, W8A8_ERROR, W8A16_ERROR, Case, relative_error
+from matmuls import FP8, ON_CPU, W8A8_ERROR, W8A16_ERROR, Case, relative_error
 from shapes import SHAPES
 
 from perparam.policies.matmul import matmul_override, scaled_matmul
@@ -52,7 +52,7 @@ def errors(name, x, kernel, scale_inv, want) -> dict[str, float]:
 @pytest.mark.parametrize(("rows", "shape"), [(1, (1024, 1024)), (8, (1024, 1024)), (64, (1024, 1024))])
 def test_a_handful_on_a_cpu(rows, shape):
     arrays = operands(rows, shape)
-    found = errors("slabs", *arrays, product(*arrays))
+    found = errors(ON_CPU, *arrays, product(*arrays))
     assert max(found.values()) <= 1, found
 
 
@@ -72,7 +72,7 @@ def test_a_row_and_eight_of_every_shape(shape):
     x, kernel, scale_inv = operands(8, shape)
     want = product(x, kernel, scale_inv)
     kernel, scale_inv = jnp.asarray(kernel), jnp.asarray(scale_inv)
-    found = errors("slabs", x, kernel, scale_inv, want) | errors("slabs", x[:1], kernel, scale_inv, want[:1])
+    found = errors(ON_CPU, x, kernel, scale_inv, want) | errors(ON_CPU, x[:1], kernel, scale_inv, want[:1])
     assert len(found) == 4
     assert max(found.values()) <= 1, found
 
@@ -80,5 +80,5 @@ def test_a_row_and_eight_of_every_shape(shape):
 @pytest.mark.thorough
 def test_a_prompt():
     arrays = operands(512, (4096, 4096))
-    found = errors("slabs", *arrays, product(*arrays))
+    found = errors(ON_CPU, *arrays, product(*arrays))
     assert max(found.values()) <= 1, found
