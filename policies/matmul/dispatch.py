@@ -119,7 +119,9 @@ def choose(
                 f"{name!r}, the implementation in matmul_override, does not accept this call: {why}. Use another one."
             )
         named = Check(name, "unchecked", "matmul_override names it")
-        return implementation, Choice(implementation.name, implementation.gist, (), (named,) * implementation.needs_check)
+        return implementation, Choice(
+            implementation.name, implementation.gist, (), (named,) * implementation.needs_check
+        )
     refused: dict[str, str] = {}
     checks: list[Check] = []
     left = list(candidates(target))

@@ -306,7 +306,7 @@ def _gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.A
         return oracle.dot(gradient.astype(dtype), oracle.wide_weight(operands.kernel, dtype).T)
 
     by_slab = functools.partial(cpu.gradient_of_x, call)
-    on_cpu = by_slab
+    on_cpu: Callable[[jax.Array, Operands], jax.Array] = by_slab
     if choose(call, Target("cpu"), run_checks=False)[0] is native.NATIVE:
         kernel = unless_portable(functools.partial(native.gradient_of_x, call), by_slab, exportable=False)
         on_cpu = _batched_by_rows(kernel, by_slab)
