@@ -1,7 +1,7 @@
 """The product on a CPU by the native library, which decodes narrow kernels in registers.
 
-The values of a narrow kernel are exact in bfloat16.  If x is bfloat16, they are multiplied by instructions for bfloat16,
-else as float32; sums are float32, and are multiplied with the scales.  `policies/native/isa.h` has the order of the
+The values of a narrow kernel are exact in bfloat16.  If x is bfloat16, instructions for bfloat16 multiply them, else
+those for float32; sums are float32, and are multiplied with the scales.  `policies/native/isa.h` has the order of the
 sums.
 """
 
