@@ -20,9 +20,10 @@ from ..errors import UnsupportedCast
 from ..formats import Format, ScaledArray, as_format, quantize, scaled_array, stored_format
 from ..scales import F32
 from ..targets import Target, here
-from . import cpu, native, oracle
+from . import oracle
 from .calls import BY_XLA, Call, Implementation, Operands, Quantizer
 from .dispatch import choose, describe, portable
+from .gradients import gradient_of_x
 from .portable import unless_portable
 from .shards import vary_alike
 
@@ -285,7 +286,7 @@ def _scaled_backward(group: _Group, residuals: Any, gradients: Any) -> Any:
         group.calls, gradients, kernels, group.operands(like, kernels), strict=True
     ):
         # Of a float32 result of 16-bit activations too: dx is rounded to their dtype in any case.
-        dx = dx + _gradient_of_x(call, gradient.astype(x.dtype), operands)
+        dx = dx + gradient_of_x(call, gradient.astype(x.dtype), operands)
         if isinstance(kernel, ScaledArray):
             dkernels.append(None)
             continue
@@ -295,21 +296,6 @@ def _scaled_backward(group: _Group, residuals: Any, gradients: Any) -> Any:
 
 
 _scaled.defvjp(_scaled_forward, _scaled_backward)
-
-
-def _gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.Array:
-    """Returns gradient (rows, out) @ weight (out, in) in float32: with a widened weight, but not on CPUs."""
-
-    def widened(gradient: jax.Array, operands: Operands) -> jax.Array:
-        # Rounding the weight to bfloat16 costs no more accuracy than the gradient in bfloat16 has lost.
-        dtype = call.weight or np.dtype(jnp.bfloat16 if gradient.dtype == jnp.bfloat16 else np.float32)
-        return oracle.dot(gradient.astype(dtype), oracle.wide_weight(operands.kernel, dtype).T)
-
-    on_cpu = functools.partial(cpu.gradient_of_x, call)
-    if choose(call, Target("cpu"), run_checks=False)[0] is native.NATIVE:
-        on_cpu = unless_portable(functools.partial(native.gradient_of_x, call), on_cpu, exportable=False)
-    result: jax.Array = jax.lax.platform_dependent(gradient, operands, cpu=on_cpu, default=widened)
-    return result
 
 
 def _check(x: jax.Array, kernel: jax.Array, scale_inv: ArrayLike | None, block: Block) -> None:

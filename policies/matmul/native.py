@@ -1,7 +1,7 @@
-"""The product on a CPU by the native library: decodes narrow kernels in registers, with the processor's own instructions.
+"""The product on a CPU by the native library: decodes narrow kernels in registers, with instructions of the processor.
 
-A block of the kernel is multiplied with x as bfloat16 if x is, since its values are exact in bfloat16, and as float32 if
-not; its sums are float32, and are multiplied with its scale.  `policies/native/isa.h` has the order of the sums.
+A block of the kernel is multiplied with x as bfloat16 if x is, since its values are exact in bfloat16, and as float32
+if not; its sums are float32, and are multiplied with its scale.  `policies/native/isa.h` has the order of the sums.
 """
 
 from __future__ import annotations
@@ -106,8 +106,10 @@ def _run(
     none = jnp.zeros((0, 0), jnp.float32)
     arrays: list[jax.Array] = []
     for kernel in kernels:
-        scaled = isinstance(kernel, ScaledArray)
-        arrays += [kernel.values, decode_scales(kernel.scale_inv)] if scaled else [kernel, none]
+        if isinstance(kernel, ScaledArray):
+            arrays += [kernel.values, decode_scales(kernel.scale_inv)]
+        else:
+            arrays += [kernel, none]
     values = call.kernel.values
     exact = call.weight is None or (not call.kernel.narrow and call.weight in (values, np.float32))
     x_group = 0
