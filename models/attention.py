@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from ..policies.matmul.portable import unless_portable
 from ..policies.targets import here
-from . import flash
+from . import cpu_attention, flash
 from .kv_cache import LayerCache, update_slice
 
 SCORES = 2**26
@@ -50,9 +50,9 @@ def attend(
              attention with a mask, which is also for tokens that follow others
     weights  function without arguments that returns the attention weights (b, h, t, s) in q's dtype
 
-    On a GPU this is cuDNN's flash attention where that accepts the call; derivatives and batches (`vmap`) are those of
-    attention over the slots.  There, scores and softmax are float32, and the queries of a long prompt are processed in
-    chunks, so that never more than SCORES bytes of scores are held.
+    On a CPU this is a native kernel, on a GPU cuDNN's flash attention, where that accepts the call; derivatives and
+    batches (`vmap`) are those of attention over the slots.  There, scores and softmax are float32, and the queries of a
+    long prompt are processed in chunks, so that never more than SCORES bytes of scores are held.
     """
 
     def over_slots(
@@ -68,25 +68,35 @@ def attend(
     def flash_attention(q: jax.Array, _: LayerCache, __: jax.Array, ___: jax.Array, prefill: PrefillKV) -> jax.Array:
         return flash.attend(q, prefill.k, prefill.v, prefill.mask, window).reshape(*q.shape[:2], -1)
 
+    def natively(q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array) -> jax.Array:
+        return cpu_attention.attend(q, cache, queries, slots, window)
+
     def weights() -> jax.Array:
         b, t, heads, _ = q.shape
         return _weights(window, _grouped(q, cache), queries, cache, slots).astype(q.dtype).reshape(b, heads, t, -1)
 
+    def by_kernel(platform: str, kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """`over_slots`; on this platform `kernel`, in programs that can contain it."""
+        opaque = unless_portable(kernel, over_slots, exportable=False)
+
+        def dispatched(*operands: Any) -> jax.Array:
+            output: jax.Array = jax.lax.platform_dependent(*operands, **{platform: opaque}, default=over_slots)
+            return output
+
+        return _differentiated_as(over_slots, dispatched)
+
     if flash.refuses(here(), q.shape[1], q.shape[3], q.dtype, cache.dtype):
-        return over_slots(q, cache, queries, slots), weights
+        native = cpu_attention.refuses(here(), q, cache) is None
+        attention = by_kernel("cpu", natively) if native else over_slots
+        return attention(q, cache, queries, slots), weights
     if prefill is not None:
         traces = flash.traces(q, prefill.k, prefill.v, prefill.mask, window)
     else:
         traces = slots.shape[1] % flash.SLOTS == 0 and flash.traces_masked(q, cache.values)
     if not traces:
         return over_slots(q, cache, queries, slots), weights
-    on_gpu = unless_portable(with_mask if prefill is None else flash_attention, over_slots, exportable=False)
-
-    def dispatched(*operands: Any) -> jax.Array:
-        output: jax.Array = jax.lax.platform_dependent(*operands, cuda=on_gpu, default=over_slots)
-        return output
-
-    return _differentiated_as(over_slots, dispatched)(q, cache, queries, slots, prefill), weights
+    attention = by_kernel("cuda", with_mask if prefill is None else flash_attention)
+    return attention(q, cache, queries, slots, prefill), weights
 
 
 def in_row_major_order(cache: LayerCache) -> LayerCache:

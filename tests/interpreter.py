@@ -91,7 +91,7 @@ def interpreted():
             patch.setattr(plgpu, "BlockSpec", functools.partial(_block_spec, plgpu.BlockSpec))
         for module, name in KERNELS:
             patch.setattr(module, name, functools.partial(getattr(module, name), interpret=parameters))
-        patch.setattr(face, "unless_portable", lambda kernel, *_: kernel)  # which takes no side effects
+        patch.setattr(face, "unless_portable", lambda kernel, *_, **__: kernel)  # which takes no side effects
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
         try:
             yield launches

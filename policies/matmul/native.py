@@ -1,7 +1,7 @@
-"""The product on a CPU by the native library: decodes narrow kernels in registers, with instructions of the processor.
+"""The product on a CPU by the native library, which decodes narrow kernels in registers.
 
-A block of the kernel is multiplied with x as bfloat16 if x is, since its values are exact in bfloat16, and as float32
-if not; its sums are float32, and are multiplied with its scale.  `policies/native/isa.h` has the order of the sums.
+The values of a narrow kernel are exact in bfloat16.  If x is bfloat16, their products are those of bfloat16
+instructions, else of float32; sums are float32, and are multiplied with the scales.  `policies/native/isa.h` has the order of the sums.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _run(
         x_group=np.int64(x_group),
         transposed=transposed,
     )
-    marked: list[jax.Array] = vary(results, (x, arrays))
+    marked: list[jax.Array] = vary(list(results), (x, arrays))
     return marked
 
 

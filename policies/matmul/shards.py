@@ -16,7 +16,10 @@ def vary_alike(operands: Any) -> Any:
 
 
 def vary(results: Any, operands: Any) -> Any:
-    """Returns `results` marked as varying over every axis over which an operand varies, since Pallas does not do so."""
+    """Returns `results` marked as varying over every axis over which an operand varies.
+
+    Pallas and the FFI do not do so.
+    """
     leaves = jax.tree.leaves(operands)
     axes = frozenset[str]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
 

@@ -17,6 +17,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
+
 namespace perparam {
 
 constexpr int kRun = 64;        // most columns in a run; a multiple of the columns of every vector
@@ -68,6 +70,7 @@ struct Isa {
   void (*multiply)(const Rows& rows, bool pairs, const void* panel, int columns);
   // The same for kRun columns and up to kFewRows rows, without a panel.
   void (*multiply_few)(const Rows& rows, bool pairs, const Source& source);
+  const AttentionIsa* attention;
 };
 
 // Each returns null where the library was compiled for other processors.

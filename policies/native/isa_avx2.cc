@@ -5,6 +5,8 @@
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
+#include "attention_kernels.h"
+
 namespace perparam {
 namespace {
 
@@ -117,7 +119,7 @@ struct V {
 }  // namespace
 
 const Isa* isa_avx2() {
-  static const Isa isa = {"avx2", kWidth, V::kRows, false, pack, multiply, multiply_few};
+  static const Isa isa = {"avx2", kWidth, V::kRows, false, pack, multiply, multiply_few, &attention::kAttention};
   return &isa;
 }
 

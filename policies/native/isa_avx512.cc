@@ -5,6 +5,8 @@
 #if defined(__AVX512BW__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 
+#include "attention_kernels.h"
+
 namespace perparam {
 namespace {
 
@@ -52,7 +54,7 @@ struct V : Vector512 {
 }  // namespace
 
 const Isa* isa_avx512() {
-  static const Isa isa = {"avx512", kWidth, V::kRows, false, pack, multiply, multiply_few};
+  static const Isa isa = {"avx512", kWidth, V::kRows, false, pack, multiply, multiply_few, &attention::kAttention};
   return &isa;
 }
 

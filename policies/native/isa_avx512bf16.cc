@@ -5,6 +5,8 @@
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #include <immintrin.h>
 
+#include "attention_kernels.h"
+
 namespace perparam {
 namespace {
 
@@ -52,7 +54,7 @@ struct V : Vector512 {
 }  // namespace
 
 const Isa* isa_avx512bf16() {
-  static const Isa isa = {"avx512bf16", kWidth, V::kRows, true, pack, multiply, multiply_few};
+  static const Isa isa = {"avx512bf16", kWidth, V::kRows, true, pack, multiply, multiply_few, &attention::kAttention};
   return &isa;
 }
 

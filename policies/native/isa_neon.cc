@@ -5,6 +5,8 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
+#include "attention_kernels.h"
+
 namespace perparam {
 namespace {
 
@@ -20,7 +22,7 @@ struct V : VectorNeon {
 }  // namespace
 
 const Isa* isa_neon() {
-  static const Isa isa = {"neon", kWidth, V::kRows, false, pack, multiply, multiply_few};
+  static const Isa isa = {"neon", kWidth, V::kRows, false, pack, multiply, multiply_few, &attention::kAttention};
   return &isa;
 }
 

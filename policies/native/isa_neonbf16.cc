@@ -5,6 +5,8 @@
 #if defined(__aarch64__) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
 
+#include "attention_kernels.h"
+
 namespace perparam {
 namespace {
 
@@ -24,7 +26,7 @@ struct V : VectorNeon {
 }  // namespace
 
 const Isa* isa_neonbf16() {
-  static const Isa isa = {"neonbf16", kWidth, V::kRows, true, pack, multiply, multiply_few};
+  static const Isa isa = {"neonbf16", kWidth, V::kRows, true, pack, multiply, multiply_few, &attention::kAttention};
   return &isa;
 }
 

@@ -1,5 +1,6 @@
 // C++ without vector instructions of its own, for every processor; compilers use what all processors of a kind have.
 
+#include "attention_kernels.h"
 #include "isa.h"
 
 namespace perparam {
@@ -138,7 +139,7 @@ struct V {
 }  // namespace
 
 const Isa* isa_scalar() {
-  static const Isa isa = {"scalar", kWidth, V::kRows, false, pack, multiply, multiply_few};
+  static const Isa isa = {"scalar", kWidth, V::kRows, false, pack, multiply, multiply_few, &attention::kAttention};
   return &isa;
 }
 

@@ -12,7 +12,7 @@ import threading
 
 import jax
 
-HANDLERS = (("perparam_matmul", "perparam_matmul"),)
+HANDLERS = (("perparam_matmul", "perparam_matmul"), ("perparam_attention", "perparam_attention"))
 """Names of the FFI targets, and the symbols of their handlers in the library."""
 
 FILE = "libperparam.cpu.so"

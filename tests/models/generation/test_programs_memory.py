@@ -14,7 +14,7 @@ from flax import nnx
 
 import perparam
 from perparam import Policy
-from perparam.models import Linear, Qwen3, Qwen3Config, attention
+from perparam.models import Linear, Qwen3, Qwen3Config, attention, cpu_attention
 from perparam.models.generation import programs
 from perparam.models.generation.keys import row_keys
 from perparam.models.generation.sampling import GREEDY, Sampling
@@ -166,8 +166,11 @@ def temporary(program):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("window", [None, 512])
-def test_a_long_prompt_takes_no_memory_of_its_square(window):
+def test_a_long_prompt_takes_no_memory_of_its_square(monkeypatch, window, native):
+    if not native:
+        monkeypatch.setattr(cpu_attention, "refuses", lambda *_: "for another device")
     tokens, heads = 4096, CONFIG.num_attention_heads
     config = dataclasses.replace(CONFIG, windows=(window,))
     program = read(abstract(config, NARROW), 1, tokens, tokens + 256).compile()
@@ -185,6 +188,7 @@ def sizes(text):
 
 def test_the_check_notices_the_square(monkeypatch):
     monkeypatch.setattr(attention, "SCORES", 2**40)
+    monkeypatch.setattr(cpu_attention, "refuses", lambda *_: "for another device")
     text = read(abstract(CONFIG, NARROW), 1, 1024, 1024).as_text()
     assert max(shape_sizes(text)) >= CONFIG.num_attention_heads * 1024 * 1024
 

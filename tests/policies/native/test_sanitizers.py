@@ -55,6 +55,14 @@ def test_the_kernels_stay_within_their_operands_and_the_language():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_so_does_attention():
+    library = build(ROOT / "build" / "sanitized", PERPARAM_SANITIZE=SANITIZE)
+    chosen = "errors or any_shape or bits"
+    done = run(library, "-m", "pytest", "-q", "-n", "0", "-k", chosen, "tests/models/test_cpu_attention.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
 HANDLER = """
 #include <xla/ffi/api/ffi.h>
 namespace ffi = xla::ffi;
