@@ -118,10 +118,8 @@ def choose(
             raise UnsupportedCast(
                 f"{name!r}, the implementation in matmul_override, does not accept this call: {why}. Use another one."
             )
-        named = Check(name, "unchecked", "matmul_override names it")
-        return implementation, Choice(
-            implementation.name, implementation.gist, (), (named,) * implementation.needs_check
-        )
+        named = (Check(name, "unchecked", "matmul_override names it"),) * implementation.needs_check
+        return implementation, Choice(implementation.name, implementation.gist, (), named)
     refused: dict[str, str] = {}
     checks: list[Check] = []
     left = list(candidates(target))

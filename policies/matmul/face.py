@@ -20,9 +20,10 @@ from ..errors import UnsupportedCast
 from ..formats import Format, ScaledArray, as_format, quantize, scaled_array, stored_format
 from ..scales import F32
 from ..targets import Target, here
-from . import cpu, native, oracle
+from . import oracle
 from .calls import BY_XLA, Call, Implementation, Operands, Quantizer
 from .dispatch import choose, describe, portable
+from .gradients import gradient_of_x
 from .portable import unless_portable
 from .shards import vary_alike
 
@@ -285,7 +286,7 @@ def _scaled_backward(group: _Group, residuals: Any, gradients: Any) -> Any:
         group.calls, gradients, kernels, group.operands(like, kernels), strict=True
     ):
         # Of a float32 result of 16-bit activations too: dx is rounded to their dtype in any case.
-        dx = dx + _gradient_of_x(call, gradient.astype(x.dtype), operands)
+        dx = dx + gradient_of_x(call, gradient.astype(x.dtype), operands)
         if isinstance(kernel, ScaledArray):
             dkernels.append(None)
             continue
@@ -295,40 +296,6 @@ def _scaled_backward(group: _Group, residuals: Any, gradients: Any) -> Any:
 
 
 _scaled.defvjp(_scaled_forward, _scaled_backward)
-
-
-def _gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.Array:
-    """Returns gradient (rows, out) @ weight (out, in) in float32: with a widened weight, but not on CPUs."""
-
-    def widened(gradient: jax.Array, operands: Operands) -> jax.Array:
-        # Rounding the weight to bfloat16 costs no more accuracy than the gradient in bfloat16 has lost.
-        dtype = call.weight or np.dtype(jnp.bfloat16 if gradient.dtype == jnp.bfloat16 else np.float32)
-        return oracle.dot(gradient.astype(dtype), oracle.wide_weight(operands.kernel, dtype).T)
-
-    by_slab = functools.partial(cpu.gradient_of_x, call)
-    on_cpu: Callable[[jax.Array, Operands], jax.Array] = by_slab
-    if choose(call, Target("cpu"), run_checks=False)[0] is native.NATIVE:
-        kernel = unless_portable(functools.partial(native.gradient_of_x, call), by_slab, exportable=False)
-        on_cpu = _batched_by_rows(kernel, by_slab)
-    result: jax.Array = jax.lax.platform_dependent(gradient, operands, cpu=on_cpu, default=widened)
-    return result
-
-
-def _batched_by_rows(
-    function: Callable[[jax.Array, Operands], jax.Array], plain: Callable[[jax.Array, Operands], jax.Array]
-) -> Callable[[jax.Array, Operands], jax.Array]:
-    """Returns `function`; a batch of gradients becomes rows of one call, and a batch of operands is left to `plain`."""
-    result = jax.custom_batching.custom_vmap(function)
-
-    @result.def_vmap
-    def batched(size: int, is_batched: Any, gradient: jax.Array, operands: Operands) -> tuple[jax.Array, bool]:
-        if any(jax.tree.leaves(is_batched[1])):
-            axes = jax.tree.map(lambda mapped: 0 if mapped else None, is_batched)
-            return jax.vmap(plain, in_axes=tuple(axes), axis_size=size)(gradient, operands), True
-        rows = result(gradient.reshape(-1, gradient.shape[-1]), operands)
-        return rows.reshape(size, -1, rows.shape[-1]), True
-
-    return result
 
 
 def _check(x: jax.Array, kernel: jax.Array, scale_inv: ArrayLike | None, block: Block) -> None:

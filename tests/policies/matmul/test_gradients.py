@@ -12,8 +12,9 @@ from helpers import dtype, reference_dequantize, reference_quantize
 from matmuls import FP8, ROUNDING, Case, assert_product, takers, widened
 
 from perparam.policies.formats import scaled_array
-from perparam.policies.matmul import face, matmul_override, scaled_matmul
+from perparam.policies.matmul import matmul_override, scaled_matmul
 from perparam.policies.matmul.calls import Operands
+from perparam.policies.matmul.gradients import gradient_of_x
 
 # The product is linear in each operand, so central differences are exact up to float64's rounding, with any step.
 NARROW = (
@@ -119,7 +120,7 @@ def test_of_x_on_other_devices_than_cpus(monkeypatch, of, compute):
     case = Case(3, (41, 72), x=of, block=(16, 24), compute=compute)
     x, kernel, scale_inv = map(jnp.asarray, case.operands())
     dy = y_gradient_of(case)
-    found = face._gradient_of_x(case.call, jnp.asarray(dy), Operands(x, scaled_array(kernel, scale_inv, case.sides)))
+    found = gradient_of_x(case.call, jnp.asarray(dy), Operands(x, scaled_array(kernel, scale_inv, case.sides)))
     dy, weight = dy.astype(np.float64), widened(kernel, scale_inv, case.sides)
     # The weight is rounded to bfloat16 where gradients are, or where the product rounds it, and then so are they.
     roundings = 0 if (of, compute) in (("float32", None), ("float32", FP8)) else 2
