@@ -21,6 +21,9 @@ NARROW = (
 )
 ACTIVATIONS = ("bfloat16", "float16", "float32")
 
+ROUNDING_OF_SUMS = 2.0**-23 if library.instructions() == "neonbf16" else ROUNDING["float32"]
+"""The error of each addition relative to its result: BFDOT of Arm rounds to odd, off by up to twice as much."""
+
 TINY = 2.0**-126
 """What is smaller than the smallest normal float32 may be taken or returned as zero: VDPBF16PS does so, and XLA tells
 the processor to do so in all other instructions."""
@@ -54,7 +57,7 @@ class Factors:
     def bound(self, result: str) -> np.ndarray:
         """The largest error of each element of a result, which is rounded to the dtype `result`."""
         columns = self.x.shape[1]
-        sums = (columns + ROUNDINGS) * ROUNDING["float32"] * self.magnitude
+        sums = (columns + ROUNDINGS) * ROUNDING_OF_SUMS * self.magnitude
         # A subnormal factor, twice where the weight is rounded; the product; the sum after it; then each run's total.
         x, weight = np.abs(self.x) + 1, 2 * np.abs(self.weight) + 1
         flushed = TINY * ((self.x_scales * x) @ self.scales.T + self.x_scales @ (self.scales * weight).T + columns + 1)
