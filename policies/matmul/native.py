@@ -1,8 +1,8 @@
 """The product on a CPU by the native library, which decodes narrow kernels in registers.
 
-The values of a narrow kernel are exact in bfloat16.  If x is bfloat16, their products are those of bfloat16
-instructions, else of float32; sums are float32, and are multiplied with the scales.  `policies/native/isa.h` has the
-order of the sums.
+The values of a narrow kernel are exact in bfloat16.  If x is bfloat16, instructions for bfloat16 multiply them, else
+those for float32; sums are float32, and are multiplied with the scales.  `policies/native/isa.h` has the order of the
+sums.
 """
 
 from __future__ import annotations
