@@ -13,10 +13,10 @@ import sys
 import pytest
 from native_builds import CXX, ROOT, build
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CXX is None or not sys.platform.startswith("linux"), reason="needs a C++ compiler and ELF"),
-]
+pytestmark = pytest.mark.skipif(
+    CXX is None or not sys.platform.startswith("linux"), reason="needs a C++ compiler and ELF"
+)
+slow = pytest.mark.slow
 
 SANITIZE = "address,undefined"
 
@@ -63,7 +63,7 @@ def assert_clean(library: pathlib.Path, instructions: str, *tests: str) -> None:
 @pytest.mark.parametrize(
     "instructions",
     [
-        pytest.param("", id="the best that there are"),
+        pytest.param("", id="the best that there are", marks=slow),
         *(pytest.param(name, marks=pytest.mark.thorough) for name in ("avx512", "avx2", "neon", "scalar")),
     ],
 )
@@ -77,6 +77,7 @@ def test_the_kernels_stay_within_their_operands_and_the_language(library, instru
     assert_clean(library, instructions, "-k", "native", *files)
 
 
+@slow
 def test_so_does_attention(library):
     assert_clean(library, "", "-k", "errors or any_shape or bits", "tests/models/test_cpu_attention.py")
 
@@ -116,6 +117,7 @@ def careless(tmp_path_factory) -> pathlib.Path:
     return folder / "careless.so"
 
 
+@slow
 @pytest.mark.parametrize(
     ("fault", "report"),
     [
