@@ -91,7 +91,7 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext):
         """Compiles what has changed, and links."""
         sanitizers = os.environ.get("PERPARAM_SANITIZE")
-        sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitizers else []
+        sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g1", "-O1"] if sanitizers else []
         command = [*compiler(), *FLAGS, *sanitize, *from_environment("CXXFLAGS"), "-isystem", str(NATIVE)]
         headers = max(os.path.getmtime(header) for header in ext.depends)
         temporary = pathlib.Path(self.build_temp)

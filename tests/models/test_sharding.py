@@ -38,9 +38,9 @@ def printed(folder, names):
     """What the program printed, by name."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Without native kernels, which programs of several devices do not use: the whole model is to round as they do.
-    settings = {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "PERPARAM_CPU": "off"}
-    environment = os.environ | settings
+    # A program over several devices has no native kernels: the whole model is compared without them too.
+    environment = os.environ | {"PERPARAM_CPU": "off", "JAX_PLATFORMS": "cpu"}
+    environment |= {"XLA_FLAGS": flags.strip(), "PYTHONPATH": path}
     command = [sys.executable, "-W", "error", TESTS / "models" / "sharded_models.py", folder / "checkpoint", *names]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]

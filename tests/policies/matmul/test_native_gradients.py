@@ -11,7 +11,7 @@ from native_matmuls import ACTIVATIONS, Factors, assert_within, drawn, factors, 
 import perparam
 from perparam.policies.matmul import matmul_override, scaled_matmul, scaled_matmuls
 
-pytestmark = [pytest.mark.optimised, required]
+pytestmark = required
 
 slow = pytest.mark.slow
 
@@ -122,6 +122,7 @@ class TestPrograms:
         x, *pair, gradient = operands
         assert bits(pulled_back(jax.vmap(product(self.case, *pair)), x, gradient)) == want
 
+    @slow
     def test_vmap_over_kernels(self, operands, want):
         x, *pair, gradient = operands
         two = [jnp.stack([array, array]) for array in pair]
@@ -148,6 +149,7 @@ class TestPrograms:
         run = lambda x: jax.lax.scan(lambda none, row: (none, one(row)), 0, x)[1]  # noqa: E731
         assert bits(pulled_back(run, x, gradient)) == want
 
+    @slow
     def test_scan_over_layers_with_remat(self):
         case = Case(3, (70, 70), x="float32")
         x, kernel, scale_inv = drawn(case)
@@ -164,6 +166,7 @@ class TestPrograms:
         # Four products of 70 numbers forward and four backward, each off by at most (70 + 6) * 2**-24 of its magnitude.
         assert np.abs(found[0] - found[1]).max() <= 1e-4 * np.abs(found[1]).max()
 
+    @slow
     def test_several_kernels(self, operands):
         x, kernel, scale_inv, gradient = operands
 

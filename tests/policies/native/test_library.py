@@ -21,6 +21,12 @@ INSTRUCTIONS = {"avx512bf16", "avx512", "avx2", "neonbf16", "neon", "scalar"}
 needs_compiler = pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
 
 
+@pytest.fixture(autouse=True)
+def as_for_users(monkeypatch):
+    """What a run of the tests says about the library is not for those of the library itself."""
+    monkeypatch.delenv("PERPARAM_CPU", raising=False)
+
+
 def reason() -> str | None:
     """What a process that has not loaded the library yet would be told."""
     return library._load.__wrapped__().reason
@@ -38,6 +44,7 @@ def test_the_library_is_compiled_from_the_sources_of_this_tree():
 
 
 @needs_compiler
+@pytest.mark.skipif(os.environ.get("PERPARAM_CPU") == "off", reason="PERPARAM_CPU=off")
 def test_the_handlers_are_registered_in_a_process_that_has_used_its_cpu():
     jax.block_until_ready(jax.numpy.zeros(1))
     assert library.unavailable() is None

@@ -13,12 +13,10 @@ import sys
 import pytest
 from native_builds import CXX, ROOT, build
 
-from perparam.policies.matmul.dispatch import IMPLEMENTATIONS
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CXX is None or not sys.platform.startswith("linux"), reason="needs a C++ compiler and ELF"),
-]
+pytestmark = pytest.mark.skipif(
+    CXX is None or not sys.platform.startswith("linux"), reason="needs a C++ compiler and ELF"
+)
+slow = pytest.mark.slow
 
 SANITIZE = "address,undefined"
 
@@ -31,7 +29,7 @@ def runtime(name: str) -> str:
     return path
 
 
-def run(library: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
+def run(library: pathlib.Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     """Runs Python with a library that has sanitizers.
 
     Their runtime comes first in the process, and after it the C++ library whose exceptions it watches.  Python and XLA
@@ -44,23 +42,44 @@ def run(library: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PERPARAM_LIBRARY": str(library),
         "PYTHONPATH": os.pathsep.join(sys.path),
+        **variables,
     }
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason="there are no native kernels yet")
-def test_the_kernels_stay_within_their_operands_and_the_language():
-    library = build(ROOT / "build" / "sanitized", PERPARAM_SANITIZE=SANITIZE)
-    done = run(library, "-m", "pytest", "-q", "-n", "0", "-k", "native", "tests/policies/matmul/test_backends.py")
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def library() -> pathlib.Path:
+    """The library with sanitizers; its objects stay for the next run."""
+    return build(ROOT / "build" / "sanitized", PERPARAM_SANITIZE=SANITIZE)
 
 
-def test_so_does_attention():
-    library = build(ROOT / "build" / "sanitized", PERPARAM_SANITIZE=SANITIZE)
-    chosen = "errors or any_shape or bits"
-    done = run(library, "-m", "pytest", "-q", "-n", "0", "-k", chosen, "tests/models/test_cpu_attention.py")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+def assert_clean(library: pathlib.Path, instructions: str, *tests: str) -> None:
+    done = run(library, "-m", "pytest", "-q", "-n", "0", *tests, PERPARAM_CPU=instructions)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert re.search(r"\d+ passed", done.stdout.splitlines()[-1])
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [
+        pytest.param("", id="the best that there are", marks=slow),
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("avx512", "avx2", "neon", "scalar")),
+    ],
+)
+def test_the_kernels_stay_within_their_operands_and_the_language(library, instructions):
+    """Each operand and result of a call outside of `jit` is an allocation of its own."""
+    code = "from perparam.policies.native import library; print(library.instructions())"
+    if instructions and run(library, "-c", code, PERPARAM_CPU=instructions).stdout != f"{instructions}\n":
+        pytest.skip(f"this processor or build does not have {instructions}")
+    folder = "tests/policies/matmul"
+    files = [f"{folder}/{file}.py" for file in ("test_backends", "test_native", "test_native_gradients")]
+    assert_clean(library, instructions, "-k", "native", *files)
+
+
+@slow
+def test_so_does_attention(library):
+    assert_clean(library, "", "-k", "errors or any_shape or bits", "tests/models/test_cpu_attention.py")
 
 
 HANDLER = """
@@ -98,6 +117,7 @@ def careless(tmp_path_factory) -> pathlib.Path:
     return folder / "careless.so"
 
 
+@slow
 @pytest.mark.parametrize(
     ("fault", "report"),
     [
