@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from ..policies.native import library
+from ..policies.native.tables import bfloat16_table
 from ..policies.targets import Target
 from .kv_cache import LayerCache
 
@@ -50,7 +49,6 @@ def attend(q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array
     """
     b, t, heads, d = q.shape
     none = jnp.zeros(0, jnp.float32)
-    table = _table(cache.dtype) if cache.dtype.itemsize == 1 else np.zeros(0, np.uint16)
     call = jax.ffi.ffi_call("perparam_attention", jax.ShapeDtypeStruct((b, t, heads * d), q.dtype))
     result: jax.Array = call(
         q,
@@ -60,15 +58,8 @@ def attend(q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array
         none if cache.value_scales is None else cache.value_scales,
         queries,
         slots,
-        table,
+        bfloat16_table(cache.dtype),
         window=np.int32(_UNLIMITED if window is None else min(window, _UNLIMITED)),
         scale=np.float32(d**-0.5),
     )
     return result
-
-
-@functools.cache
-def _table(dtype: np.dtype) -> np.ndarray:
-    """The bits of the bfloat16 of each byte, (256,) uint16."""
-    numbers = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
-    return numbers.astype(ml_dtypes.bfloat16).view(np.uint16)

@@ -7,8 +7,6 @@ sums.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,6 +14,7 @@ import numpy as np
 
 from ..formats import ScaledArray
 from ..native import library
+from ..native.tables import bfloat16_table
 from ..scales import decode_scales
 from .calls import Call, Implementation, Operands
 from .shards import vary
@@ -33,18 +32,6 @@ _VALUES = {
 _UNROUNDED = 0
 _ROUNDING = {np.dtype(np.float32): 1, np.dtype(ml_dtypes.bfloat16): 2, np.dtype(np.float16): 3}
 """The enum `Rounding` of isa.h by the dtype to which weights are rounded."""
-
-
-@functools.cache
-def _table(dtype: np.dtype) -> np.ndarray:
-    """Returns the bits of the 256 values of a dtype as bfloat16, in which they are exact."""
-    if dtype.itemsize != 1:
-        return np.zeros(256, np.uint16)
-    with np.errstate(invalid="ignore"):  # signalling NaN
-        values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
-        assert np.array_equal(values.astype(ml_dtypes.bfloat16).astype(np.float32), values, equal_nan=True), dtype
-        bits: np.ndarray = values.astype(ml_dtypes.bfloat16).view(np.uint16)
-    return bits
 
 
 def refuses(call: Call) -> str | None:
@@ -123,7 +110,7 @@ def _run(
         x,
         none if x_scales is None else x_scales,
         *arrays,
-        table=_table(values),
+        table=bfloat16_table(values),
         values=np.int32(_VALUES.get(values, _TABLE)),
         rounding=np.int32(_UNROUNDED if exact else _ROUNDING[call.weight]),
         block_height=np.int64(block[0]),

@@ -120,7 +120,7 @@ const float* floats_of(const ffi::Buffer<ffi::F32>& buffer) {
   return buffer.element_count() ? buffer.typed_data() : nullptr;
 }
 
-// Scales are of size 0 for a cache without them, the table for one that is not of bytes.
+// Scales are of size 0 for a cache without them.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                   ffi::Buffer<ffi::F32> key_scales, ffi::Buffer<ffi::F32> value_scales,
                   ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::U16> table,
@@ -140,18 +140,15 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, f
       a.kind == Kind::kInt8 || a.kind == Kind::kTable)
     return ffi::Error::InvalidArgument("no kernel for these dtypes");
   const size_t scales = a.key_scales ? a.batch * a.kv * a.slots : 0;
-  const bool bytes = a.cache == Kind::kInt8 || a.cache == Kind::kTable;
   if (a.kv == 0 || a.heads % a.kv || k_shape[0] != a.batch || k_shape[2] != a.d ||
       values.element_count() != keys.element_count() || out->element_count() != q.element_count() ||
       positions.element_count() != size_t(a.batch * a.queries) || slots.element_count() != size_t(a.batch * a.slots) ||
       key_scales.element_count() != scales || value_scales.element_count() != scales ||
-      (bytes && table.element_count() != 256))
+      table.element_count() != 256)
     return ffi::Error::InvalidArgument("shapes do not fit");
-  if (bytes) {
-    a.table = table.typed_data();
-    a.has_sign = true;
-    for (int i = 0; i < 128; ++i) a.has_sign = a.has_sign && (a.table[i] ^ a.table[i + 128]) == 0x8000;
-  }
+  // Of other caches too: the table of the call is zeros then, and is not read.
+  const Table values_of_bytes(table.typed_data());
+  a.table = &values_of_bytes;
   run(a, *isa()->attention, pool);
   return ffi::Error::Success();
 }

@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "table.h"
+
 namespace perparam {
 
 constexpr int kChunk = 64, kSpan = 1024;  // slots
@@ -25,8 +27,7 @@ struct Attention {
   const char* q;          // (batch, queries, heads, d)
   char* out;              // (batch, queries, heads, d)
   Kind cache;             // of keys and values
-  const uint16_t* table;  // kTable: the bfloat16 of each of the 256 bytes
-  bool has_sign;          // kTable: table[i + 128] == -table[i]
+  const Table* table;     // of keys and values, kInt8 and kTable
   const char* keys;       // (batch, kv, d, slots)
   const char* values;     // (batch, kv, slots, d)
   const float* key_scales;    // (batch, kv, slots), or null

@@ -143,11 +143,11 @@ struct Operands {
   Source keys(int64_t slot, int count, int row = 0, int rows = 0) const {
     const int size = size_of(a.cache);
     return {a.keys + ((head * a.d + row) * a.slots + slot) * size, a.slots * size, rows ? rows : int(a.d), count, a.cache,
-            a.table, a.has_sign};
+            a.table};
   }
   Source values(int64_t slot, int count) const {
     const int size = size_of(a.cache);
-    return {a.values + (head * a.slots + slot) * a.d * size, a.d * size, count, int(a.d), a.cache, a.table, a.has_sign};
+    return {a.values + (head * a.slots + slot) * a.d * size, a.d * size, count, int(a.d), a.cache, a.table};
   }
 };
 

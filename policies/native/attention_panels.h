@@ -12,6 +12,9 @@
 
 #include "attention.h"
 #include "attention_vectors.h"
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#include "decoder_avx512.h"
+#endif
 
 namespace perparam {
 namespace attention {
@@ -24,8 +27,7 @@ struct Source {
   int64_t stride;  // bytes from row to row
   int rows, columns;
   Kind kind;
-  const uint16_t* table;
-  bool has_sign;
+  const Table* table;
 };
 
 inline int size_of(Kind kind) {
@@ -38,19 +40,19 @@ inline int size_of(Kind kind) {
 
 // kLanes numbers as float32.
 template <Kind kKind>
-inline Floats widened(const char* from, const uint16_t* table) {
+inline Floats widened(const char* from, const Table* table) {
   if constexpr (kKind == Kind::kFloat32) return load<Floats>(from);
   if constexpr (kKind == Kind::kBfloat16) return from_bfloat16(load<Halves>(from));
   if constexpr (kKind == Kind::kFloat16) return from_float16(load<Halves>(from));
   if constexpr (kKind == Kind::kInt8) return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
   Halves values{};
   if constexpr (kKind == Kind::kTable)
-    for (int i = 0; i < kLanes; ++i) values[i] = table[uint8_t(from[i])];
+    for (int i = 0; i < kLanes; ++i) values[i] = table->whole[uint8_t(from[i])];
   return from_bfloat16(values);
 }
 
 template <Kind kKind>
-inline void widen_row(const char* from, const uint16_t* table, int columns, int width, float* to) {
+inline void widen_row(const char* from, const Table* table, int columns, int width, float* to) {
   constexpr int kSize = kKind == Kind::kFloat32 ? 4 : kKind == Kind::kBfloat16 || kKind == Kind::kFloat16 ? 2 : 1;
   int column = 0;
   for (; column + kLanes <= columns; column += kLanes) store(to + column, widened<kKind>(from + kSize * column, table));
@@ -64,7 +66,7 @@ inline void widen_row(const char* from, const uint16_t* table, int columns, int 
 }
 
 // Columns as float32; `to` has `width` of them.
-inline void widen(Kind kind, const char* from, const uint16_t* table, int columns, int width, float* to) {
+inline void widen(Kind kind, const char* from, const Table* table, int columns, int width, float* to) {
   switch (kind) {
     case Kind::kFloat32: return widen_row<Kind::kFloat32>(from, table, columns, width, to);
     case Kind::kBfloat16: return widen_row<Kind::kBfloat16>(from, table, columns, width, to);
@@ -115,38 +117,19 @@ constexpr BytesInTurn kBytesInTurn;
 
 inline __mmask64 first_of(int count) { return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1; }
 
-// Bytes to bfloat16 by a table.
-struct Decoder {
-  __m512i low[4], high[4];  // low and high bytes of the 256 entries
-  __m512i turns[2];         // for the first 32 columns of two rows and for the others
+// Bytes of two rows to pairs of bfloat16.
+template <bool kHasSign>
+struct PairDecoder : TableDecoder<kHasSign> {
+  __m512i turns[2];  // for the first 32 columns of two rows and for the others
 
-  explicit Decoder(const uint16_t* table) {
-    for (int i = 0; i < 4; ++i) {
-      __m512i a = _mm512_loadu_si512(table + 64 * i), b = _mm512_loadu_si512(table + 64 * i + 32);
-      low[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
-      a = _mm512_srli_epi16(a, 8), b = _mm512_srli_epi16(b, 8);
-      high[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
-    }
+  explicit PairDecoder(const Table& table) : TableDecoder<kHasSign>(table) {
     for (int half = 0; half < 2; ++half) turns[half] = _mm512_load_si512(kBytesInTurn.of[half]);
-  }
-
-  template <bool kHasSign>
-  void decode(__m512i bytes, __m512i& first, __m512i& second) const {
-    __m512i l = _mm512_permutex2var_epi8(low[0], bytes, low[1]), h = _mm512_permutex2var_epi8(high[0], bytes, high[1]);
-    if (kHasSign) {
-      h = _mm512_ternarylogic_epi32(h, bytes, _mm512_set1_epi8(int8_t(0x80)), 0xf8);  // h | (bytes & 0x80)
-    } else {
-      __mmask64 upper = _mm512_movepi8_mask(bytes);
-      l = _mm512_mask_blend_epi8(upper, l, _mm512_permutex2var_epi8(low[2], bytes, low[3]));
-      h = _mm512_mask_blend_epi8(upper, h, _mm512_permutex2var_epi8(high[2], bytes, high[3]));
-    }
-    first = _mm512_unpacklo_epi8(l, h), second = _mm512_unpackhi_epi8(l, h);
   }
 };
 
 template <bool kHasSign, bool kWhole>
 inline void pack_table(const Source& s, int width, uint16_t* panel, Ahead& ahead) {
-  const Decoder decoder(s.table);
+  const PairDecoder<kHasSign> decoder(*s.table);
   const int lines = ahead.lines((s.rows + 1) / 2);
   for (int row = 0; row < s.rows; row += 2, panel += 2 * width) {
     const char *a = s.data + row * s.stride, *b = a + s.stride;
@@ -161,7 +144,7 @@ inline void pack_table(const Source& s, int width, uint16_t* panel, Ahead& ahead
       }
       for (int half = 0; half < 2; ++half) {
         __m512i pairs[2];
-        decoder.decode<kHasSign>(_mm512_permutex2var_epi8(x, decoder.turns[half], y), pairs[0], pairs[1]);
+        decoder.decode(_mm512_permutex2var_epi8(x, decoder.turns[half], y), pairs[0], pairs[1]);
         for (int i = 0, at = column + 32 * half; i < 2; ++i, at += 16)
           if (kWhole || at < width) _mm512_storeu_si512(panel + 2 * at, pairs[i]);
       }
@@ -195,7 +178,7 @@ inline void pack_pairs(const Source& s, int width, uint16_t* panel, Ahead& ahead
   const bool whole = s.columns == width && width % 64 == 0 && s.rows % 2 == 0;
   if (s.kind == Kind::kBfloat16)
     return whole ? pack_bfloat16<true>(s, width, panel, ahead) : pack_bfloat16<false>(s, width, panel, ahead);
-  if (s.has_sign)
+  if (s.table->has_sign)
     return whole ? pack_table<true, true>(s, width, panel, ahead) : pack_table<true, false>(s, width, panel, ahead);
   return whole ? pack_table<false, true>(s, width, panel, ahead) : pack_table<false, false>(s, width, panel, ahead);
 }
@@ -273,9 +256,9 @@ struct PairsByTable {
   static constexpr int kSize = 1;
   const char* data;
   int64_t stride;
-  Decoder decoder;
+  PairDecoder<kHasSign> decoder;
 
-  explicit PairsByTable(const Source& s) : data(s.data), stride(s.stride), decoder(s.table) {}
+  explicit PairsByTable(const Source& s) : data(s.data), stride(s.stride), decoder(*s.table) {}
 
   // Prefetches, `ahead` bytes after what it reads: 64 bytes of a row are too few for the processor to do so in time.
   void get(int64_t k, int64_t ahead, Floats (&columns)[4]) const {
@@ -286,7 +269,7 @@ struct PairsByTable {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m512i pairs[2];
-      decoder.template decode<kHasSign>(_mm512_permutex2var_epi8(x, decoder.turns[half], y), pairs[0], pairs[1]);
+      decoder.decode(_mm512_permutex2var_epi8(x, decoder.turns[half], y), pairs[0], pairs[1]);
       columns[2 * half] = (Floats)pairs[0], columns[2 * half + 1] = (Floats)pairs[1];
     }
   }

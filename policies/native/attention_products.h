@@ -117,8 +117,8 @@ inline bool stream_columns(int64_t rows, const Source& s, const Columns& from, c
   }
 }
 
-// Whether it did so: it reads whole vectors only.  Rows are prefetched `ahead` rows before they are read, of `all_rows`,
-// which are those of the source and what follows them.
+// Returns false, without a product, for columns that are not whole vectors.  Prefetches rows `ahead` rows before it reads
+// them, if they are among the first `all_rows`, those of the source and what follows.
 template <bool kPairs>
 inline bool stream(int64_t rows, const Source& s, const char* x, int64_t x_stride, float* out, int64_t out_stride,
                    int ahead, int all_rows) {
@@ -129,7 +129,7 @@ inline bool stream(int64_t rows, const Source& s, const char* x, int64_t x_strid
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
   if constexpr (kPairs) {
     if (s.kind == Kind::kBfloat16) return by(PairsOfBfloat16(s));
-    return s.has_sign ? by(PairsByTable<true>(s)) : by(PairsByTable<false>(s));
+    return s.table->has_sign ? by(PairsByTable<true>(s)) : by(PairsByTable<false>(s));
   }
 #endif
   switch (s.kind) {

@@ -31,12 +31,6 @@ enum class Values : int32_t { kTable, kE4M3, kE5M2, kBfloat16, kFloat16, kFloat3
 // To what the scaled weight is rounded; kNone: the value is not scaled before the product.
 enum class Rounding : int32_t { kNone, kFloat32, kBfloat16, kFloat16 };
 
-// The 256 values of a dtype of one byte, as bfloat16.
-struct Table {
-  alignas(64) uint8_t low[256], high[256];  // the bytes of each
-  uint16_t whole[256 + 1];                  // one more, since they may be read as four bytes
-};
-
 // A piece of a kernel as stored: `width` rows, kRun columns, all readable.
 struct Source {
   const uint8_t* data;

@@ -7,7 +7,7 @@
 //   kPairs          whether it multiplies pairs of bfloat16
 //   gather_lanes    reads 4 * kLanes rows: out[j][c] has in lane L the 16 bytes from 16 c of row 4 L + j
 //   unpack…         as in SSE2, within lanes
-//   Decoder<values> what turns bytes to numbers, see below
+//   Decoder<values> converts a vector of bytes, two pairs of columns of kPart rows, and passes them to a sink
 //
 // Weights are transposed within lanes of 16 bytes: four rows and a few columns at a time.
 

@@ -1,4 +1,4 @@
-"""The native library: loaded, compared with jaxlib and registered with XLA when it is first asked for."""
+"""Loads the native library on first use, checks that jaxlib supports it, and registers its handlers with XLA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _lock = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class _Library:
-    """What became of the library: the instruction set that it uses, or the reason why it cannot be used."""
+    """The instruction set that the library uses, or the reason why it cannot be used."""
 
     instructions: str = ""
     reason: str | None = None
@@ -53,14 +53,14 @@ def _load() -> _Library:
         return _Library(reason="PERPARAM_CPU=off in the environment")
     path = _path()
     if path is None:
-        return _Library(reason="they were not compiled when perparam was installed: that takes a C++17 compiler")
+        return _Library(reason="they were not compiled when perparam was installed, which needs a C++17 compiler")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return _Library(reason=f"the library does not load: {error}")
     compiled = library.perparam_ffi_api_major(), library.perparam_ffi_api_minor()
     supported = _supported()
-    # A handler that is newer than jaxlib is no error of its own: it leaves the process without a CPU.
+    # XLA would accept the registration of a newer handler, and then fail to initialise the CPU.
     if supported is None or compiled[0] != supported[0] or compiled[1] > supported[1]:
         has = "no version that could be read" if supported is None else "version {}.{}".format(*supported)
         return _Library(
@@ -73,7 +73,7 @@ def _load() -> _Library:
     try:
         for target, symbol in HANDLERS:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
-    except Exception as error:
+    except Exception as error:  # of many kinds: jaxlib's and ctypes'; slabs serve
         return _Library(reason=f"they cannot be registered: {error}")
     return _Library(instructions=name.decode())
 
@@ -87,7 +87,7 @@ def _path() -> pathlib.Path | None:
 
 
 def _supported() -> tuple[int, int] | None:
-    """The version of the FFI of the running jaxlib, which its headers state; None: they do not."""
+    """The FFI version of the running jaxlib, from its headers; None if they do not state it."""
     try:
         text = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text(encoding="utf-8")
     except OSError:

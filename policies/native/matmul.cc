@@ -280,13 +280,8 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_buffer, ffi::AnyBuffe
                     ffi::RemainingRets results, ffi::Span<const uint16_t> table, int32_t values, int32_t rounding,
                     int64_t block_height, int64_t block_width, int64_t x_group, bool transposed) {
   const Isa& isa = *perparam::isa();
-  Format format{Values(values), Rounding(rounding), {}, block_height, block_width, transposed};
   if (table.size() != 256) return ffi::Error::InvalidArgument("a table has 256 entries");
-  for (int i = 0; i < 256; ++i) {
-    format.table.whole[i] = table[i];
-    format.table.low[i] = table[i] & 0xff;
-    format.table.high[i] = table[i] >> 8;
-  }
+  Format format{Values(values), Rounding(rounding), Table(table.begin()), block_height, block_width, transposed};
 
   int64_t length = x_buffer.dimensions()[1];
   bool bfloat16 = x_buffer.element_type() == DataType::BF16;

@@ -36,13 +36,7 @@ int main(int count, char**) {
   int32_t request[7];
   while (fread(request, sizeof(request), 1, stdin) == 1) {
     auto [values, rounding, pairs, rows, columns, bytes, scaled] = request;
-    Table table;
-    auto entries = read<uint16_t>(256);
-    for (int i = 0; i < 256; ++i) {
-      table.whole[i] = entries[i];
-      table.low[i] = entries[i] & 0xff;
-      table.high[i] = entries[i] >> 8;
-    }
+    const Table table(read<uint16_t>(256).data());
     auto weights = read<uint8_t>(set->width * kRun * bytes);
     auto scales = read<float>(set->width);
     auto x = read<uint8_t>(rows * kRun * (pairs ? 2 : 4));

@@ -14,7 +14,8 @@ from helpers import dtype
 from native_builds import ROOT
 from native_matmuls import NARROW, TINY, saturated
 
-from perparam.policies.matmul.native import _ROUNDING, _TABLE, _VALUES, _table
+from perparam.policies.matmul.native import _ROUNDING, _TABLE, _VALUES
+from perparam.policies.native.tables import bfloat16_table
 
 CXX = os.environ.get("PERPARAM_ARM_CXX", "aarch64-linux-gnu-g++")
 QEMU = next(filter(shutil.which, ("qemu-aarch64-static", "qemu-aarch64")), None)
@@ -107,7 +108,7 @@ class Request:
         values = _VALUES.get(weights.dtype, _TABLE)
         rounding = 0 if self.rounding is None else _ROUNDING[dtype(self.rounding)]
         head = [values, rounding, self.pairs, self.rows, self.columns, weights.dtype.itemsize, self.scaled]
-        arrays = [_table(weights.dtype), weights, scales, x, *[x_scales] * self.scaled]
+        arrays = [bfloat16_table(weights.dtype), weights, scales, x, *[x_scales] * self.scaled]
         return np.array(head, np.int32).tobytes() + b"".join(array.tobytes() for array in arrays)
 
 

@@ -85,7 +85,7 @@ def test_jaxlibs_headers_may_be_missing(monkeypatch, tmp_path):
 
 def test_an_install_without_a_compiler_says_so(monkeypatch):
     monkeypatch.setattr(library, "_path", lambda: None)
-    assert reason() == "they were not compiled when perparam was installed: that takes a C++17 compiler"
+    assert reason() == "they were not compiled when perparam was installed, which needs a C++17 compiler"
 
 
 def test_the_environment_turns_them_off(monkeypatch):
