@@ -27,9 +27,7 @@ PLATFORM = sysconfig.get_platform()  # $_PYTHON_HOST_PLATFORM where that is set,
 MACHINE = platform.machine() if PLATFORM.endswith("universal2") else PLATFORM.rpartition("-")[2]
 
 # No contraction: a product and a sum are one FMA where a kernel says so, whatever the compiler.
-FLAGS = shlex.split(
-    "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-maybe-uninitialized"
-)
+FLAGS = shlex.split("-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra")
 AVX2 = "-mavx2 -mfma -mf16c"
 # The headers of GCC 12 use vectors before they have values, which are then not used.
 AVX512 = f"{AVX2} -Wno-uninitialized -mavx512f -mavx512bw -mavx512vl -mavx512dq"
@@ -131,7 +129,7 @@ library = Extension(
     "perparam.policies.native.libperparam",
     sources=sorted(map(str, NATIVE.glob("*.cc"))),
     depends=sorted(str(path) for path in NATIVE.rglob("*") if path.suffix == ".h" or path.name == "README.md"),
-    # Whoever compiles in the tree sees errors; whoever installs has perparam without native kernels.
+    # A build in the tree reports errors; an install continues without native kernels.
     optional="build_ext" not in sys.argv,
 )
 
