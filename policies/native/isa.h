@@ -21,7 +21,8 @@
 
 namespace perparam {
 
-constexpr int kRun = 64;        // most columns in a run; a multiple of the columns of every vector
+constexpr int kRun = 128;       // most columns in a run
+constexpr int kUnit = 64;       // columns are decoded in multiples of it, which is one of the columns of every vector
 constexpr int kMaxWidth = 32;   // most outputs in a panel
 constexpr int kFewRows = 4;     // up to this number of rows, weights are multiplied without being packed in memory
 
@@ -31,9 +32,10 @@ enum class Values : int32_t { kTable, kE4M3, kE5M2, kBfloat16, kFloat16, kFloat3
 // To what the scaled weight is rounded; kNone: the value is not scaled before the product.
 enum class Rounding : int32_t { kNone, kFloat32, kBfloat16, kFloat16 };
 
-// A piece of a kernel as stored: `width` rows, kRun columns, all readable.
+// A piece of a kernel as stored: `width` rows and `columns`, a multiple of kUnit up to kRun, all readable.
 struct Source {
   const uint8_t* data;
+  int columns;
   ptrdiff_t stride;       // bytes from row to row
   Values values;
   const Table* table;     // of dtypes of one byte
@@ -58,12 +60,14 @@ struct Isa {
   int width;   // outputs in a panel
   int rows;    // most rows of `multiply`
   bool pairs;  // whether it has instructions for pairs of bfloat16
-  // Decodes kRun columns to a panel, aligned to 64 bytes.
+  // Decodes to a panel, aligned to 64 bytes.
   void (*pack)(const Source& source, bool pairs, void* panel);
   // Adds the products of rows with a panel of `columns`, an even number for pairs.
   void (*multiply)(const Rows& rows, bool pairs, const void* panel, int columns);
-  // The same for kRun columns and up to kFewRows rows, without a panel.
+  // The same for all columns of a source and up to kFewRows rows, without a panel.
   void (*multiply_few)(const Rows& rows, bool pairs, const Source& source);
+  // Rounds `width` totals to bfloat16, to nearest, ties to even.
+  void (*round)(const float* totals, uint16_t* result);
   const AttentionIsa* attention;
 };
 

@@ -53,6 +53,7 @@ struct V {
     I lower = _mm256_and_si256(a, _mm256_set1_epi32(0xffff));
     return _mm_packus_epi32(_mm256_castsi256_si128(lower), _mm256_extracti128_si256(lower, 1));
   }
+  static void store_upper(void* to, I a) { _mm_storeu_si128(static_cast<__m128i*>(to), lower_halves(shift_right_16(a))); }
   static F from_half(I a) { return _mm256_cvtph_ps(lower_halves(a)); }
   static F round_to_half(F a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
 
@@ -104,12 +105,12 @@ struct V {
     }
 
     template <class Sink>
-    void decode(I codes, int k, Sink& sink) const {
+    void decode(I codes, int part, int k, Sink& sink) const {
       F even[2], odd[2];
       numbers(_mm256_and_si256(codes, _mm256_set1_epi16(0xff)), even[0], even[1]);
       numbers(_mm256_srli_epi16(codes, 8), odd[0], odd[1]);
-      sink.floats(k, even[0], odd[0]);
-      sink.floats(k + 2, even[1], odd[1]);
+      sink.floats(part, k, even[0], odd[0]);
+      sink.floats(part, k + 2, even[1], odd[1]);
     }
   };
 };
@@ -119,7 +120,7 @@ struct V {
 }  // namespace
 
 const Isa* isa_avx2() {
-  static const Isa isa = {"avx2", kWidth, V::kRows, false, pack, multiply, multiply_few, &attention::kAttention};
+  static const Isa isa = {"avx2", kWidth, V::kRows, false, pack, multiply, multiply_few, round, &attention::kAttention};
   return &isa;
 }
 

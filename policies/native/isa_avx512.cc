@@ -40,11 +40,11 @@ struct V : Vector512 {
     }
 
     template <class Sink>
-    void decode(I codes, int k, Sink& sink) const {
+    void decode(I codes, int part, int k, Sink& sink) const {
       I low = _mm512_unpacklo_epi8(codes, _mm512_setzero_si512()), high = _mm512_unpackhi_epi8(codes, _mm512_setzero_si512());
       I lower = _mm512_set1_epi32(0xffff);
-      sink.floats(k, number(_mm512_and_si512(low, lower)), number(shift_right_16(low)));
-      sink.floats(k + 2, number(_mm512_and_si512(high, lower)), number(shift_right_16(high)));
+      sink.floats(part, k, number(_mm512_and_si512(low, lower)), number(shift_right_16(low)));
+      sink.floats(part, k + 2, number(_mm512_and_si512(high, lower)), number(shift_right_16(high)));
     }
   };
 };
@@ -54,7 +54,7 @@ struct V : Vector512 {
 }  // namespace
 
 const Isa* isa_avx512() {
-  static const Isa isa = {"avx512", kWidth, V::kRows, false, pack, multiply, multiply_few, &attention::kAttention};
+  static const Isa isa = {"avx512", kWidth, V::kRows, false, pack, multiply, multiply_few, round, &attention::kAttention};
   return &isa;
 }
 

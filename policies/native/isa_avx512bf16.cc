@@ -25,11 +25,11 @@ struct V : Vector512 {
     using TableDecoder<kValues != Values::kTable>::TableDecoder;
 
     template <class Sink>
-    void decode(I codes, int k, Sink& sink) const {
+    void decode(I codes, int part, int k, Sink& sink) const {
       I first, second;
       TableDecoder<kValues != Values::kTable>::decode(codes, first, second);
-      sink.pair(k, first);
-      sink.pair(k + 2, second);
+      sink.pair(part, k, first);
+      sink.pair(part, k + 2, second);
     }
   };
 };
@@ -39,7 +39,7 @@ struct V : Vector512 {
 }  // namespace
 
 const Isa* isa_avx512bf16() {
-  static const Isa isa = {"avx512bf16", kWidth, V::kRows, true, pack, multiply, multiply_few, &attention::kAttention};
+  static const Isa isa = {"avx512bf16", kWidth, V::kRows, true, pack, multiply, multiply_few, round, &attention::kAttention};
   return &isa;
 }
 

@@ -22,7 +22,7 @@ struct V : VectorNeon {
 }  // namespace
 
 const Isa* isa_neon() {
-  static const Isa isa = {"neon", kWidth, V::kRows, false, pack, multiply, multiply_few, &attention::kAttention};
+  static const Isa isa = {"neon", kWidth, V::kRows, false, pack, multiply, multiply_few, round, &attention::kAttention};
   return &isa;
 }
 

@@ -26,7 +26,7 @@ struct V : VectorNeon {
 }  // namespace
 
 const Isa* isa_neonbf16() {
-  static const Isa isa = {"neonbf16", kWidth, V::kRows, true, pack, multiply, multiply_few, &attention::kAttention};
+  static const Isa isa = {"neonbf16", kWidth, V::kRows, true, pack, multiply, multiply_few, round, &attention::kAttention};
   return &isa;
 }
 

@@ -75,6 +75,9 @@ struct V {
   static I shift_left_16(I a) { return ints([&](int i) { return a.at[i] << 16; }); }
   static I shift_right_16(I a) { return ints([&](int i) { return a.at[i] >> 16; }); }
   static I upper_halves(I a) { return ints([&](int i) { return a.at[i] & 0xffff0000u; }); }
+  static void store_upper(void* to, I a) {
+    for (int i = 0; i < 4; ++i) static_cast<uint16_t*>(to)[i] = a.at[i] >> 16;
+  }
   static I join(I a, I b) { return ints([&](int i) { return a.at[i] | b.at[i]; }); }
 
   // Reads 4 rows of 16 bytes.
@@ -122,11 +125,11 @@ struct V {
     const uint16_t* table;
     explicit Decoder(const Table& table) : table(table.whole) {}
     template <class Sink>
-    void decode(I codes, int k, Sink& sink) const {
+    void decode(I codes, int part, int k, Sink& sink) const {
       uint8_t bytes[16];
       __builtin_memcpy(bytes, &codes, 16);
       for (int pair = 0; pair < 2; ++pair)
-        sink.pair(k + 2 * pair, ints([&](int i) {
+        sink.pair(part, k + 2 * pair, ints([&](int i) {
                     const uint8_t* code = bytes + 8 * pair + 2 * i;
                     return uint32_t(table[code[0]]) | uint32_t(table[code[1]]) << 16;
                   }));
@@ -139,7 +142,7 @@ struct V {
 }  // namespace
 
 const Isa* isa_scalar() {
-  static const Isa isa = {"scalar", kWidth, V::kRows, false, pack, multiply, multiply_few, &attention::kAttention};
+  static const Isa isa = {"scalar", kWidth, V::kRows, false, pack, multiply, multiply_few, round, &attention::kAttention};
   return &isa;
 }
 

@@ -80,13 +80,6 @@ float widened(uint16_t bits) {
   return value;
 }
 
-uint16_t rounded_to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
-}
-
 std::vector<Run> runs_of(const Format& format, const Kernel& kernel, int64_t x_group, bool pairs) {
   int64_t length = format.transposed ? kernel.rows : kernel.columns;
   int64_t block = format.transposed ? format.block_height : format.block_width;
@@ -113,11 +106,7 @@ class Panel {
   void compute(int64_t output, int64_t row, int64_t count) {
     output_ = output;
     valid_ = static_cast<int>(std::min<int64_t>(isa_.width, kernel_.outputs(format_) - output));
-    if (kernel_.scales)
-      for (int i = 0; i < isa_.width; ++i) {
-        int64_t at = output + std::min(i, valid_ - 1);
-        offsets_[i] = format_.transposed ? at / format_.block_width : at / format_.block_height * kernel_.grid_columns;
-      }
+    if (kernel_.scales) find_scales();
     std::fill_n(totals(), count * isa_.width, 0.0f);
     if (count <= isa_.rows) {
       for (const Run& run : runs_) few(run, row, static_cast<int>(count));
@@ -148,7 +137,6 @@ class Panel {
     bool in_place;
     Source source = piece(run, in_place);
     Rows rows = rows_of(run, row, count, totals());
-    if (in_place) prefetch(source);
     if (in_place && count <= kFewRows) return isa_.multiply_few(rows, x_.pairs, source);
     isa_.pack(source, x_.pairs, scratch().panels);
     isa_.multiply(rows, x_.pairs, scratch().panels, columns(run));
@@ -158,7 +146,8 @@ class Panel {
     bool in_place;
     for (size_t i = begin; i < end; ++i) {
       load_scales(runs_[i]);
-      isa_.pack(piece(runs_[i], in_place), x_.pairs, scratch().panels + (i - begin) * panel_bytes());
+      Source source = piece(runs_[i], in_place);
+        isa_.pack(source, x_.pairs, scratch().panels + (i - begin) * panel_bytes());
     }
     for (int64_t first = 0; first < count; first += isa_.rows) {
       int rows = static_cast<int>(std::min<int64_t>(isa_.rows, count - first));
@@ -172,9 +161,21 @@ class Panel {
 
   int columns(const Run& run) const { return x_.pairs ? (run.columns + 1) / 2 * 2 : run.columns; }
 
+  void find_scales() {
+    for (int i = 0; i < isa_.width; ++i) {
+      int64_t at = output_ + std::min(i, valid_ - 1);
+      offsets_[i] = format_.transposed ? at / format_.block_width : at / format_.block_height * kernel_.grid_columns;
+    }
+    same_scales_ = offsets_[0] == offsets_[isa_.width - 1];
+  }
+
   void load_scales(const Run& run) {
     if (!kernel_.scales) return;
-    for (int i = 0; i < isa_.width; ++i) scales_[i] = kernel_.scales[offsets_[i] + run.scale];
+    const float* scales = kernel_.scales + run.scale;
+    if (same_scales_)
+      std::fill_n(scales_, isa_.width, scales[offsets_[0]]);
+    else
+      for (int i = 0; i < isa_.width; ++i) scales_[i] = scales[offsets_[i]];
   }
 
   const float* ones() const {
@@ -195,9 +196,9 @@ class Panel {
 
   // The values of a run: in place if the panel and the run are full, else copied, with zeros beside them.
   Source piece(const Run& run, bool& in_place) const {
-    Source source{nullptr, 0, format_.values, &format_.table, format_.rounding, kernel_.scales ? scales_ : ones()};
-    int size = format_.size();
-    in_place = !format_.transposed && valid_ == isa_.width && run.columns == kRun;
+    int size = format_.size(), columns = (run.columns + kUnit - 1) / kUnit * kUnit;
+    Source source{nullptr, columns, 0, format_.values, &format_.table, format_.rounding, kernel_.scales ? scales_ : ones()};
+    in_place = !format_.transposed && valid_ == isa_.width && run.columns == columns;
     if (in_place) {
       source.stride = kernel_.columns * size;
       source.data = kernel_.data + output_ * source.stride + run.begin * size;
@@ -229,14 +230,6 @@ class Panel {
       for (int i = 0; i < valid_; ++i) to[i * kRun + k] = from[k * kernel_.columns + i];
   }
 
-  // Asks for the next panel. To the second cache: rows that are a power of two apart share a set of the first.
-  // Inline, since GCC removes calls of a function that does nothing else.
-  __attribute__((always_inline)) void prefetch(const Source& source) const {
-    const uint8_t* next = source.data + isa_.width * source.stride;
-    for (int i = 0; i < isa_.width; ++i, next += source.stride)
-      for (int byte = 0; byte < kRun * format_.size(); byte += 64) __builtin_prefetch(next + byte, 0, 2);
-  }
-
   void write(int64_t row, int64_t count) const {
     int64_t outputs = kernel_.outputs(format_);
     for (int64_t r = 0; r < count; ++r) {
@@ -244,7 +237,9 @@ class Panel {
       int64_t at = (row + r) * outputs + output_;
       if (kernel_.bfloat16_result) {
         uint16_t* to = static_cast<uint16_t*>(kernel_.result) + at;
-        for (int i = 0; i < valid_; ++i) to[i] = rounded_to_bfloat16(from[i]);
+        uint16_t rounded[kMaxWidth];
+        isa_.round(from, valid_ == isa_.width ? to : rounded);
+        if (valid_ < isa_.width) std::memcpy(to, rounded, valid_ * sizeof(uint16_t));
       } else {
         std::memcpy(static_cast<float*>(kernel_.result) + at, from, valid_ * sizeof(float));
       }
@@ -259,6 +254,7 @@ class Panel {
   int64_t output_ = 0;
   int valid_ = 0;
   int64_t offsets_[kMaxWidth] = {};
+  bool same_scales_ = false;
   float scales_[kMaxWidth] = {};
 };
 
@@ -270,6 +266,8 @@ void convert_row(const ffi::AnyBuffer& from, int64_t row, int64_t length, const 
   if (x.pairs) {
     std::memset(to, 0, x.stride * 2);
     for (const Run& run : runs) std::memcpy(to + run.x_begin * 2, source + run.begin * 2, run.columns * 2);
+  } else if (!bfloat16) {
+    std::memcpy(to, source, length * 4);
   } else {
     for (int64_t k = 0; k < length; ++k)
       reinterpret_cast<float*>(to)[k] = widened(reinterpret_cast<const uint16_t*>(source)[k]);
@@ -316,8 +314,11 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_buffer, ffi::AnyBuffe
   bool padded = false;
   for (const Run& run : runs) padded |= x.pairs && run.x_begin + run.columns != run.begin + (run.columns + 1) / 2 * 2;
   Aligned<uint8_t> converted;
-  if (padded || bfloat16 != x.pairs) {
+  // Rows that are 4 KiB apart share a set of the first cache, which holds fewer of them than a product takes.
+  bool apart = x.rows > isa.rows && length * (x.pairs ? 2 : 4) % 4096 == 0;
+  if (padded || apart || bfloat16 != x.pairs) {
     x.stride = runs.empty() ? 0 : runs.back().x_begin + (runs.back().columns + 1) / 2 * 2;
+    if (x.stride % 1024 == 0) x.stride += 32;
     uint8_t* to = converted.reserve(x.rows * x.stride * (x.pairs ? 2 : 4));
     if (to == nullptr) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for the activations");
     x.data = to;

@@ -30,6 +30,10 @@ struct Vector512 {
   static I upper_halves(I a) { return _mm512_and_si512(a, _mm512_set1_epi32(int32_t(0xffff0000))); }
   static I join(I a, I b) { return _mm512_or_si512(a, b); }
 
+  static void store_upper(void* to, I a) {
+    _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16(shift_right_16(a)));
+  }
+
   // Reads 16 rows of 64 bytes.
   static void gather_lanes(const uint8_t* data, ptrdiff_t stride, I out[4][4]) {
     for (int j = 0; j < 4; ++j) {

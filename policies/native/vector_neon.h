@@ -36,6 +36,8 @@ struct VectorNeon {
   static I upper_halves(I a) { return vandq_u32(a, vdupq_n_u32(0xffff0000u)); }
   static I join(I a, I b) { return vorrq_u32(a, b); }
 
+  static void store_upper(void* to, I a) { vst1_u16(static_cast<uint16_t*>(to), vshrn_n_u32(a, 16)); }
+
   // Reads 4 rows of 16 bytes.
   static void gather_lanes(const uint8_t* data, ptrdiff_t stride, I out[4][1]) {
     for (int j = 0; j < 4; ++j) out[j][0] = vreinterpretq_u32_u8(vld1q_u8(data + j * stride));
@@ -80,10 +82,10 @@ struct VectorNeon {
     }
 
     template <class Sink>
-    void decode(I codes, int k, Sink& sink) const {
+    void decode(I codes, int part, int k, Sink& sink) const {
       uint8x16_t lower = look_up(low, bytes(codes)), upper = look_up(high, bytes(codes));
-      sink.pair(k, vreinterpretq_u32_u8(vzip1q_u8(lower, upper)));
-      sink.pair(k + 2, vreinterpretq_u32_u8(vzip2q_u8(lower, upper)));
+      sink.pair(part, k, vreinterpretq_u32_u8(vzip1q_u8(lower, upper)));
+      sink.pair(part, k + 2, vreinterpretq_u32_u8(vzip2q_u8(lower, upper)));
     }
   };
 };

@@ -2,8 +2,8 @@
 //
 // Without input it prints the name of the set in use, its width, most rows and whether it takes pairs. Else each request
 // is seven int32 (values, rounding, pairs, rows, columns, bytes of a value, whether there are scales of x) and arrays:
-// the table, uint16 [256]; the weights [width][64]; their scales, float32 [width]; x [rows][64]; its scales [rows].
-// The answer is the panel, the totals of `multiply`, and the totals of `multiply_few` if there are 64 columns and few rows.
+// the table, uint16 [256]; the weights [width][128]; their scales, float32 [width]; x [rows][128]; its scales [rows].
+// The answer is the panel, the totals of `multiply`, and the totals of `multiply_few` if there are 128 columns and few rows.
 
 #include <algorithm>
 #include <cstdint>
@@ -42,7 +42,7 @@ int main(int count, char**) {
     auto x = read<uint8_t>(rows * kRun * (pairs ? 2 : 4));
     auto x_scales = read<float>(scaled ? rows : 0);
 
-    Source source{weights.data(), kRun * bytes, Values(values), &table, Rounding(rounding), scales.data()};
+    Source source{weights.data(), kRun, kRun * bytes, Values(values), &table, Rounding(rounding), scales.data()};
     alignas(64) static char panel[kMaxWidth * kRun * 4];
     set->pack(source, pairs, panel);
     write(panel, set->width * kRun * (pairs ? 2 : 4));
