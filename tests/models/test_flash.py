@@ -278,6 +278,7 @@ def test_a_machine_without_cudnn_reads_over_slots(monkeypatch):
     assert scores(lowered("bf16", flash.LEAST, ("cuda",)), flash.LEAST)
 
 
+@pytest.mark.slow
 def test_padding_is_no_part_of_what_the_model_reads(calls, monkeypatch):
     """A whole prefill with it, on this machine, gives what a prefill over slots gives."""
     model = Qwen3(CONFIG, policy="bf16", rngs=nnx.Rngs(0))
