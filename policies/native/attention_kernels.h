@@ -278,9 +278,10 @@ void finish(const Attention& a, const Block& block, State state) {
   const int size = size_of(a.kind);
   for (int64_t r = 0; r < rows; ++r) {
     char* to = a.out + row_of(a, block, r) * a.d * size;
-    const Floats factor = all(state.weights[r] == 0 ? 0.0f : 1.0f / state.weights[r]);
+    const bool none = state.weights[r] == 0;  // and its values are what was in memory
+    const Floats factor = all(none ? 0.0f : 1.0f / state.weights[r]);
     for (int64_t i = 0; i < a.d; i += kLanes) {
-      const Floats x = load<Floats>(state.values + r * depth + i) * factor + Floats{};  // not -0
+      const Floats x = none ? Floats{} : load<Floats>(state.values + r * depth + i) * factor + Floats{};  // not -0
       char numbers[4 * kLanes];
       if (a.kind == Kind::kFloat32) store(numbers, x);
       if (a.kind == Kind::kBfloat16) store(numbers, to_bfloat16(x));

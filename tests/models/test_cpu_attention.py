@@ -353,3 +353,15 @@ def test_within_shard_map_it_is_attention_over_slots(call):
     mapped = jax.jit(jax.shard_map(lambda q, cache: attend(q, cache), mesh=mesh, in_specs=spec, out_specs=spec))
     assert "perparam_attention" not in mapped.lower(q, cache).as_text()
     np.testing.assert_allclose(mapped(q, cache), attend(q, cache), atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [1, 3, 40])
+def test_a_query_that_sees_no_slot_has_zero_whatever_the_call_before_left_in_memory(t):
+    q, cache = inputs((2, t, 2, 2, 64, 128), F32, F32)
+    unseen = np.full((2, 128), EMPTY, np.int32)
+    queries, slots = in_order(2, t, 128)
+    nan = dataclasses.replace(cache, values=jnp.full_like(cache.values, jnp.nan))
+    for _ in range(5):
+        assert np.isnan(np.asarray(cpu_attention.attend(q, nan, jnp.asarray(queries), jnp.asarray(slots), None))).all()
+        blind = cpu_attention.attend(q, cache, jnp.asarray(queries), jnp.asarray(unseen), None)
+        np.testing.assert_array_equal(np.asarray(blind), np.zeros(q.reshape(2, t, -1).shape))
