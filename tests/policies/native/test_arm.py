@@ -116,7 +116,11 @@ REQUESTS = [
     *(Request(kernel, None, pairs, 3) for kernel in NARROW for pairs in (False, True)),
     *(Request("bfloat16", None, pairs, rows) for rows in (1, 2, 4, 6) for pairs in (False, True)),
     *(Request(kernel, None, False, rows, scaled=True) for rows in (1, 5) for kernel in ("float16", "float32")),
-    *(Request("float8_e4m3fn", None, pairs, 6, columns, True) for columns in (2, 30, 64, 128) for pairs in (False, True)),
+    *(
+        Request("float8_e4m3fn", None, pairs, 6, columns, True)
+        for columns in (2, 30, 64, 128)
+        for pairs in (False, True)
+    ),
     *(Request(kernel, "bfloat16", pairs, 2) for kernel in ("int8", "float32", "float16") for pairs in (False, True)),
     *(Request(kernel, rounding, False, 4) for rounding in ("float32", "float16") for kernel in ("int8", "float32")),
 ]
