@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import pathlib
+import platform
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from perparam.policies.native import library
 
 NATIVE = ROOT / "policies" / "native"
 INSTRUCTIONS = {"avx512bf16", "avx512", "avx2", "neonbf16", "neon", "scalar"}
+
+CPUINFO = pathlib.Path("/proc/cpuinfo")
 
 needs_compiler = pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
 
@@ -50,6 +53,20 @@ def test_the_handlers_are_registered_in_a_process_that_has_used_its_cpu():
     assert library.unavailable() is None
     assert library.instructions() in INSTRUCTIONS
     assert reason() is None  # registering the same handlers again is no error
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.is_file(), reason="Linux on x86_64 lists its flags")
+def test_the_best_set_of_this_processor_is_used():
+    flags = set(next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")).split())
+    needed = {
+        "avx512bf16": "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vbmi avx512_bf16",
+        "avx512": "avx2 fma f16c avx512f avx512bw avx512vl avx512dq",
+        "avx2": "avx2 fma f16c",
+        "scalar": "",
+    }
+    best = next(name for name in needed if flags.issuperset(needed[name].split()))
+    assert run("print(library.instructions())", PERPARAM_CPU="").splitlines()[-1] == best
 
 
 def test_the_version_of_the_ffi_is_read_from_jaxlib():
