@@ -1,6 +1,7 @@
 """A mixture of experts in place of an MLP: a router chooses the experts of each token, and their results are summed.
 
-Numerics follow transformers' `modeling_qwen3_moe`, rounding points included; sums over a token's experts are rounded once.
+Numerics follow transformers' `modeling_qwen3_moe`, rounding points included. The sum over a token's experts is
+rounded once.
 """
 
 from __future__ import annotations
@@ -71,12 +72,12 @@ class Experts(nnx.Module):
 class SparseMLP(nnx.Module):
     """A mixture of experts: the sum of the results of each token's best experts, weighted by their probabilities.
 
-    gate     router, a linear layer with a logit for each expert
-    experts  their MLPs
+    experts         number of experts
+    per_token       number of experts of each token
+    hidden, width   columns of x, and of the hidden layer of an expert
+    norm_topk_prob  whether the probabilities of a token's experts are divided by their sum
 
-    experts, per_token    number of experts, and of those that each token has
-    hidden, width         columns of x, and of the hidden layer of an expert
-    norm_topk_prob        whether the probabilities of a token's experts are divided by their sum
+    Its router, the linear layer `gate`, has a logit for each expert.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """`grouped_matmul` and `grouped_matmuls`: products of groups of rows with one kernel each, as in a mixture of experts.
 
-A loop takes one tile of rows at a time, which belong to one group, and computes `scaled_matmul` of them with the kernel of
-that group.  Only kernels of groups with rows are read, and no more than one kernel is widened at a time.  The tiles of a
-group begin at its first row.  The last one may reach into the next groups, whose own tiles come later and overwrite what
-it wrote there; so rows need no padding between groups.
+A loop takes one tile of rows at a time, which belong to one group, and computes `scaled_matmul` of them with the kernel
+of that group.  Only kernels of groups with rows are read, and no more than one kernel is widened at a time.  The
+tiles of a group begin at its first row.  The last one may reach into the next groups, whose own tiles come later and
+overwrite what it wrote there; so rows need no padding between groups.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .face import scaled_matmuls
 Kernel = jax.Array | ScaledArray
 
 LARGEST_TILE = 512
-"""Rows of the largest tile: above this number, reading a kernel again takes a small part of the time of its products."""
+"""Rows of the largest tile: with so many, reading a kernel again takes a small part of the time of its products."""
 
 UNKNOWN_TILE = 32
 """Rows of a tile where the number of rows is symbolic, as in an exported program."""
@@ -49,7 +49,7 @@ def grouped_matmul(
     compute      as for `scaled_matmul`
     result       likewise
 
-    It is `jax.lax.ragged_dot` for kernels with scales, in the layout of checkpoints.  It has derivatives in reverse mode.
+    It is `jax.lax.ragged_dot` for kernels with scales, in the layout of checkpoints, and has gradients.
 
     >>> kernel = jnp.stack([jnp.eye(2), 10 * jnp.eye(2), 100 * jnp.eye(2)])
     >>> grouped_matmul(jnp.array([[1.0, 2.0], [3.0, 4.0]]), kernel, [1, 0, 1]).tolist()
@@ -70,7 +70,7 @@ def grouped_matmuls(
     compute: Any = None,
     result: DTypeLike | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Returns the `grouped_matmul` of one x with each of several kernels, which have the same groups; out may differ."""
+    """Returns the `grouped_matmul` of one x with each of several kernels of the same groups; out may differ."""
     x, sizes = jnp.asarray(x), jnp.asarray(group_sizes)
     arrays = tuple(kernel if isinstance(kernel, ScaledArray) else jnp.asarray(kernel) for kernel in kernels)
     for kernel in arrays:
@@ -159,9 +159,7 @@ def _of_group(kernels: Sequence[Kernel], group: jax.Array) -> tuple[Kernel, ...]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _compiled(
-    options: _Options, x: jax.Array, kernels: tuple[Kernel, ...], sizes: jax.Array
-) -> tuple[jax.Array, ...]:
+def _compiled(options: _Options, x: jax.Array, kernels: tuple[Kernel, ...], sizes: jax.Array) -> tuple[jax.Array, ...]:
     return _grouped(options, x, kernels, sizes)
 
 
