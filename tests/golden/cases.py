@@ -148,7 +148,7 @@ CASES = (
     Case(name="llama_fp8_tensor", seed=2100, family="llama", strategy="tensor", scale_dtype=torch.float32,
          new_form=True, hidden=66, intermediate=80, heads=6, kv_heads=3, head_dim=16, vocab=177,
          settings={"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}),
-    Case(name="qwen3_moe_fp8_dense_first", seed=3001, family="qwen3_moe", block=(16, 24), layers=3, lengths=(7, 12, 4),
+    Case(name="qwen3_moe_fp8_dense_first", seed=3014, family="qwen3_moe", block=(16, 24), layers=3, lengths=(7, 12, 4),
          not_converted=("model.layers.1.mlp.gate", "model.layers.2.mlp.gate"),
          hidden=60, intermediate=76, heads=4, kv_heads=2, head_dim=18, vocab=165,
          settings={"moe_intermediate_size": 40, "mlp_only_layers": [0]}),
