@@ -230,7 +230,9 @@ def _backward(options: _Options, residuals: Any, gradients: tuple[jax.Array, ...
         # In float32, since a group may have many tiles.
         return dx, [total.at[group].add(one.astype(total.dtype)) for total, one in zip(dkernels, d_wide, strict=True)]
 
-    zeros = [jnp.zeros(kernels[i].shape, jnp.promote_types(kernels[i].dtype, jnp.float32)) for i in trained]
+    zeros = [
+        jnp.zeros(kernels[i].shape, jnp.float64 if kernels[i].dtype == jnp.float64 else jnp.float32) for i in trained
+    ]
     dx, dkernels = jax.lax.fori_loop(0, tiles.counts[-1], body, (_no_bits(padded.shape, x.dtype), zeros))
     found = {i: total.astype(kernels[i].dtype) for i, total in zip(trained, dkernels, strict=True)}
     gradient = jax.lax.bitcast_convert_type(dx[: x.shape[0]], x.dtype)
