@@ -70,5 +70,6 @@ QWEN3_MOE = Family(
     fields=WINDOWS | frozenset(_FIELDS.split()),
     read=_read,
     write=_write,
-    only={"use_qk_norm": True, "use_sliding_window": False},  # transformers ignores max_window_layers in this family
+    # In transformers a window is for all layers of this family, whatever max_window_layers says.
+    only={"use_qk_norm": True, "use_sliding_window": False, "qkv_bias": False, "shared_expert_intermediate_size": 0},
 )

@@ -200,6 +200,8 @@ def test_a_config_is_read_and_refused_by_field(tmp_path):
     assert read(num_experts=None, num_local_experts=7).num_experts == 7  # as transformers 5 writes it
     assert not read(norm_topk_prob=None).norm_topk_prob
     assert read(mlp_only_layers=None).mlp_only_layers == ()
+    of_coder = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+    assert read(**of_coder) == read()
     for changes, text in (
         ({"num_local_experts": 7}, "num_experts is 5, num_local_experts 7"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, more than num_experts, 5"),

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -173,6 +174,16 @@ def test_a_batch_has_groups_of_its_own():
     found = jax.vmap(lambda x, sizes: grouped_matmul(x, scaled, sizes))(x, sizes)
     want = np.stack([exact(*each) for each in zip(x, [scaled.dequantize()] * 2, sizes, strict=True)])
     assert relative_error(found, want) <= GRADIENT_ERROR
+
+
+def test_it_is_exported_for_any_number_of_rows():
+    sizes = SIZES["ragged"]
+    x, _, scaled = operands(sizes)
+    (rows,) = jax.export.symbolic_shape("rows")
+    shapes = jax.ShapeDtypeStruct((rows, IN), x.dtype), jax.ShapeDtypeStruct((len(sizes),), np.int32)
+    exported = jax.export.export(jax.jit(lambda x, sizes: grouped_matmul(x, scaled, sizes)))(*shapes)
+    found = exported.call(x, np.array(sizes, np.int32))
+    assert relative_error(found, exact(x, scaled.dequantize(), sizes)) <= GRADIENT_ERROR
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
