@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..policies.dtypes import dtype_name
-from ..policies.errors import shown
+from ..policies.errors import count, shown
 from ..policies.paths import is_scale
 from ..policies.plan import Plan, Row, folded_label, human_bytes, plan
 from ..policies.policy import Policy
@@ -97,8 +97,8 @@ def summarise(model: Decoder) -> ModelSummary:
 
 def _experts(config: DecoderConfig) -> str:
     """The experts of sparse layers, as a clause; empty without them."""
-    sparse = [count for i in range(config.num_hidden_layers) if (count := config.experts(i))]
-    return f", {max(sparse)} experts of {config.expert_size} in {len(sparse)} layers" if sparse else ""
+    sparse = [experts for i in range(config.num_hidden_layers) if (experts := config.experts(i))]
+    return f", {max(sparse)} experts of {config.expert_size} in {count(len(sparse), 'layer')}" if sparse else ""
 
 
 def _module(path: str) -> str:

@@ -156,7 +156,7 @@ class TestPolicies:
         lines = [line for line in text.splitlines() if "/experts/" in line and "kernel" in line]
         assert len(lines) == 3
         assert "5×40×56" in next(line for line in lines if line.startswith(f"{EXPERT}/kernel"))
-        assert "5 experts of 40 in 1 layers" in repr(model())
+        assert "5 experts of 40 in 1 layer" in repr(model())
 
 
 def _params(preset):
