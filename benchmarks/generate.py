@@ -1,20 +1,24 @@
 """Measures the speed of prefill and decoding of whole models, and their memory.
 
-    python benchmarks/generate.py beside [--transformers PYTHON] [--batches 1,8,64] [--rounds 5]
+    python benchmarks/generate.py beside [--transformers PYTHON] [--llama PYTHON] [--batches 1,8,64] [--rounds 5]
     python benchmarks/generate.py device [MODEL ...] [--batches 1,8,64] [--rounds 5]
 
-`beside` compares perparam with transformers on a CPU, with a model of Qwen3-0.6B's shape.  All contenders load the same
-FP8 checkpoint with random weights from a temporary folder.  perparam stores the weights in FP8; one contender has no
-policy and exact products, the other rounds weights to bfloat16 in products.  transformers has no FP8 matmul for CPUs
-and dequantises the weights, to bfloat16 or to float32.  Each contender runs in its own process, with as many threads as
-there are cores; transformers runs in the Python of `--transformers`.  In each round every contender runs once, so that
-changes in the speed of the machine affect all of them.  Ratios are computed within a round; their median and quartiles
-are reported.
+`beside` compares perparam with transformers and llama.cpp on a CPU, with a model of Qwen3-0.6B's shape.  perparam and
+transformers load the same FP8 checkpoint with random weights from a temporary folder.  perparam stores the weights in
+FP8; one contender has no policy and exact products, the other rounds weights to bfloat16 in products.  transformers has
+no FP8 matmul for CPUs and dequantises the weights to bfloat16.  llama.cpp has a model of its own in Q8_0.  Each
+contender runs in its own process, with as many threads as there are cores; others run in the Pythons of
+`--transformers` and `--llama`.  In each round every contender runs once, so that changes in the speed of the machine
+affect all of them.  Ratios are computed within a round; their median and quartiles are reported.
 
     prefill   seconds until the first new token of every row; prompts have 512 tokens in total, but at least 16 each
     decode    seconds per step, which generates one token of every row, after prompts of 16 tokens
     streamed  seconds per step when tokens are returned in parts of 8 (perparam; 64 steps), and the same at once
     resident  resident bytes of the process after loading, before the first token
+    peak      the most that were resident until then
+
+One row is measured with prompts of 2048 tokens too ("long"): prefill, and the steps after it, for which perparam
+returns tokens in parts of 8.
 
 `device` measures models with random weights, FP8 with bfloat16 heads, on JAX's default device: prefill and decode as
 above, and the bandwidth of reading every weight once per step, relative to copying a large array in the same rounds.
@@ -30,20 +34,15 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from typing import Any
 
+import generators
 import numpy as np
+from generators import LONG, PART, VOCABULARY, length, measure, shown, spread
 
 Report = dict[str, Any]
 
-PROMPT, SHORTEST, STREAMED, PART = 512, 16, 64, 8
-VOCABULARY = 151936
-NEW = {1: 24, 8: 16, 64: 8}
-"""Number of timed steps by batch size; other batch sizes have that of the next smaller one."""
-
-CONTENDERS = ("perparam", "perparam compute=bf16", "transformers bfloat16", "transformers float32")
+CONTENDERS = ("perparam", "perparam compute=bf16", "transformers bfloat16", "llama.cpp Q8_0")
 
 
 def write_checkpoint(folder: pathlib.Path) -> None:
@@ -63,99 +62,11 @@ def write_checkpoint(folder: pathlib.Path) -> None:
     maker.write_safetensors(folder / "model.safetensors", maker.tensors(config, seed=0, ones=False))
 
 
-def resident() -> int:
-    """Returns the resident bytes of this process."""
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-Generator = Callable[[np.ndarray, int], Any]
-"""`generator(prompts, count)` generates `count` new tokens for each of the prompts (rows, length)."""
-
-
-def perparam_generator(model: Any, part: int | None = None) -> Generator:
-    """Returns a greedy generator with perparam, which returns tokens in parts of `part`, or all at once."""
-    import perparam
-    from perparam.generation import GenerationConfig
-    from perparam.models import decode
-
-    def generate(prompts, count):
-        if part is None:
-            return np.asarray(perparam.generate(model, prompts, max_new_tokens=count, eos_token_id=()))
-        config = GenerationConfig(count, eos_token_id=())
-        return [chunk.tokens for chunk in decode(model, prompts, None, config, chunk=part)]
-
-    return generate
-
-
-def transformers_generator(folder: str, dtype: str) -> Generator:
-    """Returns a greedy generator with transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
-    )
-    model = model.to(getattr(torch, dtype)).eval()
-
-    def generate(prompts, count):
-        ids = torch.as_tensor(prompts)
-        with torch.no_grad():
-            return model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=count, max_new_tokens=count
-            )
-
-    return generate
-
-
-def steps(batch: int) -> int:
-    """Returns the number of timed steps for a batch size."""
-    return NEW[max(size for size in NEW if size <= batch)]
-
-
-def prompts(batch: int, length: int, vocabulary: int = VOCABULARY) -> np.ndarray:
-    """Returns random ids (batch, length), which are the same in every process."""
-    return np.random.default_rng(length).integers(1, vocabulary, (batch, length))
-
-
-def measure(generate: Generator, batch: int, vocabulary: int = VOCABULARY) -> dict[str, float]:
-    """Returns the seconds of a prefill and of a decoding step."""
-
-    def seconds(length: int, count: int) -> float:
-        ids = prompts(batch, length, vocabulary)
-        start = time.perf_counter()
-        generate(ids, count)
-        return time.perf_counter() - start
-
-    count = steps(batch)
-    prefill, first, all_new = seconds(length(batch), 1), seconds(SHORTEST, 1), seconds(SHORTEST, count + 1)
-    return {"prefill": prefill, "decode": (all_new - first) / count}
-
-
-def length(batch: int) -> int:
-    """Returns the length of the prompts for the timed prefill."""
-    return max(PROMPT // batch, SHORTEST)
-
-
-def streaming(whole: Generator, in_parts: Generator) -> dict[str, float]:
-    """Returns seconds per step for one row, at once and in parts; both include the prefill."""
-    ids, result = prompts(1, SHORTEST), {}
-    for name, generate in (("at once", whole), ("streamed", in_parts)):
-        start = time.perf_counter()
-        generate(ids, STREAMED)
-        result[name] = (time.perf_counter() - start) / STREAMED
-    return result
-
-
-def spread(values: Any) -> dict[str, float]:
-    """Returns the median and the quartiles of `values`."""
-    lower, median, upper = np.percentile(values, (25, 50, 75))
-    return {"lower": float(lower), "median": float(median), "upper": float(upper)}
-
-
-def shown(values: dict[str, float]) -> str:
-    """Returns `median (lower–upper)` as text."""
-    return f"{values['median']:.3g} ({values['lower']:.3g}–{values['upper']:.3g})"
+def resident() -> tuple[int, int]:
+    """Returns the resident bytes of this process, and the most that there were."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
+    return sizes["VmRSS:"], sizes["VmHWM:"]
 
 
 def work(contender: str, folder: str) -> None:
@@ -164,57 +75,65 @@ def work(contender: str, folder: str) -> None:
     Loads the model and prints the resident bytes; then reads a batch size from each line of stdin and prints seconds.
     """
     name, *argument = contender.split()
-    in_parts = None
+    part = 1
     if name == "perparam":
         import perparam
 
-        model = perparam.load_model(folder, *argument)
-        generate, in_parts = perparam_generator(model), perparam_generator(model, PART)
+        model, part = perparam.load_model(folder, *argument), PART
+        generate, in_parts = generators.perparam_generator(model), generators.perparam_generator(model, PART)
+    elif name == "transformers":
+        generate = in_parts = generators.transformers_generator(folder, *argument)
     else:
-        generate = transformers_generator(folder, *argument)
-    print(resident(), flush=True)
+        import generate_llama
+
+        generate = in_parts = generate_llama.generator(folder)
+    print(json.dumps(resident()), flush=True)
     for line in sys.stdin:
-        times = measure(generate, int(line))
-        if in_parts and int(line) == 1:
-            times |= streaming(generate, in_parts)
+        if line.strip() == "long":
+            times = generators.measure_long(generate, in_parts, part)
+        else:
+            times = measure(generate, int(line))
+            if name == "perparam" and int(line) == 1:
+                times |= generators.streaming(generate, in_parts)
         print(json.dumps(times), flush=True)
 
 
 def beside(arguments: argparse.Namespace) -> tuple[str, Report]:
-    """Measures perparam and transformers on a CPU, and returns the name of the results and the results."""
-    contenders = CONTENDERS if arguments.transformers else CONTENDERS[:2]
+    """Measures perparam and others on a CPU, and returns the name of the results and the results."""
+    pythons = {"perparam": sys.executable, "transformers": arguments.transformers, "llama.cpp": arguments.llama}
+    contenders = tuple(name for name in CONTENDERS if pythons[name.split()[0]])
     workers, memory = {}, {}
-    rounds: dict[int, list[dict[str, dict[str, float]]]] = {batch: [] for batch in arguments.batches}
+    cases = [*map(str, arguments.batches), "long"]
+    rounds: dict[str, list[dict[str, dict[str, float]]]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(pathlib.Path(folder))
         for name in contenders:
-            python = sys.executable if name.startswith("perparam") else arguments.transformers
-            command = [python, os.path.abspath(__file__), "work", name, folder]
+            command = [pythons[name.split()[0]], os.path.abspath(__file__), "work", name, folder]
             workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True,
             )  # fmt: skip
-            memory[name] = int(workers[name].stdout.readline())
+            memory[name] = dict(zip(("resident", "peak"), json.loads(workers[name].stdout.readline()), strict=True))
         for number in range(arguments.rounds + 1):
-            for batch in arguments.batches:
+            for case in cases:
                 times = {}
                 for name, worker in workers.items():
-                    worker.stdin.write(f"{batch}\n")
+                    worker.stdin.write(f"{case}\n")
                     worker.stdin.flush()
                     times[name] = json.loads(worker.stdout.readline())
                 if number:  # the first round compiles
-                    rounds[batch].append(times)
-                    print(batch, {n: {k: round(v, 4) for k, v in t.items()} for n, t in times.items()}, flush=True)
+                    rounds[case].append(times)
+                    print(case, {n: {k: round(v, 4) for k, v in t.items()} for n, t in times.items()}, flush=True)
         for worker in workers.values():
             worker.stdin.close()
             worker.wait()
     return "generate-beside", {
-        "resident": memory,
-        "batches": {str(batch): ratios(contenders, times) for batch, times in rounds.items()},
+        "memory": memory,
+        "cases": {case: ratios(contenders, times) for case, times in rounds.items()},
     }
 
 
 def ratios(contenders: tuple[str, ...], rounds: list[dict[str, dict[str, float]]]) -> Report:
-    """Returns, for each contender, the seconds, and the speed relative to each contender of transformers per round."""
+    """Returns, for each contender, the seconds, and the speed of perparam relative to each of the others per round."""
     result: Report = {}
     for name in contenders:
         seconds = {what: np.array([times[name][what] for times in rounds]) for what in rounds[0][name]}
@@ -222,7 +141,7 @@ def ratios(contenders: tuple[str, ...], rounds: list[dict[str, dict[str, float]]
         if "streamed" in seconds:
             result[name]["streamed, of the speed at once"] = spread(seconds["at once"] / seconds["streamed"])
         if name.startswith("perparam"):
-            for other in contenders[2:]:
+            for other in (other for other in contenders if not other.startswith("perparam")):
                 result[name][f"times as fast as {other}"] = {
                     what: spread(np.array([times[other][what] for times in rounds]) / seconds[what])
                     for what in ("prefill", "decode")
@@ -231,21 +150,22 @@ def ratios(contenders: tuple[str, ...], rounds: list[dict[str, dict[str, float]]
 
 
 def beside_table(results: Report) -> str:
-    """Returns the results of `beside` as text, with a line for each batch size and contender."""
+    """Returns the results of `beside` as text, with a line for each case and contender."""
     lines = []
-    for batch, contenders in results["batches"].items():
+    for case, contenders in results["cases"].items():
+        rows, tokens = (1, LONG) if case == "long" else (int(case), length(int(case)) * int(case))
         for contender, result in contenders.items():
             medians = {what: result["seconds"][what]["median"] for what in ("prefill", "decode")}
-            prefill = length(int(batch)) * int(batch) / medians["prefill"]
-            line = f"batch {batch:>2}  {contender:22}  prefill {prefill:5.0f} tokens/s"
-            line += f"  decode {int(batch) / medians['decode']:6.1f} tokens/s"
+            line = f"{case:>4}  {contender:22}  prefill {tokens / medians['prefill']:5.0f} tokens/s"
+            line += f"  decode {rows / medians['decode']:6.1f} tokens/s"
             for name, values in result.items():
                 if name.startswith("times"):
                     line += f"  | {name}: {', '.join(f'{what} {shown(value)}' for what, value in values.items())}"
                 if name.startswith("streamed"):
                     line += f"  | {name} {shown(values)}"
             lines.append(line)
-    lines += [f"{name}: {size / 2**20:.0f} MiB resident" for name, size in results["resident"].items()]
+    for name, sizes in results["memory"].items():
+        lines.append(f"{name}: " + ", ".join(f"{what} {size / 2**20:.0f} MiB" for what, size in sizes.items()))
     return "\n".join(lines)
 
 
@@ -281,7 +201,7 @@ def device(arguments: argparse.Namespace) -> tuple[str, Report]:
     for size in arguments.models:
         model = random_model(size)
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-        generate = perparam_generator(model)
+        generate = generators.perparam_generator(model)
         results[size] = {"weight bytes": weights, "batches": {}}
         for batch in arguments.batches:
             vocabulary = model.config.vocab_size
@@ -316,8 +236,9 @@ def main() -> int:
     common.add_argument("--batches", type=lambda text: [int(word) for word in text.split(",")], default=[1, 8, 64])
     common.add_argument("--rounds", type=int, default=5)
     common.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    command = commands.add_parser("beside", parents=[common], help="perparam and transformers on a CPU")
+    command = commands.add_parser("beside", parents=[common], help="perparam and others on a CPU")
     command.add_argument("--transformers", metavar="PYTHON", help="a Python with torch, transformers and accelerate")
+    command.add_argument("--llama", metavar="PYTHON", help="a Python with llama-cpp-python and gguf")
     command = commands.add_parser("device", parents=[common], help="perparam relative to the device's bandwidth")
     command.add_argument(
         "models", nargs="*", default=["0.6B"], metavar="MODEL", help="0.6B, 1.7B, 4B, 8B, 14B, 32B; default: 0.6B"

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from ..policies.matmul.portable import unless_portable
 from ..policies.targets import here
 from . import cpu_attention, flash
+from .by_platform import by_kernel
 from .kv_cache import LayerCache, update_slice
 
 SCORES = 2**26
@@ -75,19 +75,9 @@ def attend(
         b, t, heads, _ = q.shape
         return _weights(window, _grouped(q, cache), queries, cache, slots).astype(q.dtype).reshape(b, heads, t, -1)
 
-    def by_kernel(platform: str, kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """`over_slots`; on this platform `kernel`, in programs that can contain it."""
-        opaque = unless_portable(kernel, over_slots, exportable=False)
-
-        def dispatched(*operands: Any) -> jax.Array:
-            output: jax.Array = jax.lax.platform_dependent(*operands, **{platform: opaque}, default=over_slots)
-            return output
-
-        return _differentiated_as(over_slots, dispatched)
-
     if flash.refuses(here(), q.shape[1], q.shape[3], q.dtype, cache.dtype):
         native = cpu_attention.refuses(here(), q, cache) is None
-        attention = by_kernel("cpu", natively) if native else over_slots
+        attention = by_kernel("cpu", natively, over_slots) if native else over_slots
         return attention(q, cache, queries, slots), weights
     if prefill is not None:
         traces = flash.traces(q, prefill.k, prefill.v, prefill.mask, window)
@@ -95,7 +85,7 @@ def attend(
         traces = slots.shape[1] % flash.SLOTS == 0 and flash.traces_masked(q, cache.values)
     if not traces:
         return over_slots(q, cache, queries, slots), weights
-    attention = by_kernel("cuda", with_mask if prefill is None else flash_attention)
+    attention = by_kernel("cuda", with_mask if prefill is None else flash_attention, over_slots)
     return attention(q, cache, queries, slots, prefill), weights
 
 
@@ -110,37 +100,7 @@ def in_row_major_order(cache: LayerCache) -> LayerCache:
     def constrained(cache: LayerCache) -> LayerCache:
         return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), cache)
 
-    on_gpu = unless_portable(constrained, lambda cache: cache, exportable=False)
-
-    def dispatched(cache: LayerCache) -> LayerCache:
-        result: LayerCache = jax.lax.platform_dependent(cache, cuda=on_gpu, default=lambda cache: cache)
-        return result
-
-    return _differentiated_as(lambda cache: cache, dispatched)(cache)
-
-
-def _differentiated_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, an implementation of `plain` that JAX can neither differentiate nor batch."""
-    result = jax.custom_jvp(batched_as(plain, function))
-
-    @result.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        results: tuple[Any, Any] = jax.jvp(plain, primals, tangents)
-        return results
-
-    return result
-
-
-def batched_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, an implementation of `plain` that JAX cannot batch."""
-    result = jax.custom_batching.custom_vmap(function)
-
-    @result.def_vmap
-    def _(size: int, batched: Any, *operands: Any) -> tuple[Any, Any]:
-        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
-        results = jax.vmap(plain, in_axes=tuple(axes), axis_size=size)(*operands)
-        return results, jax.tree.map(lambda _: True, results)
-
+    result: LayerCache = by_kernel("cuda", constrained, lambda cache: cache)(cache)
     return result
 
 

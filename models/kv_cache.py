@@ -7,6 +7,7 @@ right padding, a cache that is not full, and a sliding window are then one compa
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +17,10 @@ import numpy as np
 from ..policies.dtypes import is_narrow, saturating_cast
 from ..policies.errors import InvalidTokens
 from ..policies.formats import Format, quantize_in_one_pass
+from ..policies.native import library
 from ..policies.scales import F32, least_rule
+from ..policies.targets import here
+from .by_platform import by_kernel, differentiated_as
 
 EMPTY = np.int32(2**30)
 """The position of a slot without a token: later than any query."""
@@ -107,8 +111,8 @@ class LayerCache:
     def put(self, new: LayerCache, start: jax.Array | int) -> LayerCache:
         """This cache with `new` in the slots from `start` on."""
         update = jax.lax.dynamic_update_slice_in_dim
-        keys = update_slice(self.keys, new.keys, start, axis=3)
-        values = update_slice(self.values, new.values, start, axis=2)
+        keys = _in_place(self.keys, new.keys, start, axis=3)
+        values = _in_place(self.values, new.values, start, axis=2)
         if self.key_scales is None or self.value_scales is None:
             return LayerCache(keys, values, None, None, self.dtype)
         assert new.key_scales is not None
@@ -135,13 +139,32 @@ def head_format(dtype: np.dtype) -> Format:
 def update_slice(old: jax.Array, new: jax.Array, start: jax.Array | int, axis: int) -> jax.Array:
     """`old` with `new` from `start` on along `axis`; 16-bit dtypes are moved as bits.
 
-    XLA's CPU backend would convert all of a 16-bit float array to float32 and back.
+    XLA's CPU backend would convert all of a 16-bit float array to float32 and back.  It still writes all of the array.
     """
+    plain = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
     if old.dtype.itemsize != 2:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)
-    old_bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
-    updated = jax.lax.dynamic_update_slice_in_dim(old_bits, new_bits, start, axis)
-    return jax.lax.bitcast_convert_type(updated, old.dtype)
+        return plain(old, new, start)
+
+    def as_bits(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        old_bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
+        return jax.lax.bitcast_convert_type(plain(old_bits, new_bits, start), old.dtype)
+
+    result: jax.Array = differentiated_as(plain, as_bits)(old, new, jnp.asarray(start, jnp.int32))
+    return result
+
+
+def _in_place(old: jax.Array, new: jax.Array, start: jax.Array | int, axis: int) -> jax.Array:
+    """`update_slice`, which on a CPU writes only the slice, if `old` is not used afterwards."""
+    if old.dtype.itemsize != 2 or here().platform != "cpu" or jax.sharding.get_abstract_mesh().manual_axes:
+        return update_slice(old, new, start, axis)
+    if library.unavailable():
+        return update_slice(old, new, start, axis)
+    shape = jax.ShapeDtypeStruct(old.shape, old.dtype)
+    put = jax.ffi.ffi_call("perparam_put", shape, input_output_aliases={0: 0})
+    natively = functools.partial(put, axis=np.int64(axis))
+    plain = functools.partial(update_slice, axis=axis)
+    result: jax.Array = by_kernel("cpu", natively, plain)(old, new, jnp.asarray(start, jnp.int32))
+    return result
 
 
 def _transposed(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:

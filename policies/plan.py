@@ -15,7 +15,7 @@ from . import dtypes
 from .checks import clauses
 from .errors import count
 from .matmul import Target, matmul_plan
-from .matmul.dispatch import GENERIC, candidates
+from .matmul.dispatch import FALLBACKS, candidates
 from .paths import is_scale
 from .resolved import Change, Decisions, Resolved, ResolvedParam
 from .tables import Column, Report, Table, json_lines
@@ -276,12 +276,12 @@ def _with_matmul(row: Row, param: ResolvedParam, activations: np.dtype | None, t
     ]
     refused: dict[str, list[str]] = {}
     target = Target.parse(target)
-    if choices[0].refused and GENERIC.issuperset(one.name for one in candidates(target)):
+    if choices[0].refused and FALLBACKS.issuperset(one.name for one in candidates(target)):
         unknown = " of unknown compute capability" if target == Target("cuda") else ""
         refused = {f"no implementation is made for {target}{unknown}": []}
-    elif all(choice.implementation in GENERIC for choice in choices):
+    elif all(choice.implementation in FALLBACKS for choice in choices):
         for name, why in choices[0].refused:
-            if name not in GENERIC and (name, why) in choices[1].refused:
+            if name not in FALLBACKS and (name, why) in choices[1].refused:
                 refused.setdefault(why, []).append(name)
     return dataclasses.replace(
         row,

@@ -95,16 +95,15 @@ def marks(name: str, case: Case | None = None, *, quick_kernels: bool = False) -
     """The marks of a test of an implementation.
 
     Kernels for GPUs need the interpreter, in which they take seconds: in the quick run they have tests of their own,
-    and those that ask for it, of one tile of x.  70 rows are for what takes no fewer.
+    and those that ask for it, of one tile of x.  70 rows are for what takes no fewer: others have them in `.ci/full`.
     """
     checked = IMPLEMENTATIONS[name].needs_check
-    if case is None:
-        quick = True
-    elif checked:
-        quick = quick_kernels and (name == "hopper rows" if case.rows == 70 else case.rows in (2, 5, 8))
-    else:
-        quick = case.rows != 70
-    return [interpreter.required] * checked + [pytest.mark.slow] * (not quick)
+    when = [pytest.mark.slow]
+    if case is not None and case.rows == 70 and name != "hopper rows":
+        when = [pytest.mark.thorough]
+    elif case is None or not checked or (quick_kernels and case.rows in (2, 5, 8, 70)):
+        when = []
+    return [interpreter.required] * checked + when
 
 
 def takers(*cases: Case, quick_kernels: bool = False):

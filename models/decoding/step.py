@@ -25,7 +25,7 @@ from ...policies.matmul.hopper_costs import row_tile
 from ...policies.matmul.portable import unless_portable
 from ...policies.targets import HOPPER, Target
 from .. import taps
-from ..attention import batched_as
+from ..by_platform import batched_as
 from ..kv_cache import LayerCache
 from ..layers import Linear, RMSNorm, pair
 from ..transformer import MLP, Attention, Layer, Step

@@ -181,12 +181,12 @@ def _parts(
     if count == 0:
         return
     prefix = prompt if isinstance(prompt, Prefix) else prefill(model, prompt, mask, max_new_tokens=count)
+    graphdef, params = nnx.split(model)  # while the prefill runs
     start, yielded = int(prefix.cache.length), 0
     if config.num_return_sequences > 1:
         prefix = repeated(prefix, config.num_return_sequences)
     elif prefix is prompt:  # decoding overwrites its cache
         prefix = jax.tree.map(jnp.copy, prefix)
-    graphdef, params = nnx.split(model)
     kind, numbers = config.sampling.kind, config.sampling.numbers(model.config.vocab_size)
     state = programs.begin(kind, config.logprobs, numbers, prefix.cache, prefix.tokens, prefix.logits, keys, eos)
     del prefix

@@ -57,8 +57,8 @@ _TARGETS: dict[tuple[str, int | None, int | None], tuple[Implementation, ...]] =
 }
 """Implementations in order of preference, by platform and compute capability; None: any. Of others, `_ANY`."""
 
-GENERIC = frozenset(one.name for one in _ANY)
-"""Names of the implementations that no device has to itself: what a matmul falls back to."""
+FALLBACKS = frozenset(one.name for one in (*_ANY, cpu.SLABS, cpu.TWO_ROWS))
+"""Names of the implementations without a kernel of their own: what a matmul falls back to."""
 
 IMPLEMENTATIONS = {one.name: one for one in (*_CPU, *_HOPPER, *_BLACKWELL, ORACLE)}
 

@@ -12,8 +12,8 @@ import threading
 
 import jax
 
-HANDLERS = (("perparam_matmul", "perparam_matmul"), ("perparam_attention", "perparam_attention"))
-"""Names of the FFI targets, and the symbols of their handlers in the library."""
+HANDLERS = ("perparam_matmul", "perparam_attention", "perparam_put")
+"""Names of the FFI targets, and of their handlers in the library."""
 
 FILE = "libperparam.cpu.so"
 
@@ -71,8 +71,8 @@ def _load() -> _Library:
     if name is None:
         return _Library(reason=f"this processor or build does not have PERPARAM_CPU={os.environ.get('PERPARAM_CPU')}")
     try:
-        for target, symbol in HANDLERS:
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+        for handler in HANDLERS:
+            jax.ffi.register_ffi_target(handler, jax.ffi.pycapsule(getattr(library, handler)), platform="cpu")
     except Exception as error:  # of many kinds: jaxlib's and ctypes'; slabs serve
         return _Library(reason=f"they cannot be registered: {error}")
     return _Library(instructions=name.decode())

@@ -109,6 +109,7 @@ def test_every_prompt_has_bos_once_whoever_writes_it(model, tmp_path, monkeypatc
     assert [(ids[0], ids.count(bos)) for ids in asked] == [(bos, 1), (bos, 1)]
 
 
+@pytest.mark.slow
 def test_only_the_new_part_of_a_conversation_is_read(chat, monkeypatch):
     read = []
     for name in ("prefill", "extend"):

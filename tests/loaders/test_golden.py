@@ -52,10 +52,11 @@ def logits(case, policy):
     return checkpoints.logits(loaded(case, policy), expected(case)["input_ids"], expected(case)["attention_mask"])
 
 
-# Left out of the quick run. The first three differ from other cases only in their files, which `tests/loaders/save`
-# compares; the layers of the others are those of a quick case of the same family.
+# Left out of the quick run. Those of the first line differ from other cases only in their files, of which the first
+# three are compared in `tests/loaders/save`; the layers of the others are those of a quick case, or their parts are.
 SLOW = (
-    *("fp8_shards", "fp8_untied_f32_scales", "fp8_tied_bf16_scales", "fp8_right_padding", "llama_fp8_biases"),
+    *("fp8_shards", "fp8_untied_f32_scales", "fp8_tied_bf16_scales", "fp8_tied_with_lm_head", "bf16_yarn_new_form"),
+    *("fp8_bias", "fp8_right_padding", "llama_fp8_biases"),
     *("llama_fp8_channel", "llama_fp8_tensor", "llama_linear_rope", "llama_plain_tied", "qwen2_sliding_window"),
 )
 
@@ -75,8 +76,13 @@ QUICK = ("bf16_plain", "fp8_left_padding", "fp8_ragged_block128_f16_scales", "fp
 QUICK_TOKENS = ("fp8_left_padding",)
 
 
+def rarely(case):
+    """The mark of what the quick run leaves out; CI too, of cases whose layers and positions are those of others."""
+    return pytest.mark.thorough if case in SLOW and case != "fp8_right_padding" else pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case in QUICK_TOKENS else pytest.mark.slow) for case in CASES]
+    "case", [pytest.param(case, marks=() if case in QUICK_TOKENS else rarely(case)) for case in CASES]
 )
 def test_greedy_tokens_are_those_of_transformers(case):
     exact = expected(case)
@@ -90,9 +96,13 @@ def test_greedy_tokens_are_those_of_transformers(case):
     np.testing.assert_array_equal(tokens, exact["greedy"])
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+# A dequantised checkpoint is a plain one, whose float32 logits CI compares: those in bfloat16 are for `.ci/full`.
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+    ("case", "policy"),
+    [
+        *(pytest.param(case, "kept", marks=() if case in QUICK else rarely(case)) for case in CASES),
+        *(pytest.param(case, "dequantised", marks=pytest.mark.thorough) for case in CASES),
+    ],
 )
 def test_bfloat16_logits_are_within_rounding_of_transformers(case, policy):
     found, exact = logits(case, BF16_POLICIES[policy]), expected(case)

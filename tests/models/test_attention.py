@@ -187,6 +187,7 @@ def test_chunks_of_a_narrow_cache_give_what_the_whole_gives(monkeypatch, kept_in
     assert relative_error(found, whole, mask) <= FLOAT32_ERROR
 
 
+@pytest.mark.slow
 def test_chunks_have_the_derivatives_of_the_whole(monkeypatch):
     q, k, v, queries, slots, mask = long_inputs()
     towards = np.random.default_rng(2).normal(size=(2, LONG, HEADS * D)).astype(np.float32) * mask[:, :, None]

@@ -310,6 +310,7 @@ def test_exported_programs_do_not(call):
     np.testing.assert_allclose(exported.call(q), attend(q, cache), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_derivatives_and_batches_are_those_over_slots(call, monkeypatch):
     attend, q, cache = call
 
@@ -344,6 +345,7 @@ def test_what_it_refuses(call):
     assert "or 0" in cpu_attention.refuses(here, q[:, :0], cache)
 
 
+@pytest.mark.slow
 def test_within_shard_map_it_is_attention_over_slots(call):
     attend, q, cache = call
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -13,7 +13,7 @@ from checkpoints import relative_error
 from flax import nnx
 
 from perparam import Policy
-from perparam.models import Qwen3, Qwen3Config, attention, flash, generation
+from perparam.models import Qwen3, Qwen3Config, attention, by_platform, flash, generation
 from perparam.models.generation import programs
 from perparam.models.kv_cache import EMPTY, LayerCache, token_positions
 from perparam.models.tokens import padding_last
@@ -220,7 +220,7 @@ def opaque(monkeypatch):
     monkeypatch.setattr(flash, "attend", lambda *operands: primitive.bind(*operands[:4], window=operands[4]))
     monkeypatch.setattr(flash, "refuses", lambda *_: None)
     monkeypatch.setattr(flash, "traces_masked", lambda *_: False)
-    monkeypatch.setattr(attention, "unless_portable", lambda kernel, _, **options: kernel)
+    monkeypatch.setattr(by_platform, "unless_portable", lambda kernel, _, **options: kernel)
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *operands, default, cuda=None, **_: (cuda or default)(*operands)
     )
@@ -278,6 +278,7 @@ def test_a_machine_without_cudnn_reads_over_slots(monkeypatch):
     assert scores(lowered("bf16", flash.LEAST, ("cuda",)), flash.LEAST)
 
 
+@pytest.mark.slow
 def test_padding_is_no_part_of_what_the_model_reads(calls, monkeypatch):
     """A whole prefill with it, on this machine, gives what a prefill over slots gives."""
     model = Qwen3(CONFIG, policy="bf16", rngs=nnx.Rngs(0))
@@ -288,8 +289,10 @@ def test_padding_is_no_part_of_what_the_model_reads(calls, monkeypatch):
     expected = generation.prefill(model, ids, mask)
     assert calls == []
     monkeypatch.setattr(flash, "refuses", lambda *_: None)
-    monkeypatch.setattr(attention, "unless_portable", lambda kernel, _, **options: kernel)
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cuda, **_: cuda(*operands))
+    monkeypatch.setattr(by_platform, "unless_portable", lambda kernel, _, **options: kernel)
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *operands, default, cuda=None, **_: (cuda or default)(*operands)
+    )
     programs.prefill.clear_cache()
     found = generation.prefill(model, ids, mask)
     assert len(calls) >= CONFIG.num_hidden_layers

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import bits, dtype, largest, reference_dequantize, reference_quantize
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perparam import scaled_matmul
@@ -119,6 +119,8 @@ class TestProducts:
         y = product(x, kernel, scale_inv, block=RAGGED)
         assert_product(y, *operands(x, kernel, scale_inv, RAGGED, None))
 
+    # Shapes and blocks are in `matmul/test_backends.py`; here they meet leading axes.
+    @settings(max_examples=4)
     @given(
         shape=st.sampled_from([(3, 5), (37, 16), (300, 200)]),
         block=st.sampled_from([(1, 3), (128, 128)]),
@@ -191,24 +193,26 @@ class TestVariants(chex.TestCase):
             y = self.variant(lambda *a, c=compute: scaled_matmul(*a, block=RAGGED, compute=c))(x, kernel, scale_inv)
             assert_product(y, *operands(x, kernel, scale_inv, RAGGED, compute))
 
-    @chex.variants(with_jit=True)
-    def test_vmap_over_rows_and_over_kernels(self):
-        kernels, scales = zip(*(pair(seed=seed) for seed in range(2)), strict=True)
-        x = inputs(2, 3, 72)
-        for compute in (None, FP8):
-            run = lambda *a, c=compute: scaled_matmul(*a, block=RAGGED, compute=c)  # noqa: E731
-            experts = self.variant(jax.vmap(run))(x, np.stack(kernels), np.stack(scales))
-            rows = self.variant(jax.vmap(run, in_axes=(0, None, None)))(x, kernels[0], scales[0])
-            for i in range(2):
-                assert_product(experts[i], *operands(x[i], kernels[i], scales[i], RAGGED, compute))
-                assert_product(rows[i], *operands(x[i], kernels[0], scales[0], RAGGED, compute))
-
     @chex.variants(without_jit=True)
     def test_the_gradient(self):
         (kernel, scale_inv), x, weights = pair(), inputs(3, 72), inputs(3, SLABS[0], seed=2)
         loss = lambda x: jnp.vdot(scaled_matmul(x, kernel, scale_inv, block=RAGGED), weights)  # noqa: E731
         gradient = self.variant(jax.grad(loss))(x)
         assert_product(gradient, weights.astype(np.float64), operands(x, kernel, scale_inv, RAGGED, None)[1].T)
+
+
+# The quick run has `matmul/test_batching.py`, whose kernels are smaller than a slab.
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", [None, FP8])
+def test_vmap_over_rows_and_over_kernels(compute):
+    kernels, scales = zip(*(pair(seed=seed) for seed in range(2)), strict=True)
+    x = inputs(2, 3, 72)
+    run = lambda *a: scaled_matmul(*a, block=RAGGED, compute=compute)  # noqa: E731
+    experts = jax.jit(jax.vmap(run))(x, np.stack(kernels), np.stack(scales))
+    rows = jax.jit(jax.vmap(run, in_axes=(0, None, None)))(x, kernels[0], scales[0])
+    for i in range(2):
+        assert_product(experts[i], *operands(x[i], kernels[i], scales[i], RAGGED, compute))
+        assert_product(rows[i], *operands(x[i], kernels[0], scales[0], RAGGED, compute))
 
 
 def pull_back(y_gradient, run, *primals):
@@ -240,7 +244,9 @@ class TestGradients:
         assert dx.dtype == dtype(activations)
         assert_product(dx, dy.astype(np.float64), operands(x, kernel, scale_inv, RAGGED, None)[1].T)
 
-    @pytest.mark.parametrize("compute", COMPUTES)
+    @pytest.mark.parametrize(
+        "compute", [c if c in (FP8, "bfloat16") else pytest.param(c, marks=pytest.mark.slow) for c in COMPUTES]
+    )
     def test_of_a_plain_kernel_and_its_x(self, compute):
         kernel, x, dy = inputs(*SLABS), inputs(6, 72), inputs(6, SLABS[0], seed=2)
         dx, dkernel = pull_back(dy, lambda x, k: scaled_matmul(x, k, block=RAGGED, compute=compute), x, kernel)
@@ -256,6 +262,7 @@ class TestGradients:
         (dx,) = pull_back(np.ones((1, 1)), lambda x: scaled_matmul(x, kernel, block=(1, 1), compute=FP8), x)
         assert dx.tolist() == [[1.0, 10.0]]
 
+    @pytest.mark.slow
     def test_under_vmap_over_kernels(self):
         kernels, scales = (np.stack(half) for half in zip(*(pair(seed=seed) for seed in range(2)), strict=True))
         x, dy = inputs(2, 3, 72), inputs(2, 3, SLABS[0], seed=2)

@@ -17,6 +17,7 @@ from plans import TREE, YAML
 from perparam import Policy, get_policy, init
 from perparam.policies import InvalidScale, UnknownTarget, UnpairedScale, check_records
 from perparam.policies.matmul import IMPLEMENTATIONS, trials
+from perparam.policies.native import library
 
 F32, BF16, F8 = np.dtype("float32"), np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -198,7 +199,8 @@ class TestTarget:
         found = {row.path: row.matmul for row in plan.rows if row.matmul is not None}
         assert found == {"dense/kernel": ragged, "wide/kernel": wide}
         why = {row.path: row.matmul_refused for row in plan.rows if row.matmul_refused is not None}
-        assert set(why) == ({"dense/kernel"} if target == "cuda:9.0" else set() if target == "cpu" else set(found))
+        served = {"cuda:9.0": {"wide/kernel"}, "cpu": set(found) if ON_CPU == "native" else set()}
+        assert set(why) == set(found) - served.get(target, set())
         names = "hopper widened or hopper rows or hopper columns"
         assert (f"\ndense/kernel: not {names}: " in str(plan)) == (target == "cuda:9.0")
         nothing = f"\ndense/kernel and 1 more: no implementation is made for {reason}\n"
@@ -206,6 +208,12 @@ class TestTarget:
         assert "matmul (1 | 512 rows)" in str(plan).splitlines()[0]
         assert f"  {wide}  " in str(plan)
         assert [row["matmul"] for row in json.loads(plan.to_json())["rows"]] == [row.matmul for row in plan.rows]
+
+    def test_a_cpu_without_the_native_library_has_the_reason(self, monkeypatch):
+        monkeypatch.setattr(library, "unavailable", lambda: "it is not here")
+        plan = Policy.loads(YAML).explain(self.tree, target="cpu")
+        assert {row.matmul for row in plan.rows if row.matmul is not None} == {"slabs"}
+        assert "\ndense/kernel and 1 more: not native: it is not here\n" in str(plan)
 
     def test_a_kernel_that_needs_no_implementation_of_its_own_has_no_reason(self):
         plan = Policy().explain(self.tree, target="tpu")

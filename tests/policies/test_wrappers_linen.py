@@ -166,7 +166,7 @@ class TestForward:
         seen = apply(Probe(), policy, init(Probe(), policy, KEY, X), X)
         assert seen == {"kernel": "bfloat16", "bias": "bfloat16", "scale": "bfloat16", "x": "bfloat16"}
 
-    @pytest.mark.parametrize("name", ["f32", "bf16"])
+    @pytest.mark.parametrize("name", ["bf16", pytest.param("f32", marks=pytest.mark.slow)])
     def test_uniform_policies_are_plain_flax_with_casts(self, name):
         wide = dtype({"f32": "float32", "bf16": "bfloat16"}[name])
         variables = init(Net(), name, KEY, X)

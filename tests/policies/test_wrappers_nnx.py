@@ -163,7 +163,7 @@ class TestForward:
         seen = apply(Probe, TWO_LINES, init(Probe, TWO_LINES, KEY), X.astype(dtype(wide)))
         assert (seen["x"], seen["kernel"], seen["bias"]) == (wide, wide, "float32")
 
-    @pytest.mark.parametrize("name", ["f32", "bf16"])
+    @pytest.mark.parametrize("name", ["bf16", pytest.param("f32", marks=pytest.mark.slow)])
     def test_uniform_policies_are_plain_flax_with_casts(self, name):
         wide = dtype({"f32": "float32", "bf16": "bfloat16"}[name])
         model = Net(nnx.Rngs(KEY))

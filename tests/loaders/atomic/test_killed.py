@@ -150,7 +150,6 @@ def kill_savers(folder, kills, seed, way):
 @pytest.mark.parametrize(
     ("kills", "way"),
     [
-        (25, "exchange"),
         pytest.param(150, "exchange", marks=pytest.mark.slow),
         pytest.param(150, "renamings", marks=pytest.mark.thorough),
     ],

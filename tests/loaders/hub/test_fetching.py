@@ -106,6 +106,7 @@ def test_a_branch_that_moves_on_between_two_files_gives_files_of_one_commit(hub,
 # As its users start it.
 
 
+@pytest.mark.slow
 def test_a_folder_is_opened_without_importing_huggingface_hub_and_a_name_with_its_environment(hub, small, tmp_path):
     hub.add(REPO, small)
     code = (

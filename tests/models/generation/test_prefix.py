@@ -34,6 +34,7 @@ def test_a_prefix_is_continued_as_often_as_one_likes_and_stays_as_it_is(model, e
         assert_unchanged(prefix, before)
 
 
+@pytest.mark.slow
 def test_a_prefix_stays_as_it_is_when_it_gets_several_answers(model, endless):
     prefix = prefill(model, IDS, MASK, max_new_tokens=NEW)
     before = snapshot(prefix)

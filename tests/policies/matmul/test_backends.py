@@ -53,6 +53,9 @@ def refusal(name: str, case: Case) -> str | None:
 
 EVERYONE = pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in IMPLEMENTATIONS])
 
+# Those that take all ragged shapes compile a program for each, seconds in all; the quick run has what CPUs use.
+RAGGED_SLOW = tuple(name for name in ("slabs", "fused reduction", "widen, then dot", "oracle") if name != ON_CPU)
+
 
 @pytest.fixture(scope="module")
 def launches():
@@ -181,7 +184,13 @@ class TestEveryImplementation:
         for y, columns in zip(found, (256, 384, 256), strict=True):
             assert relative_error(y, np.concatenate([want, want[:, :128]], axis=1)[:, :columns]) <= W8A16_ERROR
 
-    @EVERYONE
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=[*marks(name), *[pytest.mark.slow] * (name in RAGGED_SLOW)])
+            for name in IMPLEMENTATIONS
+        ],
+    )
     @settings(max_examples=5)
     @given(
         case=st.builds(

@@ -78,7 +78,7 @@ def y_gradient_of(case: Case) -> np.ndarray:
     return np.random.default_rng(9).normal(size=(case.rows, case.shape[0])).astype(dtype(case.x))
 
 
-@takers(*NARROW, *PLAIN, quick_kernels=True)
+@takers(*NARROW, *PLAIN)  # not `quick_kernels`: kernels have no part in the gradient, and tests of their own
 def test_of_x(name, case):
     x, kernel, scale_inv = case.operands()
     dy = y_gradient_of(case)

@@ -35,8 +35,17 @@ def kernels_of(case: Case, target: str = "cuda:9.0") -> int:
 
 
 def some(first):
-    """All shapes, of which every fourth is in the quick run."""
-    return [pytest.param(shape, marks=pytest.mark.thorough if i % 4 != first else ()) for i, shape in enumerate(SHAPES)]
+    """All shapes, of which every eighth is in the quick run."""
+    return [pytest.param(shape, marks=pytest.mark.thorough if i % 8 != first else ()) for i, shape in enumerate(SHAPES)]
+
+
+def each_with(*calls):
+    """`(shape, call)` of all shapes and calls; the slow run has each shape once, and the calls in turn."""
+    return [
+        pytest.param(shape, call, marks=pytest.mark.slow if i % len(calls) == j else pytest.mark.thorough)
+        for i, shape in enumerate(SHAPES)
+        for j, call in enumerate(calls)
+    ]
 
 
 class TestEveryShape:
@@ -49,16 +58,13 @@ class TestEveryShape:
     def test_w8a8_of_many_rows_is_a_kernel_that_quantises_and_one_that_multiplies(self, shape):
         assert kernels_of(Case(512, shape, compute=FP8)) == 2
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("rows", [1, 64, 512, 4096])
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize(("shape", "rows"), each_with(1, 64, 512, 4096), ids=str)
     def test_w8a16_of_any_number_of_rows(self, shape, rows):
         assert kernels_of(Case(rows, shape)) == 1
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    @pytest.mark.parametrize(("rows", "expected"), [(1, 1), (64, 1), (4096, 2)])
-    def test_w8a8_of_any_number_of_rows(self, shape, rows, expected):
+    @pytest.mark.parametrize(("shape", "call"), each_with((1, 1), (64, 1), (4096, 2)), ids=str)
+    def test_w8a8_of_any_number_of_rows(self, shape, call):
+        rows, expected = call
         assert kernels_of(Case(rows, shape, compute=FP8)) == expected
 
 

@@ -190,9 +190,10 @@ def digest(threads: int, **environment: str) -> str:
     return result
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
-@pytest.mark.parametrize("threads", [2, 3, 16])
+@pytest.mark.parametrize(
+    "threads", [pytest.param(n, marks=pytest.mark.thorough if n == 2 else pytest.mark.slow) for n in (2, 3, 16)]
+)
 def test_any_number_of_threads_gives_the_same_bits(threads):
     assert digest(threads) == digest(1)
 

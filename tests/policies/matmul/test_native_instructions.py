@@ -13,6 +13,8 @@ from native_builds import ROOT
 from native_matmuls import drawn, factors, required
 from native_results import CASES
 
+from perparam.policies.native import library
+
 pytestmark = required
 slow = pytest.mark.slow
 
@@ -53,6 +55,8 @@ FILES = [str(HERE / f"test_native{what}.py") for what in ("", "_gradients", "_bi
 
 @slow
 def test_each_passes_the_quick_tests_of_the_library(instructions):
+    if instructions == library.instructions():
+        pytest.skip("the quick run has it")
     done = run(instructions, "-m", "pytest", "-q", "-n", "0", *FILES)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
 

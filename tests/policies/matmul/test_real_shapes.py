@@ -56,9 +56,12 @@ def test_a_handful_on_a_cpu(rows, shape):
     assert max(found.values()) <= 1, found
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "rows", [1, pytest.param(8, marks=pytest.mark.thorough), pytest.param(64, marks=pytest.mark.thorough)]
+    ("rows", "name"),
+    [
+        *(pytest.param(1, name, marks=() if name == ON_CPU else pytest.mark.slow) for name in NAMES),
+        *(pytest.param(rows, name, marks=pytest.mark.thorough) for rows in (8, 64) for name in NAMES),
+    ],
 )
 def test_one_by_every_implementation(rows, name):
     arrays = operands(rows, (1024, 2560))

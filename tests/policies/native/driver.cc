@@ -3,7 +3,8 @@
 // Without input it prints the name of the set in use, its width, most rows and whether it takes pairs. Else each request
 // is seven int32 (values, rounding, pairs, rows, columns, bytes of a value, whether there are scales of x) and arrays:
 // the table, uint16 [256]; the weights [width][128]; their scales, float32 [width]; x [rows][128]; its scales [rows].
-// The answer is the panel, the totals of `multiply`, and the totals of `multiply_few` if there are 128 columns and few rows.
+// The answer is the panel, the totals of `multiply`, and the totals of `multiply_few` if there are 128 columns and few rows;
+// and the last totals, rounded to bfloat16.
 
 #include <algorithm>
 #include <cstdint>
@@ -57,5 +58,8 @@ int main(int count, char**) {
       set->multiply_few(of, pairs, source);
       write(totals.data(), totals.size());
     }
+    std::vector<uint16_t> rounded(totals.size());
+    for (size_t at = 0; at < totals.size(); at += set->width) set->round(&totals[at], &rounded[at]);
+    write(rounded.data(), rounded.size());
   }
 }

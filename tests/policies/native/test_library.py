@@ -101,7 +101,7 @@ def test_a_library_that_does_not_load_is_no_error(monkeypatch, tmp_path):
 
 @needs_compiler
 def test_a_handler_that_cannot_be_registered_is_no_error(monkeypatch):
-    monkeypatch.setattr(library, "HANDLERS", (("perparam_missing", "perparam_missing"),))
+    monkeypatch.setattr(library, "HANDLERS", ("perparam_missing",))
     assert re.search("they cannot be registered: .*perparam_missing", reason())
 
 
