@@ -57,7 +57,9 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "int8 by row" else ()) for name in POLICIES]
+)
 def test_experts_come_in_slabs_that_give_what_the_whole_gives(folder, name, monkeypatch):
     monkeypatch.setattr(slabs, "CONVERT_ELEMENTS", 2 * 40 * 56)
     monkeypatch.setattr(slabs, "COPY_BYTES", 2 * 40 * 56)

@@ -105,6 +105,7 @@ def test_decoding_a_token_reads_the_kernels_of_its_experts_alone(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_finite_differences_and_reach_the_experts_in_use():
     layer, x = mixture(), tokens(1, 3)
     graph, state = nnx.split(layer)
@@ -143,7 +144,8 @@ class TestPolicies:
         named = model().with_policy({"params": {"**/gate/kernel": "f8_e4m3fn"}})
         assert parameters(named)["layers/1/mlp/gate/kernel"].dtype == jnp.float8_e4m3fn
 
-    @pytest.mark.parametrize("preset", ["fp8_weight_only", pytest.param("fp8_dynamic", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("preset", ["fp8_weight_only", "fp8_dynamic"])
     def test_quantised_experts_compute_what_their_weights_do(self, preset):
         ids = np.arange(12)[None]
         narrow = model().with_policy(perparam.Policy({**_params(preset), "default": "f32"}, _compute(preset), "f32"))

@@ -24,8 +24,10 @@ SIZES = {
     "last group": (0, 0, 0, 0, 0, 1),
     "no rows": (0, 0, 0, 0, 0, 0),
 }
-GROUPS = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-FEW_GROUPS = pytest.mark.parametrize("name", ["ragged", "a token's experts", "no rows"])
+QUICK = ("ragged", "a token's experts", "no rows")
+GROUPS = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
+)
 
 GRADIENT_ERROR = 1e-6
 """Sums of up to 72 float32 products in another order: sqrt(72) * 2**-24 = 5e-7."""
@@ -50,7 +52,8 @@ def exact(x, weight, sizes):
 
 
 @GROUPS
-def test_each_row_is_multiplied_with_the_kernel_of_its_group(sizes):
+def test_each_row_is_multiplied_with_the_kernel_of_its_group(name):
+    sizes = SIZES[name]
     x, kernel, scaled = operands(sizes)
     for one, weight in ((kernel, kernel), (scaled, scaled.dequantize())):
         found, weight = np.asarray(grouped_matmul(x, one, sizes)), np.asarray(weight, np.float64)
@@ -126,7 +129,9 @@ def test_only_the_kernels_of_groups_with_rows_are_multiplied(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "implementation"), [("float8", None), ("float8", "slabs"), ("float8", "oracle"), ("bfloat16", None)]
+    ("kind", "implementation"),
+    [("float8", None), ("bfloat16", None)]
+    + [pytest.param("float8", each, marks=pytest.mark.slow) for each in ("slabs", "oracle")],
 )
 def test_no_more_than_one_kernel_is_copied_or_widened(kind, implementation):
     groups, out, features = 64, 96, 128
@@ -147,7 +152,7 @@ def test_no_more_than_one_kernel_is_copied_or_widened(kind, implementation):
     assert temporary <= bound < kernel.size  # the bytes of all kernels, if each is one
 
 
-@FEW_GROUPS
+@GROUPS
 def test_gradients_are_those_of_the_product_of_each_row(name):
     sizes = SIZES[name]
     x, kernel, scaled = operands(sizes)
