@@ -87,7 +87,7 @@ def write_checkpoint(folder: pathlib.Path, fields: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
     config = read_config(folder / "config.json")
-    for name, (_, shape) in family_of(config).tensors(config).items():
+    for name, (_, shape, _) in family_of(config).tensors(config).items():
         narrow = "quantization_config" in fields and name.endswith("_proj.weight")
         tensors[name] = ("F8_E4M3", shape, math.prod(shape)) if narrow else ("BF16", shape, 2 * math.prod(shape))
         if narrow:

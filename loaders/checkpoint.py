@@ -32,6 +32,7 @@ from .json_file import read_json
 from .layout import CONFIG, GENERATION
 from .safetensors.reader import Tensor
 from .shards import Headers, read_tensors
+from .stack import Stack, unequal
 
 
 class CheckpointWarning(UserWarning):
@@ -44,13 +45,13 @@ class Checkpoint:
 
     folder    path of the folder
     config    config of the model; `dtype` is never None, eos ids are those of generation_config.json if there is one
-    tensors   {path: tensor} for every parameter of the model and its scales
+    tensors   {path: tensor} for every parameter of the model and its scales; a Stack of those of experts
     left_out  {tensor name: reason} for tensors that the model has no parameter for, as the config explains
     """
 
     folder: pathlib.Path
     config: DecoderConfig
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | Stack]
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -107,7 +108,7 @@ def _unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> CheckpointTree:
 jax.tree_util.register_pytree_with_keys(CheckpointTree, _flatten, _unflatten)
 
 
-def _infos(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, ArrayInfo]:
+def _infos(tensors: Mapping[str, Tensor | Stack], config: DecoderConfig) -> dict[str, ArrayInfo]:
     block = (config.quantization or Quantization()).block
     return {
         path: ArrayInfo(tensor.shape, Format(tensor.dtype, block if scale_path(path) in tensors else None))
@@ -192,15 +193,18 @@ def generation_ids(folder: pathlib.Path, config: DecoderConfig) -> DecoderConfig
     )
 
 
-def _match(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+def _match(
+    tensors: dict[str, Tensor], config: DecoderConfig
+) -> tuple[dict[str, Tensor | Stack], dict[str, str], list[str]]:
     """`({path: tensor}, {name: reason} of tensors left out, problems)`: tensors matched with the model's parameters."""
-    by_path: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {}
+    experts: set[str] = set()
     left_out: dict[str, str] = {}
     problems = []
     quantization = config.quantization or Quantization()
     suffix = SCALE_SUFFIX[quantization.method]
     expected = family_of(config).tensors(config, prefixes(tensors))
-    for name, (path, shape) in expected.items():
+    for name, (path, shape, expert) in expected.items():
         tensor = tensors.get(name)
         if tensor is None:
             problems.append(f"missing: {name} {shape}")
@@ -211,16 +215,28 @@ def _match(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str,
             problems.append(
                 f"wrong dtype: {name} is {dtype_name(tensor.dtype)}, expected f32, bf16, f16 or a float8 matrix"
             )
-        by_path[path] = tensor
+        found.setdefault(path, []).append(tensor)
+        if expert is not None:
+            experts.add(path)
         scales = tensors.get(f"{name}{suffix}")
         if scales is not None and quantization.block == (-1, -1) and scales.shape in ((), (1,)):
             scales = dataclasses.replace(scales, shape=(1, 1))
         if scales is None and tensor.dtype == np.int8:
             problems.append(f"{path}: int8 {shape} without its scales {scale_path(path)!r}, so its magnitude is lost")
         if scales is not None:
-            by_path[scale_path(path)] = scales
+            found.setdefault(scale_path(path), []).append(scales)
             if not is_activation(scales.dtype):
                 problems.append(f"wrong dtype: {scales.name} is {dtype_name(scales.dtype)}, expected f32, bf16 or f16")
+    by_path: dict[str, Tensor | Stack] = {}
+    for path in [path for path in found if not is_scale(path)]:
+        kernels, of_kernels = found[path], found.get(scale_path(path), [])
+        if path not in experts:
+            by_path |= {path: kernels[0]} | ({scale_path(path): of_kernels[0]} if of_kernels else {})
+        elif wrong := unequal(kernels, of_kernels, suffix):
+            problems += wrong
+        else:
+            by_path |= {path: Stack(tuple(kernels))}
+            by_path |= {scale_path(path): Stack(tuple(of_kernels))} if of_kernels else {}
     for name in tensors:
         kernel = name.removesuffix(suffix)
         if kernel not in expected:
@@ -231,7 +247,7 @@ def _match(tensors: dict[str, Tensor], config: DecoderConfig) -> tuple[dict[str,
     return by_path, left_out, problems
 
 
-def _cross_check(folder: pathlib.Path, config: DecoderConfig, tensors: dict[str, Tensor]) -> None:
+def _cross_check(folder: pathlib.Path, config: DecoderConfig, tensors: dict[str, Tensor | Stack]) -> None:
     """Warns if `quantization_config` contradicts the tensors."""
     narrow = {path for path in tensors if scale_path(path) in tensors and not is_scale(path)}
     if config.quantization is None:
@@ -242,7 +258,8 @@ def _cross_check(folder: pathlib.Path, config: DecoderConfig, tensors: dict[str,
                 narrow,
             )
         return
-    listed = set(config.quantization.not_converted)
+    # The kernels of a layer's experts are one parameter, without the number of an expert in its path.
+    listed = {re.sub(r"\.experts\.\d+\.", ".experts.", name) for name in config.quantization.not_converted}
     if any(name.startswith("re:") for name in listed):  # a regular expression of compressed-tensors
         return
     field = "ignore" if config.quantization.method == "compressed-tensors" else "modules_to_not_convert"

@@ -17,18 +17,21 @@ from .families import family_of
 from .families.quantization import SCALE_SUFFIX
 from .safetensors.writer import NAMES, Tensors
 
+Names = str | tuple[str, ...]
+"""The name of a parameter's tensor, or those of its slices along the first axis, each of which is a tensor."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Export:
     """The contents of a checkpoint to write.
 
     config  the model's config with the quantization of its stored kernels
-    names   the tensor name of every parameter and its scales, by path
+    names   the tensor name of every parameter and its scales, by path; of a stack of experts, the name of each
     groups  shapes and dtypes of each parameter's tensors, by name, in the order of the files
     """
 
     config: DecoderConfig
-    names: dict[str, str]
+    names: dict[str, Names]
     groups: list[Tensors]
 
 
@@ -42,33 +45,53 @@ def export(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> Export:
     names = _names(config, stored)
     quantization = _quantization(stored, names, config)
     suffix = SCALE_SUFFIX[(quantization or Quantization()).method]
-    names |= {scale_path(path): f"{name}{suffix}" for path, name in names.items()}
-    groups = [
-        {
-            names[each]: jax.ShapeDtypeStruct(_file_shape(each, stored[each], quantization), stored[each].dtype)
+    names |= {
+        scale_path(path): f"{name}{suffix}" if isinstance(name, str) else tuple(f"{each}{suffix}" for each in name)
+        for path, name in names.items()
+    }
+    groups = []
+    for path in [path for path in names if path in stored and not is_scale(path)]:
+        tensors = [
+            _named(names[each], _in_file(each, stored[each], quantization))
             for each in (path, scale_path(path))
             if each in stored
-        }
-        for path in names
-        if path in stored and not is_scale(path)
-    ]
+        ]
+        groups += [dict(group) for group in zip(*tensors, strict=True)]
     return Export(dataclasses.replace(config, quantization=quantization), names, groups)
 
 
-def _file_shape(path: str, info: ArrayInfo, quantization: Quantization | None) -> tuple[int, ...]:
-    """The shape in the file: one scale for a whole tensor is a vector there."""
+def listed(names: Names) -> tuple[str, ...]:
+    """The names of one parameter's tensors."""
+    return (names,) if isinstance(names, str) else names
+
+
+def _named(names: Names, array: jax.ShapeDtypeStruct) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+    """`(name, shape and dtype)` of each tensor of an array: of the whole, or of its slices along the first axis."""
+    if isinstance(names, str):
+        return [(names, array)]
+    return [(name, jax.ShapeDtypeStruct(array.shape[1:], array.dtype)) for name in names]
+
+
+def _in_file(path: str, info: ArrayInfo, quantization: Quantization | None) -> jax.ShapeDtypeStruct:
+    """Shape and dtype in the file, where one scale for a whole tensor is a vector; experts have a leading axis."""
     one_scale = is_scale(path) and quantization is not None and quantization.block == (-1, -1)
-    return (1,) if one_scale else info.shape
+    return jax.ShapeDtypeStruct((*info.shape[:-2], 1) if one_scale else info.shape, info.dtype)
 
 
-def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, str]:
+def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, Names]:
     """The name of every parameter in the family's checkpoints, by path, without the scales.
 
     Raises:
       UnsupportedExport: parameters without a name in the family's checkpoints, or with another shape.
     """
     family = family_of(config)
-    expected = {path: (name, shape) for name, (path, shape) in family.tensors(config).items()}
+    expected: dict[str, tuple[Names, tuple[int, ...]]] = {}
+    for name, (path, shape, expert) in family.tensors(config).items():
+        if expert is None:
+            expected[path] = name, shape
+        else:
+            before = expected[path][0] if path in expected else ()
+            expected[path] = (*before, name), (expert + 1, *shape)
     scales = {scale_path(path) for path in expected}
     if unnamed := [path for path in stored if path not in expected.keys() | scales]:
         count = "1 parameter" if len(unnamed) == 1 else f"{len(unnamed)} parameters"
@@ -86,7 +109,7 @@ def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, 
 
 
 def _quantization(
-    stored: Mapping[str, ArrayInfo], names: Mapping[str, str], config: DecoderConfig
+    stored: Mapping[str, ArrayInfo], names: Mapping[str, Names], config: DecoderConfig
 ) -> Quantization | None:
     """The quantization of the narrow kernels, in the layout of the checkpoint that `config` comes from if possible.
 
@@ -117,10 +140,10 @@ def _quantization(
         raise UnsupportedExport(
             f"kernels in blocks of {blocks}: config.json can have only one. Save under a policy with a block."
         )
-    plain = [name for path, name in names.items() if path.endswith("/kernel") and path in stored and path not in narrow]
+    plain = [each for path, each in names.items() if path.endswith("/kernel") and path in stored and path not in narrow]
     # transformers gives a tied model a head of its own, and quantises it unless it is listed.
     tied = ("lm_head",) if config.task == "causal_lm" and config.head is None else ()
-    not_converted = (*tied, *(name.removesuffix(".weight") for name in plain))
+    not_converted = (*tied, *(name.removesuffix(".weight") for names in plain for name in listed(names)))
     return Quantization(blocks[0], not_converted, _method(blocks[0], config.quantization))
 
 

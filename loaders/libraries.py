@@ -157,7 +157,8 @@ def check_library(contents: Export, stored: Mapping[str, ArrayInfo], library: Li
     quantization = contents.config.quantization
     if quantization is None:
         return
-    shapes = {path: stored[path].shape for path in contents.names if path.endswith("/kernel") and path in stored}
+    paths = [path for path in contents.names if path.endswith("/kernel") and path in stored]
+    shapes = {path: stored[path].shape[-2:] for path in paths}  # without the axis of experts
     narrow = {path: shape for path, shape in shapes.items() if is_narrow(stored[path].dtype)}
     kernels = _Kernels(quantization.block, quantization.method, narrow, frozenset(shapes.keys() - narrow.keys()))
     wide = dtype_name(contents.config.dtype) if contents.config.dtype is not None else "bf16"

@@ -20,7 +20,6 @@ from .bare import BareCheckpoint, open_parameters, warn_if_guessed
 from .checkpoint import Checkpoint, open_checkpoint
 from .placement import Placement
 from .progress import Progress
-from .safetensors.reader import Tensor
 from .slabs import in_turn, run
 
 
@@ -45,9 +44,9 @@ def load_model(
     revision  branch, tag or commit of the repository
     progress  whether to show a progress bar on stderr; None: only if that is a terminal
 
-    The class of the model follows from `model_type` in config.json: `Qwen3`, `Qwen2` or `Llama`. A device receives only
-    its slice of every parameter. On a CPU, the memory that a file is read into becomes the array, without a copy.
-    Besides the model, loading takes the memory of at most two parameters on a GPU, and of a few slabs on a CPU.
+    The class of the model follows from `model_type` in config.json: `Qwen3`, `Qwen3Moe`, `Qwen2` or `Llama`. A device
+    receives only its slice of every parameter. On a CPU, the memory that a file is read into becomes the array, without
+    a copy. Besides the model, loading takes the memory of at most two parameters on a GPU, and of a few slabs on a CPU.
 
     Raises:
       MissingFile, InvalidCheckpoint, UnsupportedConfig: files that are missing, damaged or contradictory, or a model
@@ -132,7 +131,7 @@ def in_file_order(checkpoint: Checkpoint | BareCheckpoint, resolved: Resolved) -
     """The parameters in the order of their data, so that each file is read from beginning to end."""
 
     def place(param: ResolvedParam) -> tuple[Any, int]:
-        tensor: Tensor = checkpoint.tensors[param.path]
+        tensor = checkpoint.tensors[param.path]
         return tensor.file, tensor.offset
 
     return sorted(resolved.params.values(), key=place)

@@ -22,7 +22,7 @@ from ..policies.resolved import Resolved, ResolvedParam, resolve
 from ..policies.trees import ArrayInfo, parameters
 from .atomic import new_folder
 from .checkpoint import Checkpoint, generation_ids, open_checkpoint
-from .export import export
+from .export import Names, export
 from .families import config_to_json
 from .families.config_json import unused_fields
 from .infer import describe
@@ -187,7 +187,7 @@ def write_params(
     writer: Writer,
     params: Iterable[ResolvedParam],
     sources: Mapping[str, Source],
-    names: Mapping[str, str],
+    names: Mapping[str, Names],
     progress: Progress,
 ) -> None:
     """Writes parameters and their scales in their storage formats, from `sources` by path, as the tensors `names`."""
@@ -201,10 +201,10 @@ def write_params(
 
 @dataclasses.dataclass(frozen=True)
 class _Sink:
-    """A sink that writes the rows of one tensor into its file."""
+    """A sink that writes the rows of one parameter into the file of its tensor, or of each row's own tensor."""
 
     writer: Writer
-    name: str
+    names: Names
 
     def needs(self, start: int, stop: int) -> bool:
         return True
@@ -213,4 +213,8 @@ class _Sink:
         return None
 
     def write(self, start: int, rows: np.ndarray) -> None:
-        self.writer.write(self.name, start * (rows.nbytes // len(rows) if rows.ndim and len(rows) else 0), rows)
+        if isinstance(self.names, str):
+            self.writer.write(self.names, start * (rows.nbytes // len(rows) if rows.ndim and len(rows) else 0), rows)
+            return
+        for name, row in zip(self.names[start : start + len(rows)], rows, strict=True):
+            self.writer.write(name, 0, row)

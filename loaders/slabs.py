@@ -99,7 +99,7 @@ def run(
         if has_zeros:
             store.check_scales(param, scales, values)
         if not same_format:
-            part = None if scales is None else scales[_grid_rows(start, stop, _sides(param, param.current.format))]
+            part = None if scales is None else scales[_grid_rows(start, stop, param)]
             values, part = _convert_on_host(param.current.format, param.format, values, part)
             new_scales += [] if part is None else [part]
         if buffer is None and sink.needs(start, stop):
@@ -142,14 +142,19 @@ def _on_host() -> Any:
 
 
 def _slab_height(param: ResolvedParam, rows: int) -> int:
-    """Rows of a slab: a power of two of whole blocks, so that most parameters divide into equal slabs."""
+    """Rows of a slab: a power of two of whole blocks, so that most parameters divide into equal slabs.
+
+    With leading axes, such as one of experts, a row is a stack of matrices with their own blocks.
+    """
     columns = max(math.prod(param.shape[1:]), 1)
-    if len(param.shape) != 2:
+    if len(param.shape) < 2:
         return max(rows, 1)
     if param.change == "kept":
         return max(1, COPY_BYTES // (columns * param.current.dtype.itemsize))
     formats = (param.current.format, param.format)
-    block = math.lcm(*(_sides(param, format)[0] for format in formats if format.block is not None))
+    block = 1
+    if len(param.shape) == 2:
+        block = math.lcm(*(_sides(param, format)[0] for format in formats if format.block is not None))
     return block * 2 ** int(math.log2(max(CONVERT_ELEMENTS // (columns * block), 1)))
 
 
@@ -159,9 +164,10 @@ def _sides(param: ResolvedParam, format: Format) -> Block:
     return block_sides(format.block, param.shape)
 
 
-def _grid_rows(start: int, stop: int, block: Block) -> slice:
+def _grid_rows(start: int, stop: int, param: ResolvedParam) -> slice:
     """The rows of the scales of rows `start` to `stop` of a kernel."""
-    return slice(start // block[0], -(-stop // block[0]))
+    height = _sides(param, param.current.format)[0] if len(param.shape) == 2 else 1
+    return slice(start // height, -(-stop // height))
 
 
 T = TypeVar("T")

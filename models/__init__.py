@@ -19,6 +19,7 @@ from .layers import Embedding, Linear, RMSNorm
 from .llama import Llama, LlamaConfig
 from .qwen2 import Qwen2, Qwen2Config
 from .qwen3 import Qwen3, Qwen3Config
+from .qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 from .rope import LinearScaling, Llama3Scaling, Yarn
 from .sharding import tensor_parallel
 
@@ -41,6 +42,8 @@ __all__ = [
     "Qwen2Config",
     "Qwen3",
     "Qwen3Config",
+    "Qwen3Moe",
+    "Qwen3MoeConfig",
     "RMSNorm",
     "Sampling",
     "Yarn",

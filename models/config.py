@@ -120,6 +120,15 @@ class DecoderConfig:
         """Whether a projection, such as "q_proj" or "down_proj", has a bias."""
         return False
 
+    def experts(self, layer: int) -> int:
+        """The number of experts of a layer; 0 for a dense layer."""
+        return 0
+
+    @property
+    def expert_size(self) -> int:
+        """Columns of the hidden layer of an expert; 0 without experts."""
+        return 0
+
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer; None attends to all tokens."""
         return self.windows[layer] if self.windows else None

@@ -31,7 +31,7 @@ from .kv_cache import EMPTY, KVCache, LayerCache, token_positions
 from .layers import Embedding, Linear, RMSNorm, scope_of
 from .summary import ModelSummary, summarise
 from .tokens import checked_tokens, padding_last
-from .transformer import Attention, Layer, LinearFactory, Step, through
+from .transformer import MLP, Attention, Layer, LinearFactory, MLPFactory, Step, through
 
 
 class CausalLM(Protocol):
@@ -99,7 +99,7 @@ class Decoder(nnx.Module):
             `linear(in_features, out_features, use_bias=…, policy=…, rngs=…)`
     rngs    random keys for the initial parameters; None: parameters are shapes, to be filled later
 
-    A model family is a subclass with its own `config_class` and `attention` class.
+    A model family is a subclass with its own `config_class`, `attention` class and `mlp`.
 
     Raises:
       UnsupportedConfig: a config of another family.
@@ -108,6 +108,7 @@ class Decoder(nnx.Module):
 
     config_class: ClassVar[type[DecoderConfig]] = DecoderConfig
     attention: ClassVar[type[Attention]] = Attention
+    mlp: ClassVar[MLPFactory] = MLP
 
     def __init__(
         self,
@@ -129,7 +130,15 @@ class Decoder(nnx.Module):
         self.output = scope.policy.output or activations
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, policy=scope.at("embed_tokens"), rngs=rngs)
         self.layers = nnx.List(
-            Layer(config, i, attention=self.attention, policy=scope.at("layers", i), linear=linear, rngs=rngs)
+            Layer(
+                config,
+                i,
+                attention=self.attention,
+                mlp=self.mlp,
+                policy=scope.at("layers", i),
+                linear=linear,
+                rngs=rngs,
+            )
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, policy=scope.at("norm"), rngs=rngs)

@@ -20,14 +20,17 @@ def tensor_parallel(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedShardin
     """{pattern: sharding} for tensor parallelism over the last axis of `mesh` (Megatron-LM, arXiv:1909.08053).
 
     q_proj, k_proj, v_proj, gate_proj and up_proj are split along their output axis, o_proj and down_proj along their
-    input axis, the embedding and `lm_head` along the vocabulary. Norms, `score`, and parameters that cannot be divided
-    evenly among the devices, are replicated.
+    input axis, the embedding and `lm_head` along the vocabulary. Norms, `score`, mixtures of experts, and parameters
+    that cannot be divided evenly among the devices, are replicated.
     """
     mesh, axis = _auto(mesh), mesh.axis_names[-1]
     count = mesh.shape[axis]
     by_rows, by_columns = NamedSharding(mesh, PartitionSpec(axis)), NamedSharding(mesh, PartitionSpec(None, axis))
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    replicated = NamedSharding(mesh, PartitionSpec())
     rules: dict[str, NamedSharding] = {}
+    if config.expert_size:
+        rules["**/experts/**?"] = replicated
     if heads % count == 0:
         rules |= {"**/q_proj/*": by_rows, "**/o_proj/kernel": by_columns}
     if kv_heads % count == 0:
@@ -36,7 +39,7 @@ def tensor_parallel(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedShardin
         rules |= {"**/{gate,up}_proj/*": by_rows, "**/down_proj/kernel": by_columns}
     if config.vocab_size % count == 0:
         rules |= {"embed_tokens/embedding": by_rows, "lm_head/kernel?": by_rows}
-    return {**rules, "default": NamedSharding(mesh, PartitionSpec())}
+    return {**rules, "default": replicated}
 
 
 def _auto(mesh: Mesh) -> Mesh:

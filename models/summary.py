@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..policies.dtypes import dtype_name
-from ..policies.errors import shown
+from ..policies.errors import count, shown
 from ..policies.paths import is_scale
 from ..policies.plan import Plan, Row, folded_label, human_bytes, plan
 from ..policies.policy import Policy
@@ -17,6 +17,7 @@ from ..policies.resolved import resolve
 from ..policies.tables import Column, Report, Table, json_lines
 
 if TYPE_CHECKING:
+    from .config import DecoderConfig
     from .decoder import Decoder
 
 
@@ -78,6 +79,7 @@ def summarise(model: Decoder) -> ModelSummary:
     facts: dict[str, Any] = {
         "layers": config.num_hidden_layers,
         "sizes": f"hidden {config.hidden_size}, MLP {config.intermediate_size}, vocabulary {config.vocab_size}"
+        + _experts(config)
         + (", the head is the embedding" if config.tie_word_embeddings else ""),
         "attention": f"{config.num_attention_heads} heads of {config.head_dim}, "
         f"{config.num_key_value_heads} for keys and values",
@@ -91,6 +93,12 @@ def summarise(model: Decoder) -> ModelSummary:
     if config.source is not None:
         facts["config"] = str(config.source)
     return ModelSummary(type(model).__name__, {name: str(fact) for name, fact in facts.items()}, stored)
+
+
+def _experts(config: DecoderConfig) -> str:
+    """The experts of sparse layers, as a clause; empty without them."""
+    sparse = [experts for i in range(config.num_hidden_layers) if (experts := config.experts(i))]
+    return f", {max(sparse)} experts of {config.expert_size} in {count(len(sparse), 'layer')}" if sparse else ""
 
 
 def _module(path: str) -> str:

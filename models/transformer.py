@@ -73,7 +73,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: DecoderConfig, *, policy: Scope, linear: LinearFactory, rngs: nnx.Rngs | None):
+    def __init__(
+        self, config: DecoderConfig, layer: int, *, policy: Scope, linear: LinearFactory, rngs: nnx.Rngs | None
+    ):
         def projection(name: str, features: int, out: int) -> nnx.Module:
             return linear(features, out, use_bias=config.use_bias(name), policy=policy.at(name), rngs=rngs)
 
@@ -87,6 +89,10 @@ class MLP(nnx.Module):
         return self.down_proj(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up)
 
 
+MLPFactory = Callable[..., nnx.Module]
+"""Called as `mlp(config, layer, policy=…, linear=…, rngs=…)`, such as the class `MLP`."""
+
+
 class Layer(nnx.Module):
     """Attention, then the MLP; each reads a norm of the residual stream and adds to the stream."""
 
@@ -96,6 +102,7 @@ class Layer(nnx.Module):
         layer: int,
         *,
         attention: type[Attention],
+        mlp: MLPFactory,
         policy: Scope,
         linear: LinearFactory,
         rngs: nnx.Rngs | None,
@@ -104,7 +111,7 @@ class Layer(nnx.Module):
             return RMSNorm(config.hidden_size, eps=config.rms_norm_eps, policy=policy.at(name), rngs=rngs)
 
         self.self_attn = attention(config, layer, policy=policy.at("self_attn"), linear=linear, rngs=rngs)
-        self.mlp = MLP(config, policy=policy.at("mlp"), linear=linear, rngs=rngs)
+        self.mlp = mlp(config, layer, policy=policy.at("mlp"), linear=linear, rngs=rngs)
         self.input_layernorm = norm("input_layernorm")
         self.post_attention_layernorm = norm("post_attention_layernorm")
 

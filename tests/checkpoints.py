@@ -38,6 +38,19 @@ FAMILIES = {
     "qwen3": {},
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True, "mlp_bias": True}
     | dict.fromkeys(("use_sliding_window", "sliding_window", "max_window_layers")),
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "quantization_config": {**FIELDS["quantization_config"], "modules_to_not_convert": ["model.layers.1.mlp.gate"]},
+    },
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_bias": None},
 }
 """What the config.json of each family says otherwise than FIELDS; None: nothing."""
@@ -75,13 +88,22 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
             found[f"{layer}.self_attn.{name}_proj.weight"] = shape
             if f"{name}_proj" in biased:
                 found[f"{layer}.self_attn.{name}_proj.bias"] = shape[:1]
-        for name, shape in {"gate": (wide, hidden), "up": (wide, hidden), "down": (hidden, wide)}.items():
+        experts = 0 if i in config.get("mlp_only_layers", [i]) else config["num_experts"]
+        if experts:
+            found[f"{layer}.mlp.gate.weight"] = (experts, hidden)
+        for expert in range(experts):
+            of_expert = f"{layer}.mlp.experts.{expert}"
+            width = config["moe_intermediate_size"]
+            for name, shape in {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}.items():
+                found[f"{of_expert}.{name}_proj.weight"] = shape
+        dense = {"gate": (wide, hidden), "up": (wide, hidden), "down": (hidden, wide)} if not experts else {}
+        for name, shape in dense.items():
             found[f"{layer}.mlp.{name}_proj.weight"] = shape
             if f"{name}_proj" in biased:
                 found[f"{layer}.mlp.{name}_proj.bias"] = shape[:1]
         for name in ("input_layernorm", "post_attention_layernorm"):
             found[f"{layer}.{name}.weight"] = (hidden,)
-        for name in ("q_norm", "k_norm") if config["model_type"] == "qwen3" else ():
+        for name in ("q_norm", "k_norm") if config["model_type"] in ("qwen3", "qwen3_moe") else ():
             found[f"{layer}.self_attn.{name}.weight"] = (head,)
     return found
 
@@ -177,6 +199,14 @@ def checkpoint_name(path: str, config: dict | None = None) -> str:
     scales = "weight_scale" if compressed else "weight_scale_inv"
     kind = {"bias": "bias", "scale_inv": scales, "embedding_scale_inv": scales}.get(leaf, "weight")
     return f"{'' if module == 'lm_head' else 'model.'}{module.replace('/', '.')}.{kind}"
+
+
+def places(path: str, shape: tuple[int, ...], config: dict | None = None) -> dict[str, tuple[int, ...]]:
+    """{name in a checkpoint: index into the parameter at `path`}: the whole, or the slices of a stack of experts."""
+    name = checkpoint_name(path, config)
+    if ".experts." not in name:
+        return {name: ()}
+    return {name.replace(".experts.", f".experts.{i}."): (i,) for i in range(shape[0])}
 
 
 def arrays(model: nnx.Module) -> dict[str, jax.Array]:

@@ -8,7 +8,7 @@ import sys
 
 import checkpoints
 import numpy as np
-from checkpoints import GOLDEN, checkpoint_name
+from checkpoints import GOLDEN, places
 from helpers import bits
 
 from perparam import Policy
@@ -34,7 +34,11 @@ def assert_same_tensors(found, wanted):
 
 def held(model):
     """What a model holds, as a checkpoint calls it."""
-    return {checkpoint_name(path): np.asarray(array) for path, array in checkpoints.arrays(model).items()}
+    return {
+        name: np.asarray(array)[index]
+        for path, array in checkpoints.arrays(model).items()
+        for name, index in places(path, array.shape).items()
+    }
 
 
 def as_stored(case):

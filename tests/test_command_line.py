@@ -272,7 +272,7 @@ def headers_of_8b(folder):
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
     decoder = read_config(config)
-    for name, (path, shape) in family_of(decoder).tensors(decoder).items():
+    for name, (path, shape, _) in family_of(decoder).tensors(decoder).items():
         narrow = path.startswith("layers") and path.endswith("kernel")
         parts = [(name, "F8_E4M3" if narrow else "BF16", shape, 1 if narrow else 2)]
         if narrow:

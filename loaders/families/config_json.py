@@ -24,9 +24,9 @@ _CHANGES_NOTHING = frozenset(
     """
     architectures _attn_implementation_autoset attention_dropout auto_map bos_token_id chunk_size_feed_forward
     classifier_dropout do_sample id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id
-    max_length max_sequence_length name_or_path _name_or_path output_attentions output_hidden_states problem_type
-    return_dict temperature tokenizer_class top_k top_p torchscript transformers.js_config transformers_version
-    unsloth_fixed unsloth_version use_bfloat16 use_cache
+    max_length max_sequence_length name_or_path _name_or_path output_attentions output_hidden_states
+    output_router_logits problem_type return_dict router_aux_loss_coef temperature tokenizer_class top_k top_p
+    torchscript transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
 _ONLY: Mapping[str, Any] = {

@@ -10,7 +10,7 @@ from ...models.config import DecoderConfig
 from ...models.decoder import Decoder
 from ...models.heads import Task
 from ..fields import Fields
-from .names import Entry, expected_tensors
+from .names import Entry, Expected, expected_tensors
 
 SUFFIXES: Mapping[Task, str] = {
     "causal_lm": "ForCausalLM",
@@ -57,10 +57,8 @@ class Family:
         """transformers' class for a task."""
         return f"{self.name}{SUFFIXES[task]}"
 
-    def tensors(
-        self, config: DecoderConfig, prefixes: tuple[str, str] | None = None
-    ) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """`{name in the checkpoint: (path, shape)}` of every tensor of a model, without the scales.
+    def tensors(self, config: DecoderConfig, prefixes: tuple[str, str] | None = None) -> dict[str, Expected]:
+        """`{name in the checkpoint: (path, shape, expert)}` of every tensor of a model, without the scales.
 
         prefixes  an entry of PREFIXES; None: the one that transformers writes
         """

@@ -9,27 +9,41 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Container, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ...models.config import DecoderConfig
 
-Axis = Literal["vocabulary", "hidden", "intermediate", "queries", "keys", "head", "classes"]
+Axis = Literal["vocabulary", "hidden", "intermediate", "expert", "experts", "queries", "keys", "head", "classes"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An entry of a name table: one tensor, or one tensor per layer if the name contains `{i}`.
+    """An entry of a name table: one tensor, or one per layer if the name contains `{i}`, and per expert with `{e}`.
 
     name     in the checkpoint
     path     in the model
     shape    axes; `axis_sizes` has their sizes
-    present  whether a model of a config has the tensor
+    present  whether a layer of a model of a config has the tensor; the layer is 0 for an entry outside of layers
+
+    The tensors of a layer's experts have one path: they are stacked along a new first axis, in the order of their
+    numbers.
     """
 
     name: str
     path: str
     shape: tuple[Axis, ...]
-    present: Callable[[DecoderConfig], bool] = lambda config: True
+    present: Callable[[DecoderConfig, int], bool] = lambda config, layer: True
+
+
+class Expected(NamedTuple):
+    """A tensor that a checkpoint must have: the path of its parameter, its own shape, and its place in the parameter.
+
+    expert  index along the parameter's first axis; None: the tensor is the whole parameter
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    expert: int | None = None
 
 
 def norm(module: str, axis: Axis) -> Entry:
@@ -37,13 +51,45 @@ def norm(module: str, axis: Axis) -> Entry:
     return Entry(f"{module}.weight", f"{_path(module)}/scale", (axis,))
 
 
-def linear(module: str, out: Axis, features: Axis) -> tuple[Entry, Entry]:
+def linear(
+    module: str,
+    out: Axis,
+    features: Axis,
+    present: Callable[[DecoderConfig, int], bool] = lambda config, layer: True,
+) -> tuple[Entry, Entry]:
     """The entries of a projection's kernel and bias; `module` is its name in the checkpoint."""
     projection = module.rpartition(".")[2]
+
+    def has_bias(config: DecoderConfig, layer: int) -> bool:
+        return present(config, layer) and config.use_bias(projection)
+
     return (
-        Entry(f"{module}.weight", f"{_path(module)}/kernel", (out, features)),
-        Entry(f"{module}.bias", f"{_path(module)}/bias", (out,), lambda config: config.use_bias(projection)),
+        Entry(f"{module}.weight", f"{_path(module)}/kernel", (out, features), present),
+        Entry(f"{module}.bias", f"{_path(module)}/bias", (out,), has_bias),
     )
+
+
+def mixture(module: str) -> tuple[Entry, ...]:
+    """The entries of a mixture of experts in layers that have one; `module` is its name in the checkpoint."""
+
+    def expert(projection: str, out: Axis, features: Axis) -> Entry:
+        path = f"{_path(module)}/experts/{projection}/kernel"
+        return Entry(f"{module}.experts.{{e}}.{projection}.weight", path, (out, features), _is_sparse)
+
+    return (
+        Entry(f"{module}.gate.weight", f"{_path(module)}/gate/kernel", ("experts", "hidden"), _is_sparse),
+        expert("gate_proj", "expert", "hidden"),
+        expert("up_proj", "expert", "hidden"),
+        expert("down_proj", "hidden", "expert"),
+    )
+
+
+def _is_sparse(config: DecoderConfig, layer: int) -> bool:
+    return config.experts(layer) > 0
+
+
+def _is_dense(config: DecoderConfig, layer: int) -> bool:
+    return config.experts(layer) == 0
 
 
 def _path(module: str) -> str:
@@ -61,15 +107,15 @@ _ATTENTION = (
 )
 _MLP = (
     norm(f"{_LAYER}.post_attention_layernorm", "hidden"),
-    *linear(f"{_LAYER}.mlp.gate_proj", "intermediate", "hidden"),
-    *linear(f"{_LAYER}.mlp.up_proj", "intermediate", "hidden"),
-    *linear(f"{_LAYER}.mlp.down_proj", "hidden", "intermediate"),
+    *linear(f"{_LAYER}.mlp.gate_proj", "intermediate", "hidden", _is_dense),
+    *linear(f"{_LAYER}.mlp.up_proj", "intermediate", "hidden", _is_dense),
+    *linear(f"{_LAYER}.mlp.down_proj", "hidden", "intermediate", _is_dense),
 )
 _HEAD = (
     norm("model.norm", "hidden"),
-    Entry("lm_head.weight", "lm_head/kernel", ("vocabulary", "hidden"), lambda config: config.head == "lm_head"),
-    Entry("score.weight", "score/kernel", ("classes", "hidden"), lambda config: config.head == "score"),
-    Entry("score.bias", "score/bias", ("classes",), lambda config: config.task == "token_classification"),
+    Entry("lm_head.weight", "lm_head/kernel", ("vocabulary", "hidden"), lambda config, _: config.head == "lm_head"),
+    Entry("score.weight", "score/kernel", ("classes", "hidden"), lambda config, _: config.head == "score"),
+    Entry("score.bias", "score/bias", ("classes",), lambda config, _: config.task == "token_classification"),
 )
 
 
@@ -84,6 +130,8 @@ def axis_sizes(config: DecoderConfig) -> dict[Axis, int]:
         "vocabulary": config.vocab_size,
         "hidden": config.hidden_size,
         "intermediate": config.intermediate_size,
+        "expert": config.expert_size,
+        "experts": max(map(config.experts, range(config.num_hidden_layers)), default=0),
         "queries": config.num_attention_heads * config.head_dim,
         "keys": config.num_key_value_heads * config.head_dim,
         "head": config.head_dim,
@@ -104,17 +152,21 @@ def prefixes(names: Container[str]) -> tuple[str, str]:
 
 def expected_tensors(
     table: Sequence[Entry], config: DecoderConfig, prefixes: tuple[str, str] | None = None
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """`{name in the checkpoint: (path, shape)}` of every tensor of a model; see `Family.tensors`."""
-    sizes, tensors = axis_sizes(config), {}
+) -> dict[str, Expected]:
+    """`{name in the checkpoint: (path, shape, expert)}` of every tensor of a model; see `Family.tensors`."""
+    sizes, tensors = axis_sizes(config), dict[str, Expected]()
     if prefixes is None:
         prefixes = WITHOUT_HEAD if config.task == "feature_extraction" else PREFIXES[0]
     for in_layers, group in itertools.groupby(table, key=lambda entry: "{i}" in entry.name):
-        present = [entry for entry in group if entry.present(config)]
-        for i, entry in itertools.product(range(config.num_hidden_layers if in_layers else 1), present):
-            name = entry.name.format(i=i)
-            name = f"{prefixes[0]}{name[6:]}" if name.startswith("model.") else f"{prefixes[1]}{name}"
-            tensors[name] = (entry.path.format(i=i), tuple(sizes[axis] for axis in entry.shape))
+        entries = list(group)
+        for i, entry in itertools.product(range(config.num_hidden_layers if in_layers else 1), entries):
+            if not entry.present(config, i):
+                continue
+            path, shape = entry.path.format(i=i), tuple(sizes[axis] for axis in entry.shape)
+            for expert in range(config.experts(i)) if "{e}" in entry.name else [None]:
+                name = entry.name.format(i=i, e=expert)
+                name = f"{prefixes[0]}{name[6:]}" if name.startswith("model.") else f"{prefixes[1]}{name}"
+                tensors[name] = Expected(path, shape, expert)
     return tensors
 
 

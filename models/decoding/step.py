@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ def _norms(layer: Layer) -> list[RMSNorm]:
 
 def _products(layer: Layer) -> list[tuple[Any, ...]]:
     """The projections of a layer, in order; those with the same operand together."""
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp = layer.self_attn, cast(MLP, layer.mlp)  # `_refuses_layer` has no reason against it
     return [
         (attention.q_proj, attention.k_proj, attention.v_proj),
         (attention.o_proj,),

@@ -61,6 +61,12 @@ OF_FAMILY = {
         "architectures": ["Qwen3ForCausalLM"], "rms_norm_eps": 1e-06, "attention_bias": False,
         "use_sliding_window": False, "sliding_window": None,
     },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"], "rms_norm_eps": 1e-06, "attention_bias": False,
+        "use_sliding_window": False, "sliding_window": None, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "norm_topk_prob": True, "num_experts": 5, "num_experts_per_tok": 2, "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    },
     # A window that is not in use: published ones have a length all the same.
     "qwen2": {
         "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-06, "use_sliding_window": False,
@@ -142,6 +148,14 @@ CASES = (
     Case(name="llama_fp8_tensor", seed=2100, family="llama", strategy="tensor", scale_dtype=torch.float32,
          new_form=True, hidden=66, intermediate=80, heads=6, kv_heads=3, head_dim=16, vocab=177,
          settings={"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}),
+    Case(name="qwen3_moe_fp8_dense_first", seed=3014, family="qwen3_moe", block=(16, 24), layers=3, lengths=(7, 12, 4),
+         not_converted=("model.layers.1.mlp.gate", "model.layers.2.mlp.gate"),
+         hidden=60, intermediate=76, heads=4, kv_heads=2, head_dim=18, vocab=165,
+         settings={"moe_intermediate_size": 40, "mlp_only_layers": [0]}),
+    Case(name="qwen3_moe_plain_every_second", seed=3120, family="qwen3_moe", layers=4, tied=True, head_stored=False,
+         hidden=52, intermediate=68, heads=4, kv_heads=2, head_dim=16, vocab=163,
+         settings={"moe_intermediate_size": 36, "decoder_sparse_step": 2, "norm_topk_prob": False, "num_experts": 5,
+                   "num_experts_per_tok": 3}),
     Case(name="embedding_fp8", seed=2207, block=(16, 24), lengths=(7, 12, 4), task="feature_extraction", texts="embed",
          hidden=48, intermediate=60, heads=4, kv_heads=2, head_dim=14, vocab=500,
          settings={"rope_theta": 1000000, "max_position_embeddings": 512}),
@@ -170,7 +184,7 @@ SUFFIXES = {
 
 def reference_class(case: Case) -> str:
     """The name of transformers' class; config.json of Qwen3-Embedding names another one, `Qwen3ForCausalLM`."""
-    return f"{case.family.capitalize()}{SUFFIXES[case.task]}"
+    return f"{case.family.title().replace('_', '')}{SUFFIXES[case.task]}"
 
 
 def published_config(case: Case) -> dict:

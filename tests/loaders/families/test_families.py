@@ -88,8 +88,10 @@ def test_the_name_table_names_each_parameter_of_the_model(case):
     assert isinstance(model, families.FAMILIES[config["model_type"]].model)
     named = families.family_of(model.config).tensors(model.config)
     shapes = {path: array.shape for path, array in parameters(model).items() if not path.endswith("scale_inv")}
-    assert dict(named.values()) == shapes
-    assert {name: shape for name, (_, shape) in named.items()} == checkpoints.shapes(config)
+    of_experts = {path for path, _, expert in named.values() if expert is not None}
+    count = config.get("num_experts")
+    assert {path: (count, *shape) if path in of_experts else shape for path, shape, _ in named.values()} == shapes
+    assert {name: shape for name, (_, shape, _) in named.items()} == checkpoints.shapes(config)
 
 
 def test_a_written_config_reads_as_the_same(case):
@@ -112,7 +114,9 @@ def test_fp8_kernels_are_kept_and_saved_byte_for_byte(case, tmp_path):
 
 # Qwen3's commands are tested by test_command_line.py.
 @pytest.mark.parametrize(
-    "family", [pytest.param("llama", marks=pytest.mark.slow), pytest.param("qwen2", marks=pytest.mark.thorough)]
+    "family",
+    [pytest.param("llama", marks=pytest.mark.slow)]
+    + [pytest.param(each, marks=pytest.mark.thorough) for each in ("qwen2", "qwen3_moe")],
 )
 def test_every_command_runs(family, tmp_path, capsys, monkeypatch):
     _, folder = written(tmp_path, family)
