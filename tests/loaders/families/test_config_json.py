@@ -250,8 +250,8 @@ def test_quantization_says_block_and_exceptions():
 # What is refused: by name, with the file, and with what is known.
 
 UNSUPPORTED = {
-    "model_type": ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not supported"),
-    "no model_type": ({"model_type": None}, "model_type None is not supported. Supported: .*Qwen3ForCausalLM, and …M"),
+    "model_type": ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe' is not supported"),
+    "no model_type": ({"model_type": None}, "model_type None is not supported. Supported: .*Qwen3MoeForCausalLM, and …M"),
     "another family": (
         {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]},
         r"GemmaForCausalLM \(model_type 'gemma'\) is not supported",
