@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from ..policies.targets import here
 from . import cpu_attention, flash
-from .by_platform import by_kernel
+from .by_platform import by_kernel, differentiated_as
 from .kv_cache import LayerCache, update_slice
 
 SCORES = 2**26
@@ -219,4 +219,12 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
         wide = b[:, :, None, None].astype(jnp.float32)
         return jnp.sum(a.astype(jnp.float32)[..., None] * wide, axis=-2, dtype=jnp.float32)
 
-    return jax.lax.platform_dependent(a, b, cpu=fused, default=dot) if a.shape[3] == 1 else dot(a, b)
+    if a.shape[3] != 1:
+        return dot(a, b)
+
+    def dispatched(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(a, b, cpu=fused, default=dot)
+
+    # XLA (jaxlib 0.10.2) crashes in the program of the derivatives of `fused` in a batch.
+    result: jax.Array = differentiated_as(dot, dispatched)(a, b)
+    return result
