@@ -1,4 +1,4 @@
-"""Functions with an implementation for one platform that JAX can neither differentiate, batch nor partition."""
+"""Implementations for one platform, with the derivatives and batches of a function that JAX can handle anywhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def by_kernel(platform: str, kernel: Callable[..., Any], plain: Callable[..., An
 
 
 def differentiated_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, an implementation of `plain` that JAX can neither differentiate nor batch."""
+    """`function`, an implementation of `plain`; its derivatives and batches are those of `plain`."""
     result = jax.custom_jvp(batched_as(plain, function))
 
     @result.defjvp
@@ -33,7 +33,7 @@ def differentiated_as(plain: Callable[..., Any], function: Callable[..., Any]) -
 
 
 def batched_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, an implementation of `plain` that JAX cannot batch."""
+    """`function`, an implementation of `plain`; its batches (`vmap`) are those of `plain`."""
     result = jax.custom_batching.custom_vmap(function)
 
     @result.def_vmap

@@ -155,9 +155,8 @@ def update_slice(old: jax.Array, new: jax.Array, start: jax.Array | int, axis: i
 
 def _in_place(old: jax.Array, new: jax.Array, start: jax.Array | int, axis: int) -> jax.Array:
     """`update_slice`, which on a CPU writes only the slice, if `old` is not used afterwards."""
-    if old.dtype.itemsize != 2 or here().platform != "cpu" or jax.sharding.get_abstract_mesh().manual_axes:
-        return update_slice(old, new, start, axis)
-    if library.unavailable():
+    within_shard_map = jax.sharding.get_abstract_mesh().manual_axes
+    if old.dtype.itemsize != 2 or here().platform != "cpu" or within_shard_map or library.unavailable():
         return update_slice(old, new, start, axis)
     shape = jax.ShapeDtypeStruct(old.shape, old.dtype)
     put = jax.ffi.ffi_call("perparam_put", shape, input_output_aliases={0: 0})
