@@ -62,17 +62,18 @@ def write_checkpoint(folder: pathlib.Path) -> None:
     maker.write_safetensors(folder / "model.safetensors", maker.tensors(config, seed=0, ones=False))
 
 
-def resident() -> tuple[int, int]:
-    """Returns the resident bytes of this process, and the most that there were."""
+def resident() -> dict[str, int]:
+    """Returns the resident bytes of this process, and the most that there were ("peak")."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
-    return sizes["VmRSS:"], sizes["VmHWM:"]
+    return {"resident": sizes["VmRSS:"], "peak": sizes["VmHWM:"]}
 
 
 def work(contender: str, folder: str) -> None:
     """Runs one contender of `beside` as a worker process.
 
-    Loads the model and prints the resident bytes; then reads a batch size from each line of stdin and prints seconds.
+    Loads the model and prints the resident bytes; then reads a case from each line of stdin, a batch size or "long",
+    and prints seconds.
     """
     name, *argument = contender.split()
     part = 1
@@ -112,7 +113,7 @@ def beside(arguments: argparse.Namespace) -> tuple[str, Report]:
             workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True,
             )  # fmt: skip
-            memory[name] = dict(zip(("resident", "peak"), json.loads(workers[name].stdout.readline()), strict=True))
+            memory[name] = json.loads(workers[name].stdout.readline())
         for number in range(arguments.rounds + 1):
             for case in cases:
                 times = {}
