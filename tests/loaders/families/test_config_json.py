@@ -251,7 +251,10 @@ def test_quantization_says_block_and_exceptions():
 
 UNSUPPORTED = {
     "model_type": ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe' is not supported"),
-    "no model_type": ({"model_type": None}, "model_type None is not supported. Supported: .*Qwen3MoeForCausalLM, and …M"),
+    "no model_type": (
+        {"model_type": None},
+        "model_type None is not supported. Supported: .*Qwen3MoeForCausalLM, and …M",
+    ),
     "another family": (
         {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]},
         r"GemmaForCausalLM \(model_type 'gemma'\) is not supported",
