@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ..models.decoder import Decoder, assemble
-from ..models.sharding import shardings
+from ..models.sharding.arrays import shardings
 from ..policies.errors import UnknownDtype, named
 from ..policies.formats import ScaledArray
 from ..policies.paths import scale_path

@@ -21,7 +21,7 @@ from .qwen2 import Qwen2, Qwen2Config
 from .qwen3 import Qwen3, Qwen3Config
 from .qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 from .rope import LinearScaling, Llama3Scaling, Yarn
-from .sharding import tensor_parallel
+from .sharding.model_sharding import ModelSharding, expert_parallel, fsdp, fsdp_tensor_parallel, tensor_parallel
 
 __all__ = [
     "CausalLM",
@@ -36,6 +36,7 @@ __all__ = [
     "Llama",
     "Llama3Scaling",
     "LlamaConfig",
+    "ModelSharding",
     "Prefix",
     "Quantization",
     "Qwen2",
@@ -48,7 +49,10 @@ __all__ = [
     "Sampling",
     "Yarn",
     "decode",
+    "expert_parallel",
     "extend_prefix",
+    "fsdp",
+    "fsdp_tensor_parallel",
     "generate",
     "generate_with_logprobs",
     "last_token",

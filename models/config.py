@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from ..policies.dtypes import as_dtype, is_narrow
 from ..policies.errors import UnsupportedConfig, shown
 from .heads import CLASSIFICATION, TASKS, Task
 from .rope import RopeScaling
+from .sharding.axes import DENSE, LogicalAxes
 
 Method = Literal["fp8", "compressed-tensors"]
 
@@ -47,6 +48,8 @@ class DecoderConfig:
     id2label      names of the classes by id, for classification
     source        the config.json it was read from; ignored when configs are compared
     """
+
+    logical_axes: ClassVar[LogicalAxes] = DENSE
 
     vocab_size: int
     hidden_size: int
@@ -128,6 +131,17 @@ class DecoderConfig:
     def expert_size(self) -> int:
         """Columns of the hidden layer of an expert; 0 without experts."""
         return 0
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """{logical axis: its size}: the number that devices share evenly, such as of heads instead of their columns."""
+        return {
+            "vocab": self.vocab_size,
+            "embed": self.hidden_size,
+            "heads": self.num_attention_heads,
+            "kv_heads": self.num_key_value_heads,
+            "mlp": self.intermediate_size,
+        }
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer; None attends to all tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from flax import nnx
 
@@ -12,6 +13,7 @@ from .config import DecoderConfig
 from .decoder import Decoder
 from .moe import SparseMLP
 from .qwen3 import Qwen3Attention
+from .sharding.axes import DENSE, MIXTURE, LogicalAxes
 from .transformer import MLP, LinearFactory
 
 
@@ -27,6 +29,8 @@ class Qwen3MoeConfig(DecoderConfig):
     decoder_sparse_step    every how many layers there is a sparse one: 2 for layers 1, 3, …
     mlp_only_layers        numbers of layers that are dense all the same
     """
+
+    logical_axes: ClassVar[LogicalAxes] = {**DENSE, **MIXTURE}
 
     attention_bias: bool = False
     num_experts: int
@@ -66,6 +70,11 @@ class Qwen3MoeConfig(DecoderConfig):
     def expert_size(self) -> int:
         """Columns of the hidden layer of an expert."""
         return self.moe_intermediate_size
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """{logical axis: its size}; see `DecoderConfig`."""
+        return {**super().axis_sizes, "experts": self.num_experts, "expert_mlp": self.moe_intermediate_size}
 
 
 def mlp_or_experts(

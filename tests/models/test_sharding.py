@@ -1,5 +1,6 @@
 """Models over several devices: each has its slice, scales are cut where that is right, and logits are the same."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,8 +14,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from perparam.models import tensor_parallel
-from perparam.models.sharding import scales_sharding, shardings
+from perparam.models import ModelSharding, fsdp_tensor_parallel
+from perparam.models.sharding.arrays import scales_sharding, shardings
 from perparam.policies import ArrayInfo, Format
 from perparam.policies.errors import InvalidSharding, UnmatchedRule
 
@@ -144,7 +145,7 @@ class TestRefusal:
 
     @pytest.mark.parametrize("layout", ["tensor", 4, {}, {"a/kernel": P("t")}, [None]], ids=repr)
     def test_what_is_no_layout(self, layout):
-        with pytest.raises(InvalidSharding, match=r"sharding: expected a jax\.sharding\.Mesh, a Sharding or a mapping"):
+        with pytest.raises(InvalidSharding, match=r"sharding: expected a jax\.sharding\.Mesh, a ModelSharding"):
             shardings(layout, self.config, self.stored)
 
     def test_a_pattern_that_matches_nothing(self):
@@ -189,12 +190,40 @@ def test_scales_follow_their_kernel(shape, block, spec, expected):
     assert found.spec == expected
 
 
-def test_the_pattern_table_is_public_and_names_what_is_there(config_of_8b):
-    rules = tensor_parallel(config_of_8b, abstract((8,), ("t",)))
-    assert rules["**/q_proj/*"].spec == P("t")
-    assert rules["**/down_proj/kernel"].spec == P(None, "t")
-    assert rules["default"].spec == P()
-    assert "**/{k,v}_proj/*" not in tensor_parallel(config_of_8b, abstract((16,), ("t",)))
+KERNELS = {
+    "layers/0/self_attn/q_proj/kernel": (4096, 4096),
+    "layers/0/self_attn/k_proj/kernel": (1024, 4096),
+    "layers/0/mlp/down_proj/kernel": (4096, 12288),
+    "embed_tokens/embedding": (151936, 4096),
+    "layers/0/input_layernorm/scale": (4096,),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        (8, [P("t", "d"), P("t", "d"), P("d", "t"), P("t", "d"), P()]),
+        (16, [P("t", "d"), P(None, "d"), P("d", "t"), P("t", "d"), P()]),  # 8 kv heads among 16 devices
+        (256, [P(None, "d"), P(None, "d"), P("d", "t"), P(None, "d"), P()]),  # 12288 % 256 = 0, 151936 % 256 = 128
+    ],
+)
+def test_parameters_are_sharded_by_their_logical_axes(config_of_8b, model, wanted):
+    layout = fsdp_tensor_parallel(abstract((2, model), ("d", "t")))
+    stored = {path: ArrayInfo(shape, Format(np.dtype(np.float32))) for path, shape in KERNELS.items()}
+    assert [each.spec for each in shardings(layout, config_of_8b, stored).values()] == wanted
+    layout = dataclasses.replace(layout, patterns={"**/mlp/down_proj/*": P(), "lm_head/kernel?": P("t")})
+    assert shardings(layout, config_of_8b, stored)["layers/0/mlp/down_proj/kernel"].spec == P()
+
+
+def test_axes_that_do_not_exist(config_of_8b):
+    with pytest.raises(InvalidSharding, match=r"no logical axis 'head'\. Write some of these: batch, vocab, .*heads"):
+        ModelSharding(abstract((2,), ("d",)), {"head": "d"})
+    with pytest.raises(InvalidSharding, match=r"the mesh has no axis 'model' \(heads\)\. It has d\."):
+        ModelSharding(abstract((2,), ("d",)), {"heads": "model"})
+    twice = ModelSharding(abstract((2,), ("d",)), {"heads": "d", "embed": "d"})
+    stored = {path: ArrayInfo(shape, Format(np.dtype(np.float32))) for path, shape in KERNELS.items()}
+    with pytest.raises(InvalidSharding, match="q_proj/kernel: two of its logical axes, heads, embed, have one"):
+        shardings(twice, config_of_8b, stored)
 
 
 @pytest.fixture
