@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ..models.decoder import Decoder, assemble
-from ..models.sharding.arrays import shardings
+from ..models.sharding.arrays import as_model_sharding, shardings
 from ..policies.errors import UnknownDtype, named
 from ..policies.formats import ScaledArray
 from ..policies.paths import scale_path
@@ -59,7 +59,8 @@ def load_model(
     checkpoint = open_checkpoint(path, revision=revision, progress=progress)
     resolved = resolve(get_policy(policy), checkpoint.tree)
     parameters = _load(checkpoint, resolved, sharding, progress)
-    return assemble(checkpoint.family.model, checkpoint.config, resolved, parameters)
+    sharded = as_model_sharding(sharding)
+    return assemble(checkpoint.family.model, checkpoint.config, resolved, parameters, sharding=sharded)
 
 
 def load_params(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from ..policies.matmul.shards import vary
 from ..policies.native import library
 from ..policies.native.tables import bfloat16_table
 from ..policies.targets import Target
@@ -29,8 +30,6 @@ def refuses(target: Target, q: jax.Array, cache: LayerCache) -> str | None:
         return f"the cache is {cache.dtype.name}"
     if not all(isinstance(size, int) and size > 0 for size in (*q.shape, *cache.keys.shape)):
         return "a size is not known, or 0"
-    if jax.sharding.get_abstract_mesh().manual_axes:
-        return "it is within shard_map"
     why = library.unavailable()
     return None if why is None else f"native kernels: {why}"
 
@@ -50,7 +49,7 @@ def attend(q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array
     b, t, heads, d = q.shape
     none = jnp.zeros(0, jnp.float32)
     call = jax.ffi.ffi_call("perparam_attention", jax.ShapeDtypeStruct((b, t, heads * d), q.dtype))
-    result: jax.Array = call(
+    operands = (
         q,
         cache.keys,
         cache.values,
@@ -58,8 +57,12 @@ def attend(q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array
         none if cache.value_scales is None else cache.value_scales,
         queries,
         slots,
+    )
+    result: jax.Array = call(
+        *operands,
         bfloat16_table(cache.dtype),
         window=np.int32(_UNLIMITED if window is None else min(window, _UNLIMITED)),
         scale=np.float32(d**-0.5),
     )
-    return result
+    marked: jax.Array = vary(result, operands)
+    return marked

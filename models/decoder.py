@@ -29,6 +29,8 @@ from .decoding import step as decoding
 from .heads import check_causal_lm, last_token
 from .kv_cache import EMPTY, KVCache, LayerCache, token_positions
 from .layers import Embedding, Linear, RMSNorm, scope_of
+from .sharding.arrays import splits
+from .sharding.model_sharding import ModelSharding
 from .summary import ModelSummary, summarise
 from .tokens import checked_tokens, padding_last
 from .transformer import MLP, Attention, Layer, LinearFactory, MLPFactory, Step, through
@@ -126,6 +128,7 @@ class Decoder(nnx.Module):
         activations = scope.activations or config.dtype or np.dtype(np.float32)
         scope = dataclasses.replace(scope, activations=activations)
         self.config, self.linear, self.activations = config, linear, activations
+        self.sharding: ModelSharding | None = None
         self.policy, self.kv_cache = scope.policy, scope.policy.kv_cache or activations
         self.output = scope.policy.output or activations
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, policy=scope.at("embed_tokens"), rngs=rngs)
@@ -291,7 +294,7 @@ class Decoder(nnx.Module):
     def as_resolved(self, resolved: Resolved) -> Self:
         """The same parameters, stored and computed as `resolved`, the policy resolved on this model, says."""
         parameters = variables_by_path(store(resolved, nnx.state(self)))
-        return assemble(type(self), self.config, resolved, parameters, self.linear)
+        return assemble(type(self), self.config, resolved, parameters, self.linear, self.sharding)
 
 
 Model = TypeVar("Model", bound=Decoder)
@@ -303,11 +306,18 @@ def assemble(
     resolved: Resolved,
     parameters: Mapping[str, Any],
     linear: LinearFactory = Linear,
+    sharding: ModelSharding | None = None,
 ) -> Model:
-    """A model of class `model` with these parameters, by path, stored and computed as `resolved` says."""
-    scope = Scope(resolved.policy, resolved.policy.activations, stored=resolved.specs)
+    """A model of class `model` with these parameters, by path, stored and computed as `resolved` says.
+
+    sharding  how the parameters are divided over a mesh; None: on one device, or in a way that XLA handles
+    """
+    found = None if sharding is None else splits(sharding, config, resolved.stored)
+    scope = Scope(resolved.policy, resolved.policy.activations, stored=resolved.specs, splits=found)
     if linear is Linear:
         shapes = model(config, policy=scope, rngs=None)
     else:
         shapes = nnx.eval_shape(lambda: model(config, policy=scope, linear=linear, rngs=nnx.Rngs(0)))
-    return fill(shapes, parameters)
+    filled = fill(shapes, parameters)
+    filled.sharding = sharding
+    return filled

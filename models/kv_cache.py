@@ -17,6 +17,7 @@ import numpy as np
 from ..policies.dtypes import is_narrow, saturating_cast
 from ..policies.errors import InvalidTokens
 from ..policies.formats import Format, quantize_in_one_pass
+from ..policies.matmul.shards import vary
 from ..policies.native import library
 from ..policies.scales import F32, least_rule
 from ..policies.targets import here
@@ -155,12 +156,15 @@ def update_slice(old: jax.Array, new: jax.Array, start: jax.Array | int, axis: i
 
 def _in_place(old: jax.Array, new: jax.Array, start: jax.Array | int, axis: int) -> jax.Array:
     """`update_slice`, which on a CPU writes only the slice, if `old` is not used afterwards."""
-    within_shard_map = jax.sharding.get_abstract_mesh().manual_axes
-    if old.dtype.itemsize != 2 or here().platform != "cpu" or within_shard_map or library.unavailable():
+    if old.dtype.itemsize != 2 or here().platform != "cpu" or library.unavailable():
         return update_slice(old, new, start, axis)
     shape = jax.ShapeDtypeStruct(old.shape, old.dtype)
     put = jax.ffi.ffi_call("perparam_put", shape, input_output_aliases={0: 0})
-    natively = functools.partial(put, axis=np.int64(axis))
+
+    def natively(*operands: jax.Array) -> jax.Array:
+        marked: jax.Array = vary(put(*operands, axis=np.int64(axis)), operands)
+        return marked
+
     plain = functools.partial(update_slice, axis=axis)
     result: jax.Array = by_kernel("cpu", natively, plain)(old, new, jnp.asarray(start, jnp.int32))
     return result

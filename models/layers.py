@@ -18,11 +18,13 @@ from jax.nn import initializers
 from ..policies.dtypes import saturating_cast
 from ..policies.formats import Format, ScaledArray, quantize, stored_format
 from ..policies.matmul import scaled_matmul, scaled_matmuls
+from ..policies.matmul.sharded import Split, sharded_matmuls
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import too_flat
-from ..policies.scales import F32, decode_scales
+from ..policies.scales import F32
 from ..policies.scope import Scope
 from ..policies.trees import Narrow
+from .lookup import lookup, sharded_lookup
 
 
 def scope_of(policy: PolicyLike | Scope) -> Scope:
@@ -98,6 +100,7 @@ class Linear(nnx.Module):
         scope = scope_of(policy)
         self.activations = scope.activations
         self.compute = scope.spec("kernel").compute
+        self.split = scope.split("kernel")
         draw = _random(initializers.lecun_normal(in_axis=-1, out_axis=-2))
         self.kernel, scale_inv = new_parameter((out_features, in_features), draw, rngs, scope, "kernel")
         self.scale_inv = nnx.data(scale_inv)
@@ -109,7 +112,7 @@ class Linear(nnx.Module):
         """y (..., out) of x (..., in), in the activations' dtype: the policy's, or else that of x."""
         x = x.astype(self.activations or x.dtype)
         result = None if self.bias is None else F32
-        return self._biased(block_matmul(x, self.kernel, self.scale_inv, self.compute, result), x.dtype)
+        return self._biased(block_matmul(x, self.kernel, self.scale_inv, self.compute, result, self.split), x.dtype)
 
     def _biased(self, y: jax.Array, dtype: np.dtype) -> jax.Array:
         """The product y plus any bias, in `dtype`; y is float32 with a bias, so that only the sum is rounded."""
@@ -134,7 +137,11 @@ def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
     kernels = [pair(layer.kernel, layer.scale_inv) for layer in linears if layer.scale_inv is not None]
     x = x.astype(first.activations or x.dtype)
     result = None if all(layer.bias is None for layer in linears) else F32
-    products = scaled_matmuls(x, kernels, compute=first.compute, result=result)
+    splits = [layer.split for layer in linears if layer.split is not None]
+    if splits:
+        products = sharded_matmuls(x, kernels, splits, compute=first.compute, result=result)
+    else:
+        products = scaled_matmuls(x, kernels, compute=first.compute, result=result)
     return tuple(layer._biased(y, x.dtype) for layer, y in zip(linears, products, strict=True))
 
 
@@ -150,9 +157,12 @@ def block_matmul(
     scale_inv: Narrow | None,
     compute: Format | None,
     result: np.dtype | None = None,
+    split: Split | None = None,
 ) -> jax.Array:
-    """`scaled_matmul` of x and a kernel's variables."""
+    """`scaled_matmul` of x and a kernel's variables, which may be divided over a mesh."""
     array = kernel[...] if scale_inv is None else pair(kernel, scale_inv)
+    if split is not None:
+        return sharded_matmuls(x, [array], [split], compute=compute, result=result)[0]
     return scaled_matmul(x, array, compute=compute, result=result)
 
 
@@ -169,43 +179,28 @@ class Embedding(nnx.Module):
         scope = scope_of(policy)
         self.activations = scope.activations
         self.compute = scope.spec("embedding").compute
+        self.split = scope.split("embedding")
         draw = _random(initializers.normal(0.02))
         self.embedding, scale_inv = new_parameter((vocabulary, features), draw, rngs, scope, "embedding")
         self.embedding_scale_inv = nnx.data(scale_inv)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Embeddings (..., features) of ids (...), in the activations' dtype; NaN for an id outside the table."""
-        inside = (ids >= 0) & (ids < self.embedding.shape[0])
-        rows = _rows(self.embedding[...], ids)
-        wide = self.activations or (jnp.float32 if self.embedding_scale_inv is not None else rows.dtype)
-        if self.embedding_scale_inv is not None:
-            table = pair(self.embedding, self.embedding_scale_inv)
-            height, width = table.block[0], min(table.block[1], table.shape[1])
-            scales = jnp.take(decode_scales(table.scale_inv), ids // height, axis=0, mode="clip")
-            rows = rows.astype(jnp.float32) * jnp.repeat(scales, width, axis=-1)[..., : rows.shape[-1]]
+        table = self._table()
+        wide = self.activations or (jnp.float32 if isinstance(table, ScaledArray) else table.dtype)
         compute = wide if self.compute is None or self.compute.narrow else self.compute.values
+        rows = lookup(table, ids) if self.split is None else sharded_lookup(table, ids, self.split)
+        inside = (ids >= 0) & (ids < self.embedding.shape[0])
         return jnp.where(inside[..., None], saturating_cast(rows, compute).astype(wide), jnp.nan)
+
+    def _table(self) -> jax.Array | ScaledArray:
+        if self.embedding_scale_inv is None:
+            return self.embedding[...]
+        return pair(self.embedding, self.embedding_scale_inv)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits (..., vocabulary) of x (..., features), computed under the policy's rule for `embedding`."""
-        return block_matmul(x, self.embedding, self.embedding_scale_inv, self.compute)
-
-
-@jax.custom_jvp
-def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of a table, gathered as bits behind an optimization barrier.
-
-    XLA's CPU backend would convert a whole narrow table for a gather, and move that out of the decoding loop.
-    """
-    table, ids = jax.lax.optimization_barrier((table, ids))
-    bits = jax.lax.bitcast_convert_type(table, jnp.dtype(f"uint{8 * table.dtype.itemsize}"))
-    return jax.lax.bitcast_convert_type(jnp.take(bits, ids, axis=0, mode="clip"), table.dtype)
-
-
-@_rows.defjvp
-def _rows_jvp(primals, tangents):
-    (table, ids), (tangent, _) = primals, tangents
-    return _rows(table, ids), jnp.take(tangent, ids, axis=0, mode="clip")
+        return block_matmul(x, self.embedding, self.embedding_scale_inv, self.compute, split=self.split)
 
 
 class RMSNorm(nnx.Module):

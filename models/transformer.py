@@ -6,6 +6,7 @@ Numerics follow transformers' `modeling_llama` and `modeling_qwen3`, rounding po
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -19,6 +20,7 @@ from .attention import PrefillKV, attend, in_row_major_order
 from .config import DecoderConfig
 from .kv_cache import LayerCache
 from .layers import RMSNorm, project
+from .sharding.heads import HeadSplit, heads_split, over_heads
 
 LinearFactory = Callable[..., nnx.Module]
 """Called as `linear(in_features, out_features, use_bias=…, policy=…, rngs=…)`."""
@@ -58,16 +60,34 @@ class Attention(nnx.Module):
             q, k = norms[0](q), norms[1](k)
         q = rope.rotate(q, step.cos, step.sin)
         k = rope.rotate(k, step.cos, step.sin)
-        cache = LayerCache.of(k, v, step.cache_dtype)
-        if past is not None:
-            cache = past.put(cache, step.start)
-        prefill = None if step.prefill_mask is None else PrefillKV(k, v, step.prefill_mask)
-        mixed, weights = attend(q, cache, step.queries, step.slots, self.window, prefill)
-        if prefill is not None and past is not None:
-            # Otherwise XLA fills the cache at the end, and keeps k and v until then.
-            mixed, cache = jax.lax.optimization_barrier((mixed, in_row_major_order(cache)))
-        taps.offer("weights", weights)
+        # Observed weights have to leave the function, which they cannot from within `shard_map`.
+        split = None if taps.active() else self._heads_split(b)
+        mix = functools.partial(_mix, self.window)
+        if split is not None:
+            mix = over_heads(split, mix)
+        mixed, cache = mix(q, k, v, step, past)
         return self.o_proj(mixed), cache
+
+    def _heads_split(self, batch: int) -> HeadSplit | None:
+        """How heads are divided over a mesh, if queries and keys are divided alike; None: XLA decides."""
+        splits = [getattr(projection, "split", None) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        return heads_split(splits, batch, (self.heads, self.kv_heads))
+
+
+def _mix(
+    window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, step: Step, past: LayerCache | None
+) -> tuple[jax.Array, LayerCache]:
+    """Attention (b, t, h * d) of rotated queries and keys, and the layer's cache that includes the keys and values."""
+    cache = LayerCache.of(k, v, step.cache_dtype)
+    if past is not None:
+        cache = past.put(cache, step.start)
+    prefill = None if step.prefill_mask is None else PrefillKV(k, v, step.prefill_mask)
+    mixed, weights = attend(q, cache, step.queries, step.slots, window, prefill)
+    if prefill is not None and past is not None:
+        # Otherwise XLA fills the cache at the end, and keeps k and v until then.
+        mixed, cache = jax.lax.optimization_barrier((mixed, in_row_major_order(cache)))
+    taps.offer("weights", weights)
+    return mixed, cache
 
 
 class MLP(nnx.Module):

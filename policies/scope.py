@@ -9,6 +9,7 @@ import numpy as np
 
 from .errors import InvalidPolicy
 from .formats import Format
+from .matmul.sharded import Split
 from .rules import PolicyRules
 
 
@@ -41,12 +42,15 @@ class Scope:
     prefix       the module's path
     stored       specs of the parameters by path, for a module that is rebuilt around stored variables; None for a new
                  module, whose parameters will be initialised
+    splits       how parameters and their activations are divided over a mesh, by path; None for one device, and where
+                 XLA is to decide
     """
 
     policy: PolicyRules
     activations: np.dtype | None
     prefix: tuple[str, ...] = ()
     stored: Mapping[str, ParamSpec] | None = dataclasses.field(default=None, hash=False)
+    splits: Mapping[str, Split] | None = dataclasses.field(default=None, hash=False)
 
     def at(self, *names: str | int) -> Scope:
         """Returns the scope of a submodule."""
@@ -71,3 +75,7 @@ class Scope:
                 "Pass the variables of the same module."
             )
         return self.stored[path]
+
+    def split(self, name: str) -> Split | None:
+        """Returns how the module's own parameter `name` is divided over a mesh, or None."""
+        return None if self.splits is None else self.splits.get(self.path(name))

@@ -51,6 +51,8 @@ def refuses(layers: Sequence[Layer], x: jax.Array, caches: Sequence[LayerCache],
         return "intermediate values are observed"
     if jax.sharding.get_abstract_mesh().manual_axes:
         return "it is within shard_map"
+    if any(getattr(linear, "split", None) for layer in layers for linear in (layer.self_attn.q_proj, layer.mlp)):
+        return "the model is divided over a mesh"
     for layer, cache in zip(layers, caches, strict=True):
         if cache.dtype != x.dtype:
             return "the cache has another dtype than activations"

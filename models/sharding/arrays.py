@@ -10,11 +10,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ...policies.blocks import Block, block_sides
 from ...policies.errors import InvalidSharding, UnmatchedRule
+from ...policies.matmul.sharded import Split
 from ...policies.paths import is_scale, scale_path
 from ...policies.patterns import Pattern
 from ...policies.trees import ArrayInfo
 from ..config import DecoderConfig
-from .model_sharding import ModelSharding, auto_mesh, tensor_parallel
+from .model_sharding import ModelSharding, as_names, auto_mesh, tensor_parallel
 
 
 def as_model_sharding(layout: Any) -> ModelSharding | None:
@@ -84,6 +85,18 @@ def scales_sharding(sharding: Sharding, shape: tuple[int, ...], block: Block, pa
         for name, size, shard, side in zip(names, shape, shards, sides, strict=True)
     ]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
+
+
+def splits(sharding: ModelSharding, config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, Split]:
+    """{path: how the parameter and its activations are divided over the mesh} of all parameters; see `shardings`."""
+    found = {}
+    for path, each in shardings(sharding, config, stored).items():
+        if not is_scale(path):
+            assert isinstance(each, NamedSharding)
+            names = [as_names(name) for name in each.spec]
+            rest = [()] * (len(stored[path].shape) - len(names))
+            found[path] = Split(sharding.mesh, sharding.batch, (*names, *rest))
+    return found
 
 
 def _by_axes(sharding: ModelSharding, config: DecoderConfig, paths: Mapping[str, int]) -> dict[str, Sharding]:

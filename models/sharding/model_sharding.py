@@ -41,8 +41,9 @@ class ModelSharding:
     patterns: Mapping[str, PartitionSpec] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Makes the mesh's axes Auto, and checks names."""
+        """Normalises the mesh, with axes that are Auto, and the axes, and checks names."""
         object.__setattr__(self, "mesh", auto_mesh(self.mesh))
+        object.__setattr__(self, "axes", {name: as_names(mesh_axes) for name, mesh_axes in sorted(self.axes.items())})
         for name, mesh_axes in self.axes.items():
             if name not in LOGICAL_AXES:
                 raise InvalidSharding(
@@ -53,6 +54,9 @@ class ModelSharding:
                     raise InvalidSharding(
                         f"sharding: the mesh has no axis {axis!r} ({name}). It has {', '.join(self.mesh.axis_names)}."
                     )
+
+    def __hash__(self) -> int:
+        return hash((self.mesh, tuple(self.axes.items()), tuple(self.patterns.items())))
 
     def divided(self, sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
         """{logical axis: mesh axes} of the axes that divide evenly; the batch's are always among them.
