@@ -12,9 +12,11 @@ from flax import nnx
 from jax.nn import initializers
 
 from ..policies.formats import ScaledArray
-from ..policies.matmul import grouped_matmuls
+from ..policies.matmul.sharded import Split
 from ..policies.scope import Scope
+from .experts import ExpertKernels, mixture
 from .layers import Linear, new_parameter, pair
+from .sharding.experts import sharded_mixture
 
 
 class ExpertLinear(nnx.Module):
@@ -27,6 +29,7 @@ class ExpertLinear(nnx.Module):
     def __init__(self, experts: int, in_features: int, out_features: int, *, policy: Scope, rngs: nnx.Rngs | None):
         self.activations = policy.activations
         self.compute = policy.spec("kernel").compute
+        self.split = policy.split("kernel")
         lecun = initializers.lecun_normal(in_axis=-1, out_axis=-2, batch_axis=0)
         self.kernel, scale_inv = new_parameter(
             (experts, out_features, in_features),
@@ -42,18 +45,6 @@ class ExpertLinear(nnx.Module):
         return self.kernel[...] if self.scale_inv is None else pair(self.kernel, self.scale_inv)
 
 
-def project_groups(x: jax.Array, group_sizes: jax.Array, *layers: ExpertLinear) -> tuple[jax.Array, ...]:
-    """The results (rows, out) of each layer for x (rows, in), whose rows are sorted by expert, in x's dtype.
-
-    group_sizes  (experts,) int32, rows of each expert
-    """
-    x = x.astype(layers[0].activations or x.dtype)
-    if len({layer.compute for layer in layers}) > 1:
-        return tuple(project_groups(x, group_sizes, layer)[0] for layer in layers)
-    kernels = [layer.weights() for layer in layers]
-    return grouped_matmuls(x, kernels, group_sizes, compute=layers[0].compute)
-
-
 class Experts(nnx.Module):
     """The MLPs of all experts, down(silu(gate(x)) * up(x)), with their kernels stacked along a first axis."""
 
@@ -62,11 +53,18 @@ class Experts(nnx.Module):
         self.up_proj = ExpertLinear(experts, hidden, width, policy=policy.at("up_proj"), rngs=rngs)
         self.down_proj = ExpertLinear(experts, width, hidden, policy=policy.at("down_proj"), rngs=rngs)
 
-    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """The results (rows, hidden) of x (rows, hidden), whose rows are sorted by expert."""
-        gate, up = project_groups(x, group_sizes, self.gate_proj, self.up_proj)
-        x = jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
-        return project_groups(x, group_sizes, self.down_proj)[0]
+    def kernels(self) -> ExpertKernels:
+        """The kernels of all experts, and how they are computed."""
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        return ExpertKernels(
+            *(layer.weights() for layer in layers),
+            computes=tuple(layer.compute for layer in layers),
+            activations=self.gate_proj.activations,
+        )
+
+    def splits(self) -> list[Split | None]:
+        """How the kernels are divided over a mesh."""
+        return [layer.split for layer in (self.gate_proj, self.up_proj, self.down_proj)]
 
 
 class SparseMLP(nnx.Module):
@@ -96,7 +94,7 @@ class SparseMLP(nnx.Module):
         self.experts = Experts(experts, hidden, width, policy=policy.at("experts"), rngs=rngs)
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`(weights, experts)`, both (tokens, per_token): those of each token of x (tokens, hidden), the best first.
+        """`(weights, experts)`, both (..., per_token): those of each token of x (..., hidden), the best first.
 
         Weights are rounded to the dtype of the router's logits, as in transformers.
         """
@@ -108,12 +106,8 @@ class SparseMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The mixture for x (b, t, hidden), of x's shape."""
-        tokens = x.reshape(-1, x.shape[-1])
-        weights, experts = self.route(tokens)
-        flat = experts.reshape(-1)
-        order = jnp.argsort(flat, stable=True)  # rows sorted by expert; row i is of token order[i] // per_token
-        group_sizes = jnp.zeros(self.experts.gate_proj.kernel.shape[0], jnp.int32).at[flat].add(1)
-        results = self.experts(tokens[order // self.per_token], group_sizes)
-        results = results[jnp.argsort(order)].reshape(*experts.shape, x.shape[-1])
-        weighted = results * weights[..., None].astype(results.dtype)
-        return weighted.astype(jnp.float32).sum(axis=1).astype(x.dtype).reshape(x.shape)
+        weights, experts = self.route(x)
+        kernels, splits = self.experts.kernels(), self.experts.splits()
+        if None not in splits:
+            return sharded_mixture(kernels, splits, x, weights, experts)
+        return mixture(kernels, x, weights, experts)

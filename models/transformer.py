@@ -62,10 +62,8 @@ class Attention(nnx.Module):
         k = rope.rotate(k, step.cos, step.sin)
         # Observed weights have to leave the function, which they cannot from within `shard_map`.
         split = None if taps.active() else self._heads_split(b)
-        mix = functools.partial(_mix, self.window)
-        if split is not None:
-            mix = over_heads(split, mix)
-        mixed, cache = mix(q, k, v, step, past)
+        whole = functools.partial(_mix, self.window)
+        mixed, cache = (whole if split is None else over_heads(split, whole))(q, k, v, step, past)
         return self.o_proj(mixed), cache
 
     def _heads_split(self, batch: int) -> HeadSplit | None:

@@ -114,8 +114,9 @@ def array_specs(array: Kernel, parts: Sequence[Part]) -> Any:
         (size // part.count) % side == 0
         for part, size, side in zip(parts, array.shape, _sides(array, array.shape), strict=True)
     )
-    scales = spec(*(part.names if whole else () for part, whole in zip(parts, has_whole_blocks, strict=True)))
-    return dataclasses.replace(array, values=spec(*(part.names for part in parts)), scale_inv=scales)
+    scales: Any = spec(*(part.names if whole else () for part, whole in zip(parts, has_whole_blocks, strict=True)))
+    values: Any = spec(*(part.names for part in parts))
+    return ScaledArray(values, scales, array.format)
 
 
 def local(array: Kernel, parts: Sequence[Part], shape: tuple[int, ...]) -> Kernel:
@@ -185,7 +186,10 @@ def sharded_matmuls(
     """
     dtype = np.dtype(x.dtype) if result is None else dtypes.as_dtype(result)
     first, batch = splits[0], splits[0].batch_of(x.shape[0] if x.ndim > 1 else None)
-    parts = [_parts(x, kernel, split, batch, compute) for kernel, split in zip(kernels, splits, strict=True)]
+    parts = [
+        kernel_parts(np.dtype(x.dtype), kernel, split, batch, compute)
+        for kernel, split in zip(kernels, splits, strict=True)
+    ]
     if len(columns := {each[1] for each in parts}) > 1:
         pairs = zip(kernels, splits, strict=True)
         return tuple(sharded_matmuls(x, [k], [s], compute=compute, result=result)[0] for k, s in pairs)
@@ -216,17 +220,20 @@ def sharded_matmuls(
     return results
 
 
-def _parts(x: jax.Array, kernel: Kernel, split: Split, batch: Names, compute: Format | None) -> tuple[Part, ...]:
-    """Returns the parts of a kernel (out, in) for its product: those that are quantised have whole blocks."""
+def kernel_parts(x: np.dtype, kernel: Kernel, split: Split, batch: Names, compute: Format | None) -> tuple[Part, ...]:
+    """Returns the parts of a kernel (..., out, in) for products of activations of dtype `x`.
+
+    Where activations or the kernel are quantised for the product, a device has whole blocks of them.
+    """
     rows: int | None = None
     columns: int | None = None
     if compute is not None and compute.narrow:
-        format = kernel.format if isinstance(kernel, ScaledArray) else Format(kernel.dtype, DEFAULT_BLOCK)
-        call = describe(None, kernel.shape, np.dtype(x.dtype), format, compute)
+        format = kernel.format if isinstance(kernel, ScaledArray) else Format(np.dtype(kernel.dtype), DEFAULT_BLOCK)
+        call = describe(None, kernel.shape[-2:], x, format, compute)
         assert call.x.block is not None
         columns = call.in_features if call.x.block[1] == -1 else call.x.block[1]
         if not (isinstance(kernel, ScaledArray) and kernel.format.narrow):  # it is quantised in the product
             assert call.kernel.block is not None
             rows, columns = call.kernel.block[0], math.lcm(columns, call.kernel.block[1])
-    parts = split.parts(batch, (rows, columns))
+    parts = split.parts(batch, (*(None,) * (len(kernel.shape) - 2), rows, columns))
     return tuple(part.of(size) for part, size in zip(parts, kernel.shape, strict=True))

@@ -1,0 +1,101 @@
+"""Mixtures of experts as functions: the MLPs of some experts, and the weighted sum over a token's experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..policies.formats import Format, ScaledArray
+from ..policies.matmul import grouped_matmuls
+from ..policies.scales import F32
+
+Kernel = jax.Array | ScaledArray
+MLPs = Callable[[jax.Array, jax.Array], jax.Array]
+"""A function of rows (rows, hidden), sorted by expert, and the rows of each expert, which returns (rows, hidden)."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["gate", "up", "down"], meta_fields=["computes", "activations"]
+)
+@dataclasses.dataclass(frozen=True)
+class ExpertKernels:
+    """The kernels of experts.
+
+    gate, up     (experts, width, hidden)
+    down         (experts, hidden, width)
+    computes     the format of each in products; see `scaled_matmul`
+    activations  the dtype of activations; None: that of x
+    """
+
+    gate: Kernel
+    up: Kernel
+    down: Kernel
+    computes: tuple[Format | None, ...]
+    activations: np.dtype | None
+
+    def mlps(
+        self, x: jax.Array, group_sizes: jax.Array, hidden: tuple[str, ...] = (), width: tuple[str, ...] = ()
+    ) -> jax.Array:
+        """down(silu(gate(x)) * up(x)) of rows (rows, hidden) that are sorted by expert, in x's dtype.
+
+        group_sizes  (experts,) int32  rows of each expert; rows after their sum are of none, and have zeros
+        hidden       inside `shard_map`: mesh axes over which `hidden` is divided
+        width        mesh axes over which `width` is divided: the results are float32, and are to be added up
+        """
+        x = x.astype(self.activations or x.dtype)
+        gate, up = self._gate_and_up(x, group_sizes, F32 if hidden else None)
+        if hidden:
+            gate, up = (sums.astype(x.dtype) for sums in jax.lax.psum((gate, up), hidden))
+        x = jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
+        compute, result = self.computes[2], F32 if width else None
+        return grouped_matmuls(x, [self.down], group_sizes, compute=compute, result=result)[0]
+
+    def _gate_and_up(self, x: jax.Array, group_sizes: jax.Array, result: np.dtype | None) -> tuple[jax.Array, ...]:
+        gate, up, _ = self.computes
+        if gate == up:
+            return grouped_matmuls(x, [self.gate, self.up], group_sizes, compute=gate, result=result)
+        return tuple(
+            grouped_matmuls(x, [kernel], group_sizes, compute=compute, result=result)[0]
+            for kernel, compute in ((self.gate, gate), (self.up, up))
+        )
+
+
+def mixture(kernels: ExpertKernels, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+    """The sum of the results of each token's experts, in x's shape and dtype.
+
+    x        (..., hidden)
+    weights  (..., per_token)        of each token's experts
+    experts  (..., per_token) int32  their numbers
+    """
+    tokens, chosen = x.reshape(-1, x.shape[-1]), experts.reshape(-1)
+    results = by_expert(kernels.mlps, tokens, chosen, kernels.gate.shape[0])
+    return weighted_sum(results, weights).astype(x.dtype).reshape(x.shape)
+
+
+def by_expert(mlps: MLPs, tokens: jax.Array, chosen: jax.Array, experts: int, first: Any = 0) -> jax.Array:
+    """The results (rows, hidden) of each token with each of its experts, in the order of `chosen`.
+
+    tokens   (tokens, hidden)
+    chosen   (tokens * per_token,) int32  experts of the tokens; rows of other experts than these have zeros:
+    experts  the number of experts of `mlps`
+    first    the number of their first one
+    """
+    per_token = chosen.shape[0] // tokens.shape[0]
+    numbers = chosen - first
+    numbers = jnp.where((numbers >= 0) & (numbers < experts), numbers, experts)
+    order = jnp.argsort(numbers, stable=True)  # rows sorted by expert; row i is of token order[i] // per_token
+    group_sizes = jnp.zeros(experts, jnp.int32).at[numbers].add(1, mode="drop")
+    return mlps(tokens[order // per_token], group_sizes)[jnp.argsort(order)]
+
+
+def weighted_sum(results: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sums (tokens, hidden), float32, of the results (tokens * per_token, hidden) of each token's experts."""
+    by_token = results.reshape(-1, weights.shape[-1], results.shape[-1])
+    weighted = by_token * weights.reshape(*by_token.shape[:2], 1).astype(results.dtype)
+    return weighted.astype(jnp.float32).sum(axis=1)

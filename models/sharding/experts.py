@@ -1,0 +1,208 @@
+"""Mixtures of experts over a mesh: experts that are divided by number, by the width of their MLP, or both.
+
+Over axes that do not divide the batch, all devices have the same tokens: each computes its experts, or its part of their
+width, and the float32 sums are added up.  Over axes that divide the batch too, tokens travel to the devices of their
+experts and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...policies.matmul.sharded import Names, Part, Split, array_specs, kernel_parts, local, over_devices, spec
+from ...policies.matmul.shards import vary
+from ..experts import ExpertKernels, MLPs, by_expert, weighted_sum
+
+
+def sharded_mixture(
+    kernels: ExpertKernels, splits: Sequence[Split | None], x: jax.Array, weights: jax.Array, experts: jax.Array
+) -> jax.Array:
+    """`mixture` of x (batch, ..., hidden) over a mesh.
+
+    splits  how the kernels are divided, of one mesh and one batch
+
+    Where experts are divided by width, their results are added up before they are rounded, and weighted in float32.
+    """
+    found = [split for split in splits if split is not None]
+    batch = found[0].batch_of(x.shape[0])
+    number, width, hidden = _common_parts(kernels, found, np.dtype(kernels.activations or x.dtype), batch)
+    parts = ExpertParts(number, width, hidden)
+    arrays = kernels.gate, kernels.up, kernels.down
+    shapes = [array.shape for array in arrays]
+
+    def function(arrays: Sequence[jax.Array], x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+        # Without the barrier XLA may gather kernels once before a decoding loop, and keep them whole in memory.
+        if width.gathered or hidden.gathered:
+            x, arrays = jax.lax.optimization_barrier((x, arrays))
+        mine = [local(array, each, shape) for array, each, shape in zip(arrays, parts.of_kernels, shapes, strict=True)]
+        mlps = functools.partial(
+            dataclasses.replace(kernels, gate=mine[0], up=mine[1], down=mine[2]).mlps,
+            hidden=hidden.kept,
+            width=width.kept,
+        )
+        tokens, chosen, count = x.reshape(-1, x.shape[-1]), experts.reshape(-1), mine[0].shape[0]
+        if number.gathered:
+            results = exchanged(mlps, tokens, chosen, count, number.gathered, number.count)
+        else:
+            first = jax.lax.axis_index(number.kept) * count if number.kept else 0
+            results = by_expert(mlps, tokens, chosen, count, first)
+        sums = weighted_sum(results, weights)
+        if number.kept or width.kept:
+            sums = jax.lax.psum(sums, (*number.kept, *width.kept))
+        return sums.astype(x.dtype).reshape(x.shape)
+
+    between = ((),) * (x.ndim - 2)
+    of_x, of_choice = spec(batch, *between, hidden.kept), spec(batch)
+    of_arrays = [array_specs(array, each) for array, each in zip(arrays, parts.inside, strict=True)]
+    run = over_devices(found[0], function, (of_arrays, of_x, of_choice, of_choice), of_x)
+    result: jax.Array = run(list(arrays), x, weights, experts)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertParts:
+    """The dimensions of experts' kernels on one device."""
+
+    number: Part
+    width: Part
+    hidden: Part
+
+    @property
+    def inside(self) -> list[tuple[Part, ...]]:
+        """Those of gate, up and down when the function inside `shard_map` begins."""
+        return self._of(self.number)
+
+    @property
+    def of_kernels(self) -> list[tuple[Part, ...]]:
+        """Those of gate, up and down when they are multiplied: experts are never gathered, tokens travel instead."""
+        return self._of(Part(self.number.names, (), self.number.count))
+
+    def _of(self, number: Part) -> list[tuple[Part, ...]]:
+        wide = number, self.width, self.hidden
+        return [wide, wide, (number, self.hidden, self.width)]
+
+
+def _common_parts(
+    kernels: ExpertKernels, splits: Sequence[Split], dtype: np.dtype, batch: Names
+) -> tuple[Part, Part, Part]:
+    """The parts of experts, width and hidden size that suit all three kernels; whole where they differ."""
+    arrays = zip((kernels.gate, kernels.up, kernels.down), splits, kernels.computes, strict=True)
+    gate, up, down = (kernel_parts(dtype, array, split, batch, compute) for array, split, compute in arrays)
+    triples = (gate[0], up[0], down[0]), (gate[1], up[1], down[2]), (gate[2], up[2], down[1])
+    found = [{dataclasses.replace(part, unit=None) for part in triple} for triple in triples]
+    number, width, hidden = (each.pop() if len(each) == 1 else Part((), (), 1) for each in found)
+    return number, width, hidden
+
+
+def exchanged(mlps: MLPs, tokens: jax.Array, chosen: jax.Array, experts: int, axes: Names, devices: int) -> jax.Array:
+    """`by_expert` inside `shard_map`, with experts on all devices along `axes`: tokens travel there, results back.
+
+    experts  the number of experts of each device
+
+    A device has room for all rows of every other one, so that none is dropped.
+    """
+    per_token = chosen.shape[0] // tokens.shape[0]
+    order = jnp.argsort(chosen, stable=True)  # rows sorted by expert, and so by device
+    rows = tokens[order // per_token]
+    sizes = jnp.zeros(devices * experts, jnp.int32).at[chosen].add(1).reshape(devices, experts)
+    route = _Route.of(sizes, axes, rows.shape[0])
+    arrived = route.there(rows)
+    numbers = _numbers(route.sizes, rows.shape[0])
+    by_number = jnp.argsort(numbers, stable=True)
+    results = mlps(arrived[by_number], route.sizes.sum(axis=0))[jnp.argsort(by_number)]
+    return route.back(results)[jnp.argsort(order)]
+
+
+def _numbers(sizes: jax.Array, room: int) -> jax.Array:
+    """The experts (devices * room,) of rows that arrived, in blocks of `room` rows; their number for no row.
+
+    sizes  (devices, experts) rows from each device for each expert, in this order in a block
+    """
+    ends = jnp.cumsum(sizes, axis=1)
+    return jnp.sum(jnp.arange(room)[None, :, None] >= ends[:, None, :], axis=2, dtype=jnp.int32).reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Route:
+    """The way of rows to the devices of their experts, and of their results back.
+
+    axes      mesh axes of the exchange
+    room      rows that one device sends at most
+    sent      (devices,) rows for each device, which follow each other in the order of devices
+    starts    (devices,) the first of them
+    sizes     (devices, experts) rows from each device for each expert of this one
+    returned  (devices,) for each device the first of its rows for this one, in its own order
+    """
+
+    axes: Names
+    room: int
+    sent: jax.Array
+    starts: jax.Array
+    sizes: jax.Array
+    returned: jax.Array
+
+    @classmethod
+    def of(cls, sizes: jax.Array, axes: Names, room: int) -> _Route:
+        """The way of rows that are sorted by device.
+
+        sizes  (devices, experts) rows for each expert of each device
+        """
+        sent = sizes.sum(axis=1)
+        starts = jnp.cumsum(sent) - sent
+        sizes, returned = (jax.lax.all_to_all(each, axes, 0, 0, tiled=True) for each in (sizes, starts))
+        return cls(axes, room, sent, starts, sizes, returned)
+
+    def there(self, rows: jax.Array) -> jax.Array:
+        """The rows (devices * room, hidden) for this device's experts: a block from each device, zeros at its end."""
+        place = jax.lax.axis_index(self.axes) * self.room
+        count = self.sent.shape[0]
+
+        def padded(rows: jax.Array) -> jax.Array:
+            index = self.starts[:, None] + jnp.arange(self.room)
+            blocks = jnp.where(
+                (jnp.arange(self.room) < self.sent[:, None])[..., None], rows[jnp.minimum(index, self.room - 1)], 0
+            )
+            return jax.lax.all_to_all(blocks, self.axes, 0, 0, tiled=True).reshape(count * self.room, -1)
+
+        def ragged(rows: jax.Array) -> jax.Array:
+            offsets, arrived = jnp.full(count, place, jnp.int32), self.sizes.sum(axis=1)
+            return self._ragged(rows, count * self.room, self.starts, self.sent, offsets, arrived)
+
+        return self._either(padded, ragged, rows)
+
+    def back(self, results: jax.Array) -> jax.Array:
+        """The results (room, hidden) of this device's rows, in the order in which they were sent."""
+        count = self.sent.shape[0]
+
+        def padded(results: jax.Array) -> jax.Array:
+            blocks = results.reshape(count, self.room, -1)
+            blocks = jax.lax.all_to_all(blocks, self.axes, 0, 0, tiled=True)
+            device = jnp.sum(jnp.arange(self.room)[:, None] >= (self.starts + self.sent)[None, :], axis=1)
+            return blocks[device, jnp.arange(self.room) - self.starts[device]]
+
+        def ragged(results: jax.Array) -> jax.Array:
+            starts = vary(jnp.arange(count, dtype=jnp.int32) * self.room, results)
+            return self._ragged(results, self.room, starts, self.sizes.sum(axis=1), self.returned, self.sent)
+
+        return self._either(padded, ragged, results)
+
+    def _either(
+        self, padded: Callable[[jax.Array], jax.Array], ragged: Callable[[jax.Array], jax.Array], rows: jax.Array
+    ) -> jax.Array:
+        """`padded` on a CPU, where XLA has no `ragged_all_to_all`, and along several axes, which JAX refuses for it."""
+        if len(self.axes) > 1:
+            return padded(rows)
+        moved: jax.Array = jax.lax.platform_dependent(rows, cpu=padded, default=ragged)
+        return moved
+
+    def _ragged(self, rows: jax.Array, count: int, *where: jax.Array) -> jax.Array:
+        """`count` rows, zeros but for those that arrive."""
+        empty = vary(jnp.zeros((count, rows.shape[1]), rows.dtype), rows)
+        moved: jax.Array = jax.lax.ragged_all_to_all(rows, empty, *where, axis_name=self.axes[0])
+        return moved
