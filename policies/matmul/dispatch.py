@@ -96,6 +96,12 @@ def matmul_override(
         yield
 
 
+def override() -> str | None:
+    """Returns the name of the implementation in `matmul_override`, or None."""
+    name: str | None = _override.value
+    return name
+
+
 def choose(
     call: Call, target: Target, x: np.dtype | None = None, *, run_checks: bool = True
 ) -> tuple[Implementation, Choice]:

@@ -16,7 +16,7 @@ from perparam.loaders import read_config
 from perparam.models import Qwen3Moe, moe
 from perparam.models.moe import SparseMLP
 from perparam.policies.errors import InvalidCheckpoint, UnsupportedConfig
-from perparam.policies.matmul import grouped
+from perparam.policies.matmul import grouped_loop
 from perparam.policies.trees import parameters
 
 HIDDEN, WIDTH, EXPERTS = 40, 24, 6
@@ -89,13 +89,13 @@ def test_weights_are_computed_in_float32_and_rounded_once():
 
 def test_decoding_a_token_reads_the_kernels_of_its_experts_alone(monkeypatch):
     products = []
-    product = grouped.scaled_matmuls
+    product = grouped_loop.scaled_matmuls
 
     def count(x, kernels, **settings):
         jax.debug.callback(lambda: products.append((x.shape[0], len(kernels))))
         return product(x, kernels, **settings)
 
-    monkeypatch.setattr(grouped, "scaled_matmuls", count)
+    monkeypatch.setattr(grouped_loop, "scaled_matmuls", count)
     jax.clear_caches()
     layer = mixture()
     layer(tokens(1, 1)).block_until_ready()

@@ -12,8 +12,9 @@ from matmuls import FP8, W8A8_ERROR, W8A16_ERROR, assert_product, relative_error
 from perparam import quantize
 from perparam.policies.errors import UnsupportedCast
 from perparam.policies.formats import ScaledArray
-from perparam.policies.matmul import grouped, grouped_matmul, matmul_override, scaled_matmul
-from perparam.policies.matmul.grouped import grouped_matmuls, tile_height
+from perparam.policies.matmul import grouped_loop, grouped_matmul, matmul_override, scaled_matmul
+from perparam.policies.matmul.grouped import grouped_matmuls
+from perparam.policies.matmul.grouped_loop import tile_height
 
 OUT, IN, BLOCK = 40, 72, (16, 24)
 SIZES = {
@@ -100,13 +101,13 @@ def test_several_kernels_of_the_same_groups_share_x():
 def counted(monkeypatch) -> list[int]:
     """The rows of each product that runs from now on."""
     rows: list[int] = []
-    product = grouped.scaled_matmuls
+    product = grouped_loop.scaled_matmuls
 
     def count(x, *arguments, **settings):
         jax.debug.callback(lambda: rows.append(x.shape[0]))
         return product(x, *arguments, **settings)
 
-    monkeypatch.setattr(grouped, "scaled_matmuls", count)
+    monkeypatch.setattr(grouped_loop, "scaled_matmuls", count)
     jax.clear_caches()
     return rows
 
@@ -179,6 +180,18 @@ def test_a_batch_has_groups_of_its_own():
     found = jax.vmap(lambda x, sizes: grouped_matmul(x, scaled, sizes))(x, sizes)
     want = np.stack([exact(*each) for each in zip(x, [scaled.dequantize()] * 2, sizes, strict=True)])
     assert relative_error(found, want) <= GRADIENT_ERROR
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 4), (9, 0, 7), (-3, 4, 2), (2**31 - 1, 1, 0), (0, 0, 0)], ids=str)
+def test_sizes_of_a_traced_program_may_leave_rows_or_end_beyond_them(sizes):
+    x, _, scaled = operands((10, 0, 0))
+    ends = np.minimum(np.cumsum(np.maximum(sizes, 0)), len(x))
+    counts = np.diff(ends, prepend=0)
+    found = jax.jit(grouped_matmul)(x, scaled, jnp.array(sizes, jnp.int32))
+    want = grouped_matmul(x[: ends[-1]], scaled, counts)
+    np.testing.assert_array_equal(found, np.pad(want, ((0, len(x) - ends[-1]), (0, 0))))
+    gradient = jax.jit(jax.grad(lambda x: grouped_matmul(x, scaled, jnp.array(sizes, jnp.int32)).sum()))(x)
+    assert not gradient[ends[-1] :].any()
 
 
 def test_it_is_exported_for_any_number_of_rows():
