@@ -9,7 +9,9 @@ from helpers import dtype
 from matmuls import FP8, Case
 from native_matmuls import drawn, multiply
 
-from perparam.policies.matmul import matmul_override, scaled_matmul
+from perparam import quantize
+from perparam.policies.formats import ScaledArray
+from perparam.policies.matmul import grouped_matmuls, matmul_override, scaled_matmul
 
 CASES = (
     Case(1, (300, 500)),
@@ -24,7 +26,7 @@ CASES = (
 
 
 def results() -> Iterator[np.ndarray]:
-    """For each of `CASES` its product."""
+    """For each of `CASES` its product, a gradient, and products of groups of rows."""
     for case in CASES:
         yield multiply(case, *drawn(case))
     case = CASES[1]
@@ -33,6 +35,21 @@ def results() -> Iterator[np.ndarray]:
     with matmul_override("native"):
         product = lambda x: scaled_matmul(x, kernel, scale_inv, **case.settings)  # noqa: E731
         yield np.asarray(jax.jit(lambda x, gradient: jax.vjp(product, x)[1](gradient)[0])(x, gradient))
+
+    for kind in ("float8_e4m3fn", "bfloat16"):
+        x, kernels, sizes = groups(kind)
+        with matmul_override("native"):
+            yield from map(np.asarray, jax.jit(grouped_matmuls)(x, kernels, sizes))
+
+
+def groups(kind: str) -> tuple[jax.Array, list[jax.Array | ScaledArray], jax.Array]:
+    """`(x, kernels, group_sizes)` of `grouped_matmuls`: two stacks of seven kernels with ragged blocks."""
+    sizes = (3, 0, 600, 1, 0, 0, 14)
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(sum(sizes), 200)), jnp.bfloat16)
+    wide = [random.normal(size=(len(sizes), out, 200)).astype(np.float32) for out in (70, 45)]
+    kernels = [quantize(one, kind, (48, 72)) if kind != "bfloat16" else jnp.asarray(one, kind) for one in wide]
+    return x, kernels, jnp.array(sizes, jnp.int32)
 
 
 def save(path: str) -> None:

@@ -15,7 +15,7 @@ from .. import dtypes
 from ..errors import UnsupportedCast
 from ..formats import Format, ScaledArray, as_format
 from ..targets import here
-from . import grouped_dispatch, grouped_loop
+from . import grouped_dispatch
 from .dispatch import describe
 from .grouped_calls import GroupedCall, Kernel
 from .shards import vary_alike
@@ -89,27 +89,8 @@ def _compiled(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], size
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], sizes: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the products for checked operands; a batch becomes a loop."""
-
-    @jax.custom_batching.custom_vmap
-    def products(x: jax.Array, kernels: tuple[Kernel, ...], sizes: jax.Array) -> tuple[jax.Array, ...]:
-        return grouped_dispatch.products(call, x, kernels, sizes)
-
-    @products.def_vmap
-    def batched(size: int, batched: Any, *operands: Any) -> Any:
-        leaves, tree = jax.tree.flatten(operands)
-        flags = jax.tree.leaves(batched)
-
-        def one(slices: Any) -> Any:
-            rest = iter(slices)
-            arrays = [next(rest) if mapped else leaf for leaf, mapped in zip(leaves, flags, strict=True)]
-            return products(*jax.tree.unflatten(tree, arrays))
-
-        results = jax.lax.map(one, [leaf for leaf, mapped in zip(leaves, flags, strict=True) if mapped])
-        return results, (True,) * len(results)
-
-    results: tuple[jax.Array, ...] = products(x, kernels, sizes)
-    return results
+    """Returns the products for checked operands."""
+    return grouped_dispatch.products(call, x, kernels, sizes)
 
 
 def _forward(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], sizes: jax.Array) -> Any:
@@ -119,7 +100,7 @@ def _forward(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], sizes
 def _backward(call: GroupedCall, residuals: Any, gradients: tuple[jax.Array, ...]) -> Any:
     """Returns the gradients of x and of the kernels, None for a ScaledArray."""
     x, kernels, sizes = residuals
-    return *grouped_loop.gradients(call, x, kernels, sizes, gradients), None
+    return *grouped_dispatch.gradients(call, x, kernels, sizes, gradients), None
 
 
 _grouped.defvjp(_forward, _backward)

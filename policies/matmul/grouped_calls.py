@@ -40,13 +40,14 @@ class GroupedCall:
 class GroupedImplementation:
     """One way to compute grouped calls.
 
-    name        its name in plans
-    gist        its method in one line
-    refuses     returns the reason why it does not accept a call, or None if it accepts the call
-    run         returns the products (rows, out), in their result dtypes, of x (rows, in), whose rows are sorted by
-                group, with each stack of kernels; group_sizes (groups,) int32 are the rows of each group
-    opaque      whether it is a kernel that XLA can neither see into nor divide over several devices
-    exportable  whether `jax.export` accepts its kernel
+    name           its name in plans
+    gist           its method in one line
+    refuses        returns the reason why it does not accept a call, or None if it accepts the call
+    run            returns the products (rows, out), in their result dtypes, of x (rows, in), whose rows are sorted by
+                   group, with each stack of kernels; group_sizes (groups,) int32 are the rows of each group
+    gradient_of_x  returns the gradient of x for frozen kernels, given that of each product; None: the loop's serves
+    opaque         whether it is a kernel that XLA can neither see into nor divide over several devices
+    exportable     whether `jax.export` accepts its kernel
 
     In a traced program the sizes may be any integers.  `run` takes a negative size as 0 and ends groups with the rows
     of x; the products of rows after the last group are zeros.
@@ -56,5 +57,6 @@ class GroupedImplementation:
     gist: str
     refuses: Callable[[GroupedCall], str | None]
     run: Callable[[GroupedCall, jax.Array, Sequence[Kernel], jax.Array], tuple[jax.Array, ...]]
+    gradient_of_x: Callable[..., jax.Array] | None = None
     opaque: bool = False
     exportable: bool = True

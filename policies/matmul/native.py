@@ -45,31 +45,41 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def products(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
-    """Returns the products (rows, out) of calls that share x; those that differ only in `out` in one run."""
+def products(
+    calls: tuple[Call, ...], operands: tuple[Operands, ...], group_sizes: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
+    """Returns the products (rows, out) of calls that share x; those that differ only in `out` in one run.
+
+    group_sizes  (groups,) int32, rows of each group of x, whose kernels are stacks (groups, out, in); None: no groups
+    """
     keys = [_key(call) for call in calls]
     if len(set(keys)) > 1:
-        return tuple(_products((call,), (arrays,))[0] for call, arrays in zip(calls, operands, strict=True))
-    return _products(calls, operands)
+        pairs = zip(calls, operands, strict=True)
+        return tuple(_products((call,), (arrays,), group_sizes)[0] for call, arrays in pairs)
+    return _products(calls, operands, group_sizes)
 
 
 def _key(call: Call) -> tuple[object, ...]:
     return call.x, call.kernel, call.weight, call.result
 
 
-def _products(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.Array, ...]:
+def _products(
+    calls: tuple[Call, ...], operands: tuple[Operands, ...], group_sizes: jax.Array | None
+) -> tuple[jax.Array, ...]:
     x, x_scales = _activations(calls[0], operands[0].x)
     result = np.dtype(ml_dtypes.bfloat16 if calls[0].result == ml_dtypes.bfloat16 else np.float32)
     shapes = [jax.ShapeDtypeStruct((x.shape[0], call.out_features), result) for call in calls]
-    sums = _run(calls[0], x, x_scales, [one.kernel for one in operands], shapes, transposed=False)
+    sums = _run(calls[0], x, x_scales, [one.kernel for one in operands], shapes, group_sizes, transposed=False)
     return tuple(y.astype(call.result) for y, call in zip(sums, calls, strict=True))
 
 
-def gradient_of_x(call: Call, gradient: jax.Array, operands: Operands) -> jax.Array:
-    """Returns gradient (rows, out) @ weight (out, in) in float32."""
+def gradient_of_x(
+    call: Call, gradient: jax.Array, operands: Operands, group_sizes: jax.Array | None = None
+) -> jax.Array:
+    """Returns gradient (rows, out) @ weight (out, in) in float32; with `group_sizes` as in `products`."""
     gradient = gradient.astype(np.float32) if gradient.dtype == np.float16 else gradient
     shapes = [jax.ShapeDtypeStruct((gradient.shape[0], call.in_features), np.dtype(np.float32))]
-    return _run(call, gradient, None, [operands.kernel], shapes, transposed=True)[0]
+    return _run(call, gradient, None, [operands.kernel], shapes, group_sizes, transposed=True)[0]
 
 
 def _activations(call: Call, x: jax.Array | ScaledArray) -> tuple[jax.Array, jax.Array | None]:
@@ -87,10 +97,11 @@ def _run(
     x_scales: jax.Array | None,
     kernels: list[jax.Array | ScaledArray],
     shapes: list[jax.ShapeDtypeStruct],
+    group_sizes: jax.Array | None,
     *,
     transposed: bool,
 ) -> list[jax.Array]:
-    """Returns the products of x, as the handler takes it, with kernels of one format."""
+    """Returns the products of x, as the handlers take it, with kernels of one format."""
     none = jnp.zeros((0, 0), jnp.float32)
     arrays: list[jax.Array] = []
     for kernel in kernels:
@@ -105,10 +116,9 @@ def _run(
         assert call.x.block is not None
         x_group = call.in_features if call.x.block[1] == -1 else call.x.block[1]
     block = call.block or (1, 1)
-    function = jax.ffi.ffi_call("perparam_matmul", shapes)
+    arrays = [x, none if x_scales is None else x_scales, *([] if group_sizes is None else [group_sizes]), *arrays]
+    function = jax.ffi.ffi_call("perparam_matmul" if group_sizes is None else "perparam_grouped_matmul", shapes)
     results = function(
-        x,
-        none if x_scales is None else x_scales,
         *arrays,
         table=bfloat16_table(values),
         values=np.int32(_VALUES.get(values, _TABLE)),
@@ -118,7 +128,7 @@ def _run(
         x_group=np.int64(x_group),
         transposed=transposed,
     )
-    marked: list[jax.Array] = vary(list(results), (x, arrays))
+    marked: list[jax.Array] = vary(list(results), arrays)
     return marked
 
 

@@ -12,7 +12,7 @@ import threading
 
 import jax
 
-HANDLERS = ("perparam_matmul", "perparam_attention", "perparam_put")
+HANDLERS = ("perparam_matmul", "perparam_grouped_matmul", "perparam_attention", "perparam_put")
 """Names of the FFI targets, and of their handlers in the library."""
 
 FILE = "libperparam.cpu.so"

@@ -124,7 +124,7 @@ class Panel {
     for (size_t i = begin; i < end; ++i) {
       load_scales(runs_[i]);
       Source source = piece(runs_[i], in_place);
-        isa_.pack(source, x_.pairs, scratch().panels + (i - begin) * panel_bytes());
+      isa_.pack(source, x_.pairs, scratch().panels + (i - begin) * panel_bytes());
     }
     for (int64_t first = 0; first < count; first += isa_.rows) {
       int rows = static_cast<int>(std::min<int64_t>(isa_.rows, count - first));
@@ -183,28 +183,28 @@ class Panel {
     }
     uint8_t* tile = scratch().tile;
     source.data = tile;
-    source.stride = kRun * size;
+    source.stride = columns * size;
     std::memset(tile, 0, isa_.width * source.stride);
     if (!format_.transposed) {
       for (int i = 0; i < valid_; ++i)
         std::memcpy(tile + i * source.stride, kernel_.data + ((output_ + i) * kernel_.columns + run.begin) * size,
                     run.columns * size);
     } else if (size == 1) {
-      copy_transposed<uint8_t>(run, tile);
+      copy_transposed<uint8_t>(run, tile, columns);
     } else if (size == 2) {
-      copy_transposed<uint16_t>(run, tile);
+      copy_transposed<uint16_t>(run, tile, columns);
     } else {
-      copy_transposed<uint32_t>(run, tile);
+      copy_transposed<uint32_t>(run, tile, columns);
     }
     return source;
   }
 
   template <class T>
-  void copy_transposed(const Run& run, uint8_t* tile) const {
+  void copy_transposed(const Run& run, uint8_t* tile, int stride) const {
     const T* from = reinterpret_cast<const T*>(kernel_.data) + run.begin * kernel_.columns + output_;
     T* to = reinterpret_cast<T*>(tile);
     for (int k = 0; k < run.columns; ++k)
-      for (int i = 0; i < valid_; ++i) to[i * kRun + k] = from[k * kernel_.columns + i];
+      for (int i = 0; i < valid_; ++i) to[i * stride + k] = from[k * kernel_.columns + i];
   }
 
   void write(int64_t row, int64_t count) const {

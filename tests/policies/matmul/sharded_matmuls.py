@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from perparam.policies.matmul import matmul_override, scaled_matmul, scaled_matmuls
+from perparam.policies.formats import scaled_array
+from perparam.policies.matmul import grouped_matmul, matmul_override, scaled_matmul, scaled_matmuls
 
 FP8 = "float8_e4m3fn"
 OUT, IN, ROWS = 512, 1024, 8
@@ -58,6 +59,19 @@ def cases(compute):
     yield "gradient, out", loss(product, psum), loss(product), (WHOLE, BY_OUT, BY_OUT), WHOLE
 
 
+def experts(x, values, scale_inv, sizes):
+    """The products of groups of rows with the experts of a shard, and the gradient of x."""
+    kernel = scaled_array(values, scale_inv)
+    product, back = jax.vjp(lambda x: grouped_matmul(x, kernel, sizes), x)
+    return jnp.concatenate([product, back(jnp.sin(product))[0]], axis=1)
+
+
+def each_shard(x, values, scale_inv, sizes):
+    """The same without shards: a part of the rows, of the experts and of the sizes after the other."""
+    parts = [jnp.split(array, 4) for array in (x, values, scale_inv, sizes)]
+    return jnp.concatenate([experts(*one) for one in zip(*parts, strict=True)])
+
+
 def report(name, run, whole, operands, in_specs, out_specs):
     """Prints the line of a case."""
     sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=in_specs[: len(operands)], out_specs=out_specs))
@@ -79,6 +93,13 @@ if __name__ == "__main__":
     for mode, compute in (("W8A16", None), ("W8A8", FP8)):
         for name, *case in cases(compute):
             report(f"{mode}, {name}", *case[:2], (x, kernel, scale_inv), *case[2:])
+    operands = (
+        x,
+        kernel.reshape(8, 64, IN),
+        scale_inv[:, None].repeat(2, 0),
+        jnp.array((0, 2, 1, 1, 2, 0, 1, 0), "i4"),
+    )
+    report("experts", experts, each_shard, operands, (BY_OUT,) * 4, BY_OUT)
     for name, *case in cases(None):
         if name != "several kernels":
             report(f"plain, {name}", *case[:2], (x.astype(jnp.float32), plain), *case[2:])

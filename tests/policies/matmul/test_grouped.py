@@ -1,4 +1,7 @@
-"""`grouped_matmul`: each group of rows is multiplied with its own kernel, and no other kernel is read."""
+"""`grouped_matmul`: each group of rows is multiplied with its own kernel, and no other kernel is read.
+
+Tests run with the implementation for this machine, and with the loop, which other names in `matmul_override` choose.
+"""
 
 import re
 
@@ -34,6 +37,13 @@ GRADIENT_ERROR = 1e-6
 """Sums of up to 72 float32 products in another order: sqrt(72) * 2**-24 = 5e-7."""
 
 
+@pytest.fixture(params=[None, "oracle"], ids=["here", "loop"])
+def either(request):
+    """The implementation for this machine, or the loop."""
+    with matmul_override(request.param):
+        yield
+
+
 def operands(sizes, dtype="float32", seed=0):
     """`(x, kernel, scaled kernel)`, the last with blocks that do not divide its sides."""
     random = np.random.default_rng(seed)
@@ -52,6 +62,7 @@ def exact(x, weight, sizes):
     return np.einsum("ri,roi->ro", np.asarray(x, np.float64), np.asarray(weight, np.float64)[of_rows(sizes)])
 
 
+@pytest.mark.usefixtures("either")
 @GROUPS
 def test_each_row_is_multiplied_with_the_kernel_of_its_group(name):
     sizes = SIZES[name]
@@ -88,6 +99,7 @@ def test_a_bfloat16_kernel_is_rounded_nowhere():
     assert relative_error(grouped_matmul(x, kernel, sizes), exact(x, kernel, sizes)) <= W8A16_ERROR
 
 
+@pytest.mark.usefixtures("either")
 def test_several_kernels_of_the_same_groups_share_x():
     sizes = SIZES["ragged"]
     x, kernel, scaled = operands(sizes)
@@ -112,7 +124,7 @@ def counted(monkeypatch) -> list[int]:
     return rows
 
 
-def test_only_the_kernels_of_groups_with_rows_are_multiplied(monkeypatch):
+def test_the_loop_multiplies_only_with_the_kernels_of_groups_with_rows(monkeypatch):
     rows = counted(monkeypatch)
     groups = 128
     kernel = quantize(np.random.default_rng(0).normal(size=(groups, 8, 24)).astype(np.float32), FP8, (8, 8))
@@ -121,7 +133,8 @@ def test_only_the_kernels_of_groups_with_rows_are_multiplied(monkeypatch):
         sizes[np.random.default_rng(used).permutation(groups)[:used]] = size
         rows.clear()
         x = np.ones((used * size, 24), np.float32)
-        grouped_matmul(x, kernel, sizes).block_until_ready()
+        with matmul_override("oracle"):
+            grouped_matmul(x, kernel, sizes).block_until_ready()
         jax.effects_barrier()
         height = tile_height(used * size, groups)
         assert rows == [height] * (used * -(-size // height))
@@ -153,6 +166,7 @@ def test_no_more_than_one_kernel_is_copied_or_widened(kind, implementation):
     assert temporary <= bound < kernel.size  # the bytes of all kernels, if each is one
 
 
+@pytest.mark.usefixtures("either")
 @GROUPS
 def test_gradients_are_those_of_the_product_of_each_row(name):
     sizes = SIZES[name]
@@ -172,6 +186,7 @@ def test_gradients_are_those_of_the_product_of_each_row(name):
     assert np.abs(jax.grad(loss)(x, scaled) - want).max(initial=0) <= GRADIENT_ERROR * max(np.linalg.norm(want), 1)
 
 
+@pytest.mark.usefixtures("either")
 def test_a_batch_has_groups_of_its_own():
     sizes = np.array([(2, 0, 3), (0, 5, 0)], np.int32)
     random = np.random.default_rng(0)
@@ -182,6 +197,7 @@ def test_a_batch_has_groups_of_its_own():
     assert relative_error(found, want) <= GRADIENT_ERROR
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("sizes", [(2, 0, 4), (9, 0, 7), (-3, 4, 2), (2**31 - 1, 1, 0), (0, 0, 0)], ids=str)
 def test_sizes_of_a_traced_program_may_leave_rows_or_end_beyond_them(sizes):
     x, _, scaled = operands((10, 0, 0))

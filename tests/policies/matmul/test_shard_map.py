@@ -50,6 +50,13 @@ def test_plain_kernels_too(lines, shards):
 
 
 @pytest.mark.slow
+def test_groups_of_rows_are_multiplied_with_the_experts_of_their_shard(lines):
+    line = lines["experts"]
+    assert "raised" not in line, line["raised"]
+    assert line["error"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("mode", ["W8A16", "W8A8"])
 def test_each_shard_is_one_kernel_on_hopper(lines, mode, shards):

@@ -78,6 +78,11 @@ def test_the_kernels_stay_within_their_operands_and_the_language(library, instru
 
 
 @slow
+def test_so_do_products_of_groups(library):
+    assert_clean(library, "", "tests/policies/matmul/test_grouped_native.py", "-k", "not unreadable")
+
+
+@slow
 def test_so_does_attention(library):
     assert_clean(library, "", "-k", "errors or any_shape or bits", "tests/models/test_cpu_attention.py")
 
