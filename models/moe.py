@@ -98,7 +98,9 @@ class SparseMLP(nnx.Module):
 
         Weights are rounded to the dtype of the router's logits, as in transformers.
         """
-        logits = self.gate(x)
+        return self._best_experts(self.gate(x))
+
+    def _best_experts(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         weights, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), self.per_token)
         if self.norm_topk_prob:
             weights = weights / weights.sum(axis=-1, keepdims=True)
@@ -106,8 +108,7 @@ class SparseMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The mixture for x (b, t, hidden), of x's shape."""
-        weights, experts = self.route(x)
         kernels, splits = self.experts.kernels(), self.experts.splits()
         if None not in splits:
-            return sharded_mixture(kernels, splits, x, weights, experts)
-        return mixture(kernels, x, weights, experts)
+            return sharded_mixture(kernels, splits, x, self.gate(x), self._best_experts)
+        return mixture(kernels, x, *self.route(x))

@@ -1,8 +1,8 @@
 """Mixtures of experts over a mesh: experts that are divided by number, by the width of their MLP, or both.
 
-Over axes that do not divide the batch, all devices have the same tokens: each computes its experts, or its part of their
-width, and the float32 sums are added up.  Over axes that divide the batch too, tokens travel to the devices of their
-experts and back.
+Over axes that do not divide the batch, all devices have the same tokens: each computes its experts, or its part of
+their width, and the float32 sums are added up.  Over axes that divide the batch too, tokens travel to the devices of
+their experts and back.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from ..experts import ExpertKernels, MLPs, by_expert, weighted_sum
 
 
 def sharded_mixture(
-    kernels: ExpertKernels, splits: Sequence[Split | None], x: jax.Array, weights: jax.Array, experts: jax.Array
+    kernels: ExpertKernels,
+    splits: Sequence[Split | None],
+    x: jax.Array,
+    logits: jax.Array,
+    choose: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
 ) -> jax.Array:
     """`mixture` of x (batch, ..., hidden) over a mesh.
 
     splits  how the kernels are divided, of one mesh and one batch
+    logits  (batch, ..., experts)  of the router
+    choose  `(weights, experts)` of logits: those of each token's experts
 
     Where experts are divided by width, their results are added up before they are rounded, and weighted in float32.
     """
@@ -36,7 +42,9 @@ def sharded_mixture(
     arrays = kernels.gate, kernels.up, kernels.down
     shapes = [array.shape for array in arrays]
 
-    def function(arrays: Sequence[jax.Array], x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+    def function(arrays: Sequence[jax.Array], x: jax.Array, logits: jax.Array) -> jax.Array:
+        # Here, since XLA gathers the operand of a top-k that it partitions.
+        weights, experts = choose(logits)
         # Without the barrier XLA may gather kernels once before a decoding loop, and keep them whole in memory.
         if width.gathered or hidden.gathered:
             x, arrays = jax.lax.optimization_barrier((x, arrays))
@@ -58,10 +66,10 @@ def sharded_mixture(
         return sums.astype(x.dtype).reshape(x.shape)
 
     between = ((),) * (x.ndim - 2)
-    of_x, of_choice = spec(batch, *between, hidden.kept), spec(batch)
+    of_x = spec(batch, *between, hidden.kept)
     of_arrays = [array_specs(array, each) for array, each in zip(arrays, parts.inside, strict=True)]
-    run = over_devices(found[0], function, (of_arrays, of_x, of_choice, of_choice), of_x)
-    result: jax.Array = run(list(arrays), x, weights, experts)
+    run = over_devices(found[0], function, (of_arrays, of_x, spec(batch)), of_x)
+    result: jax.Array = run(list(arrays), x, logits)
     return result
 
 
