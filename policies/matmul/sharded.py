@@ -198,20 +198,22 @@ def sharded_matmuls(
     x_spec = spec(batch, *between, summed) if x.ndim > 1 else spec(summed)
 
     def function(x: jax.Array, kernels: Sequence[Kernel]) -> tuple[jax.Array, ...]:
-        # Without the barrier XLA may gather a kernel once before a decoding loop, and keep it whole in memory.
-        if any(part.gathered for each in parts for part in each):
-            x, kernels = jax.lax.optimization_barrier((x, kernels))
         results: dict[int, jax.Array] = {}
-        mine = [local(kernel, each, shape) for kernel, each, shape in zip(kernels, parts, shapes, strict=True)]
+        # Together only those whose results vary over the same axes.
         for rows in dict.fromkeys(each[0].kept for each in parts):
-            # Together only those whose results vary over the same axes.
             chosen = [i for i, each in enumerate(parts) if each[0].kept == rows]
-            pairs: list[Any] = [mine[i] if isinstance(mine[i], ScaledArray) else (mine[i], None) for i in chosen]
-            products = scaled_matmuls(x, pairs, compute=compute, result=jnp.float32 if summed else dtype)
-            if summed:
-                products = jax.lax.psum(products, summed)
+            products = multiplied(x, [kernels[i] for i in chosen], chosen)
             results |= dict(zip(chosen, products, strict=True))
         return tuple(results[i].astype(dtype) for i in range(len(parts)))
+
+    def multiplied(x: jax.Array, kernels: Sequence[Kernel], chosen: Sequence[int]) -> Sequence[jax.Array]:
+        if any(part.gathered for i in chosen for part in parts[i]):
+            # Without the barrier XLA may gather kernels once before a decoding loop, and keep them whole in memory.
+            x, kernels = jax.lax.optimization_barrier((x, kernels))
+        mine = [local(kernel, parts[i], shapes[i]) for kernel, i in zip(kernels, chosen, strict=True)]
+        pairs: list[Any] = [kernel if isinstance(kernel, ScaledArray) else (kernel, None) for kernel in mine]
+        products = scaled_matmuls(x, pairs, compute=compute, result=jnp.float32 if summed else dtype)
+        return jax.lax.psum(products, summed) if summed else products
 
     shapes = [kernel.shape for kernel in kernels]
     in_specs = x_spec, [array_specs(kernel, each) for kernel, each in zip(kernels, parts, strict=True)]
