@@ -1,7 +1,7 @@
 """The config.json of published FP8 checkpoints, without fields that change nothing here.
 
-Shapes are those of Hugging Face's repositories of these names. So are the totals: `PARAMETERS` is the count that the hub
-shows for the checkpoint in bfloat16, and `VALUES` that of the FP8 one, where each scale counts as well.
+Shapes are those of Hugging Face's repositories of these names. So are the totals, `safetensors.total` of the hub's API:
+`PARAMETERS` for the checkpoint in bfloat16, and `VALUES` for the FP8 one, where each scale counts as well.
 """
 
 _QWEN3 = {
