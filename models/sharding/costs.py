@@ -1,6 +1,6 @@
 """The costs of one step of a sharded model on each device: bytes sent, bytes read from memory, and operations.
 
-They follow from the shardings of the parameters, as `policies/matmul/sharded.py` carries products out:
+They follow from how products are carried out: `policies/matmul/sharded.py`, `experts.py` and `models/lookup.py`.
 
 - A mesh axis that divides a kernel and the batch is one of FSDP: an all-gather of the kernel's stored bytes and scales.
 - A mesh axis that divides the columns of a kernel and not the batch: an all-reduce of float32 sums.
@@ -8,36 +8,40 @@ They follow from the shardings of the parameters, as `policies/matmul/sharded.py
   experts and not the batch: each device computes its experts for all its tokens, and an all-reduce adds the results up.
 - A mesh axis that divides the vocabulary: an all-reduce of the embeddings. Logits stay divided.
 
-A batch that does not divide evenly over the mesh axes of the batch is not divided.
+A batch that does not divide evenly over the mesh axes of the batch is not divided. Where queries and keys are not
+divided alike, XLA decides: counted is that all devices compute all heads, after an all-gather of the queries.
 
-Left out: activations, norms of divided activations, sampling, and what a token costs that is not a matrix product.
+Left out: activations in memory, numbers of tokens and rows that devices exchange, sampling, and what is no product.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
+import jax
 from jax.sharding import NamedSharding
 
 from ...policies.dtypes import is_narrow
+from ...policies.formats import ScaledArray
+from ...policies.matmul.sharded import Names, Part, kernel_parts
 from ...policies.resolved import Resolved, ResolvedParam
+from ...policies.scales import F32
 from ..config import DecoderConfig
-from .arrays import shardings
+from .arrays import shardings, splits
+from .heads import heads_split
 from .model_sharding import ModelSharding, as_names
 
 Kind = Literal["all-reduce", "all-gather", "all-to-all"]
-Names = tuple[str, ...]
 
-EMBEDDING = "embed_tokens/embedding"
+_EMBEDDING = "embed_tokens/embedding"
+_WHOLE = Part((), (), 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collective operations that all devices of a group carry out together.
+    """One collective operation of a group of devices.
 
     kind     which one
     devices  devices of a group
@@ -62,7 +66,7 @@ class Collective:
 class Costs:
     """The costs of one step on each device.
 
-    collectives  in the order of the layers
+    collectives  in the order of the parameters
     read         bytes of parameters and of the KV cache that are read
     wide, fp8    operations of matrix products with activations in 16 or 32 bits, and in 8
     gathered     bytes of the largest kernel that is gathered, with its scales
@@ -123,72 +127,78 @@ class _Step:
     ):
         self.config, self.layout, self.resolved = config, layout, resolved
         self.where = shardings(layout, config, resolved.stored)
-        self.batch = layout.batch if rows % layout.devices(layout.batch) == 0 else ()
-        self.rows, self.new, self.past = rows // layout.devices(self.batch), new, past
+        self.splits = splits(layout, config, resolved.stored)
+        self.batch = self.splits[_EMBEDDING].batch_of(rows)
+        self.rows_of_all, self.rows, self.new, self.past = rows, rows // layout.devices(self.batch), new, past
         self.tokens = self.rows * new
-        self.width = (resolved.activations or np.dtype(np.float32)).itemsize
+        self.activations = resolved.activations or F32
+        self.width = self.activations.itemsize
+        self.stream = layout.divided(config.axis_sizes).get("embed", ())
         self.collectives: list[Collective] = []
         self.read = self.wide = self.fp8 = self.gathered = 0.0
 
     def add(self, param: ResolvedParam) -> None:
-        """Adds the costs of a parameter and its scales."""
-        config, rank = self.config, len(param.shape)
-        if param.path == EMBEDDING:
+        """Adds the costs of a parameter and its scales; all kernels of a layer's experts with the first of them."""
+        config, is_kernel = self.config, param.path.endswith("/kernel")
+        if param.path == _EMBEDDING:
             self._lookup(param)
             if config.head is None and config.task == "causal_lm":
                 self._product(param, self.rows)
-        elif param.path.endswith("/kernel") and rank == 3:
-            self._experts(param)
-        elif param.path.endswith("/kernel") and rank == 2:
+        elif is_kernel and len(param.shape) == 3:
+            experts, projection = param.path.rsplit("/", 2)[:2]
+            if projection == "gate_proj":
+                names = "gate_proj", "up_proj", "down_proj"
+                self._mixture(*(self.resolved.params[f"{experts}/{name}/kernel"] for name in names))
+        elif is_kernel:
             is_head = param.path.startswith(("lm_head/", "score/")) and config.task != "token_classification"
             self._product(param, self.rows if is_head else self.tokens)
         else:
-            self.read += sum(self._local(param).values())
+            self.read += self._gather(param, self.splits[param.path].parts((), (None,) * len(param.shape)))
 
     def add_attention(self) -> None:
         """Adds the two products of attention, and what is read of the KV cache."""
-        config, heads = self.config, self._parts("heads")
+        config, parts = self.config, head_parts(self.config, self.layout, self.resolved, self.rows_of_all)
         for i in range(config.num_hidden_layers):
+            query = f"layers/{i}/self_attn/q_proj/kernel"
+            kept = self.splits[query].parts(self.batch, (None, None))[0].kept
+            if parts == 1 and kept:  # all devices need the queries of all heads
+                self._collect("all-gather", kept, self.tokens * self.resolved.params[query].shape[0] * self.width)
             seen = self.past + (self.new + 1) / 2  # of causal attention, on average
             seen = min(seen, config.window(i) or seen)
-            self.wide += 4 * self.tokens * seen * config.num_attention_heads / heads * config.head_dim
-        self.read += self.rows * (self.past + self.new) * self.resolved.kv_bytes / self._parts("kv_heads")
+            self.wide += 4 * self.tokens * seen * config.num_attention_heads / parts * config.head_dim
+        self.read += self.rows * (self.past + self.new) * self.resolved.kv_bytes / parts
 
-    def _parts(self, axis: str) -> int:
-        """The number of devices over which a logical axis of activations is divided."""
-        names = self.layout.divided(self.config.axis_sizes).get(axis, ())
-        return 1 if set(names) & set(self.batch) else self.layout.devices(names)
+    def _parts(self, param: ResolvedParam) -> tuple[Part, ...]:
+        """What a device has of each dimension of a kernel when it multiplies."""
+        # Shapes in place of arrays: `kernel_parts` looks at nothing else.
+        arrays: list[Any] = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in param.stored.values()]
+        kernel = ScaledArray(arrays[0], arrays[1], param.format) if len(arrays) > 1 else arrays[0]
+        return kernel_parts(self.activations, kernel, self.splits[param.path], self.batch, param.compute)
 
-    def _names(self, path: str, rank: int) -> list[Names]:
-        """The mesh axes over which each dimension of an array is divided."""
-        sharding = self.where[path]
-        assert isinstance(sharding, NamedSharding)
-        return [as_names(name) for name in (*sharding.spec, *(None,) * (rank - len(sharding.spec)))]
+    def _gather(self, param: ResolvedParam, parts: tuple[Part, ...]) -> float:
+        """Bytes of a parameter and its scales on a device that has these parts; adds the collectives for that.
 
-    def _split(self, names: list[Names]) -> tuple[list[Names], list[Names]]:
-        """`(kept, gathered)`: the mesh axes of each dimension over which it stays divided, and those of FSDP."""
-        is_gathered = [bool(set(each) & set(self.batch)) for each in names]
-        kept = [() if gathers else each for each, gathers in zip(names, is_gathered, strict=True)]
-        return kept, [each if gathers else () for each, gathers in zip(names, is_gathered, strict=True)]
-
-    def _local(self, param: ResolvedParam, exchanged: bool = False) -> Mapping[str, float]:
-        """{path: bytes} of a parameter and its scales on a device after gathering; adds the collectives for that.
-
-        exchanged  the first dimension is not gathered, but stays divided
+        Where a device has part of a block of rows, it takes its scales before the gathering of columns: they are
+        counted whole.
         """
-        sizes, moved = dict[str, float](), 0.0
+        size, moved = 0.0, 0.0
         for path, info in param.stored.items():
-            names = self._names(path, len(info.shape))
-            kept, gathered = self._split(names)
-            if exchanged:
-                kept[0], gathered[0] = names[0], ()
-            sizes[path] = info.bytes / math.prod(map(self.layout.devices, kept))
-            group = math.prod(map(self.layout.devices, gathered))
-            if group > 1:
-                self.collectives.append(Collective("all-gather", group, sizes[path]))
-                moved += sizes[path]
+            sharding = self.where[path]
+            assert isinstance(sharding, NamedSharding)
+            names = [as_names(name) for name in (*sharding.spec, *(None,) * (len(info.shape) - len(sharding.spec)))]
+            pairs = list(zip(names, parts, strict=True))
+            local = info.bytes / math.prod(self.layout.devices(each) for each, part in pairs if part.kept)
+            absent = tuple(name for each, part in pairs if not part.kept for name in each)
+            if absent:
+                self._collect("all-gather", absent, local)
+                moved += local
+            size += local
         self.gathered = max(self.gathered, moved)
-        return sizes
+        return size
+
+    def _collect(self, kind: Kind, names: Names, size: float) -> None:
+        if (devices := self.layout.devices(names)) > 1:
+            self.collectives.append(Collective(kind, devices, size))
 
     def _count(self, param: ResolvedParam, operations: float) -> None:
         if param.compute is not None and is_narrow(param.compute.values):
@@ -196,52 +206,78 @@ class _Step:
         else:
             self.wide += operations
 
-    def _reduce(self, names: Names, size: float) -> None:
-        if (devices := self.layout.devices(names)) > 1:
-            self.collectives.append(Collective("all-reduce", devices, size))
-
     def _product(self, param: ResolvedParam, tokens: int) -> None:
         """Adds a product with a kernel (out, in)."""
-        self.read += sum(self._local(param).values())
-        kept, _ = self._split(self._names(param.path, 2))
-        out, features = (size / self.layout.devices(each) for size, each in zip(param.shape, kept, strict=True))
+        parts = self._parts(param)
+        self.read += self._gather(param, parts)
+        out, features = (_share(size, part) for size, part in zip(param.shape, parts, strict=True))
         self._count(param, 2 * tokens * out * features)
-        self._reduce(kept[1], tokens * out * 4)
-        if kept[0] and param.shape[0] == self.config.hidden_size and kept[0] == self._embed():
-            # The batch is not divided, but the stream is: it is made whole for the next product.
-            self.collectives.append(
-                Collective("all-gather", self.layout.devices(kept[0]), tokens * param.shape[0] * self.width)
-            )
+        self._collect("all-reduce", parts[1].kept, tokens * out * F32.itemsize)
+        self._make_whole(param.shape[0], parts[0], tokens)
 
-    def _embed(self) -> Names:
-        """The mesh axes over which the hidden size is divided."""
-        return self.layout.divided(self.config.axis_sizes).get("embed", ())
+    def _make_whole(self, size: int, part: Part, tokens: float) -> None:
+        """Adds the all-gather of the stream where a device has only some columns of it.
 
-    def _experts(self, param: ResolvedParam) -> None:
-        """Adds the products with a kernel (experts, out, in) of all experts of a layer."""
-        names, config = self._names(param.path, 3), self.config
-        experts, out, features = param.shape
-        exchanged = bool(set(names[0]) & set(self.batch))
-        kept, _ = self._split(names)
-        group = self.layout.devices(names[0])
-        arriving = self.tokens * (group if exchanged else 1)  # tokens that may choose one of the device's experts
-        per_token = config.experts_per_token
-        self.read += sum(self._local(param, exchanged).values()) * touched(experts, per_token, arriving)
-        sides = out / self.layout.devices(kept[1]) * features / self.layout.devices(kept[2])
-        self._count(param, 2 * arriving * per_token / group * sides)
-        if out != config.hidden_size or not param.path.endswith("/down_proj/kernel"):
-            return
+        The hidden size is divided over axes of the batch, and this batch is not: XLA makes the stream whole again.
+        """
+        if size == self.config.hidden_size and part.kept and part.kept == self.stream:
+            self._collect("all-gather", part.kept, tokens * size * self.width)
+
+    def _mixture(self, gate: ResolvedParam, up: ResolvedParam, down: ResolvedParam) -> None:
+        """Adds the products with the kernels (experts, out, in) of all experts of a layer."""
+        (experts, wide, hidden), per_token = gate.shape, self.config.experts_per_token
+        number, width, features = _common(*map(self._parts, (gate, up, down)))
+        exchanged = bool(number.gathered)
+        here = Part(number.names, (), number.count)  # experts are not gathered: tokens travel
+        arriving = self.tokens * (
+            number.count if exchanged else 1
+        )  # tokens that may choose one of the device's experts
+        wide_parts = here, width, features
+        for param, parts in ((gate, wide_parts), (up, wide_parts), (down, (here, features, width))):
+            self.read += self._gather(param, parts) * touched(experts, per_token, arriving)
+            sides = _share(param.shape[1], parts[1]) * _share(param.shape[2], parts[2])
+            self._count(param, 2 * arriving * per_token / number.count * sides)
+        rows = self.tokens * per_token
+        for _ in (gate, up):
+            self._collect("all-reduce", features.kept, rows * _share(wide, width) * F32.itemsize)
         if exchanged:
-            there = Collective("all-to-all", group, self.tokens * per_token * out * self.width)
-            self.collectives += [there, there]
-        self._reduce((*(() if exchanged else kept[0]), *kept[2]), self.tokens * out * 4)
+            for _ in ("there", "back"):
+                self._collect("all-to-all", number.gathered, rows * _share(hidden, features) * self.width)
+        sums = self.tokens * _share(hidden, features) * F32.itemsize
+        self._collect("all-reduce", (*number.kept, *width.kept), sums)
+        self._make_whole(hidden, features, self.tokens)
 
     def _lookup(self, param: ResolvedParam) -> None:
-        """Adds the embeddings of the step's tokens: rows of a table (vocabulary, hidden)."""
-        (vocabulary, hidden), size = self._names(param.path, 2), self.tokens * param.shape[1] * self.width
+        """Adds the embeddings of the step's tokens: rows of a table (vocabulary, hidden), which is not gathered."""
+        rows, columns = self.splits[param.path].parts(self.batch, (None, None))
+        width = F32.itemsize if param.format.narrow else param.format.values.itemsize
         self.read += self.tokens * param.shape[1] * param.format.values.itemsize
-        self._reduce(tuple(name for name in vocabulary if name not in self.batch), size)
-        if hidden:
-            # With FSDP a device has some columns for the tokens of all, and sends them where the tokens are.
-            kind: Kind = "all-to-all" if set(hidden) & set(self.batch) else "all-gather"
-            self.collectives.append(Collective(kind, self.layout.devices(hidden), size))
+        size = self.tokens * param.shape[1] * width
+        self._collect("all-reduce", rows.kept, size / (columns.count if columns.kept else 1))
+        # A device has some columns for the tokens of all, and sends them where the tokens are.
+        self._collect("all-to-all", columns.gathered, size)
+        self._make_whole(param.shape[1], columns, self.tokens)
+
+
+def head_parts(config: DecoderConfig, layout: ModelSharding, resolved: Resolved, rows: int) -> int:
+    """The number of parts into which the heads of attention and of the KV cache are divided.
+
+    1 where queries and keys are not divided alike: how XLA divides attention then is up to it.
+    """
+    found = splits(layout, config, resolved.stored)
+    projections = [found[f"layers/0/self_attn/{name}_proj/kernel"] for name in "qkv"]
+    split = heads_split(projections, rows, (config.num_attention_heads, config.num_key_value_heads))
+    return 1 if split is None else layout.devices(split.heads)
+
+
+def _common(gate: tuple[Part, ...], up: tuple[Part, ...], down: tuple[Part, ...]) -> tuple[Part, Part, Part]:
+    """The parts of experts, width and hidden size, whole where the three kernels differ, as in `experts.py`."""
+    triples = (gate[0], up[0], down[0]), (gate[1], up[1], down[2]), (gate[2], up[2], down[1])
+    found = [{dataclasses.replace(part, unit=None) for part in triple} for triple in triples]
+    number, width, hidden = (each.pop() if len(each) == 1 else _WHOLE for each in found)
+    return number, width, hidden
+
+
+def _share(size: int, part: Part) -> float:
+    """What a device has of a dimension of this size."""
+    return size / part.count if part.kept else size

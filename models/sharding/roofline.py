@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ...policies.errors import count
@@ -14,7 +14,7 @@ from ...policies.plan import Plan
 from ...policies.resolved import Resolved
 from ...policies.tables import Column, Report, Table
 from ..config import DecoderConfig
-from .costs import Costs, step_costs
+from .costs import Costs, head_parts, step_costs
 from .devices import DEVICES, Device
 from .model_sharding import ModelSharding
 
@@ -24,6 +24,10 @@ _ASSUMPTIONS = (
     "sends little in many collectives."
 )
 _ROUTING = "Experts that are read: all choices of the router are taken as equally likely."
+_HEADS = (
+    "{} key-value heads cannot be divided among {} devices: each has them all. XLA then decides how attention is "
+    "divided; counted is that each device computes all heads."
+)
 _FLOAT32 = "Products of float32 activations are counted at the rate of bf16, which no device reaches."
 
 
@@ -117,6 +121,7 @@ class MeshPlan(Report):
             "cache": round(self.cache),
             "needed": round(self.needed),
             "steps": steps,
+            "notes": self.notes,
             "estimates": [self._estimates(device) for device in DEVICES],
         }
 
@@ -209,17 +214,24 @@ def mesh_plan(
         steps = {"decode": step_costs(config, layout, resolved, rows=batch, new=1, past=context), **steps}
     parts = layout.devices(layout.batch)
     rows = batch // parts if batch % parts == 0 else batch
-    notes = [f"{count(batch, 'row')} cannot be divided evenly among {parts} devices: each has all."] * (
-        batch % parts > 0
-    )
-    notes += [_ROUTING] if config.experts_per_token else []
-    notes += [_FLOAT32] if resolved.activations is None or resolved.activations.itemsize == 4 else []
-    heads = layout.divided(config.axis_sizes).get("kv_heads", ())
-    token = resolved.kv_bytes / (1 if set(heads) & set(layout.batch) else layout.devices(heads))
+    token = resolved.kv_bytes / head_parts(config, layout, resolved, batch)
     return MeshPlan(
         dict(layout.mesh.shape), name, batch, context, plan.device_bytes, token, token * rows * (context + 1), steps,
-        tuple(notes),
+        tuple(_notes_on(config, layout, resolved, batch)),
     )  # fmt: skip
+
+
+def _notes_on(config: DecoderConfig, layout: ModelSharding, resolved: Resolved, batch: int) -> Iterator[str]:
+    """The assumptions that concern a model and its layout."""
+    divided, parts = layout.divided(config.axis_sizes), layout.devices(layout.batch)
+    if batch % parts:
+        yield f"{count(batch, 'row')} cannot be divided evenly among {parts} devices: each has all."
+    if "heads" in divided and "kv_heads" in layout.axes.keys() - divided.keys():
+        yield _HEADS.format(config.num_key_value_heads, layout.devices(divided["heads"]))
+    if config.experts_per_token:
+        yield _ROUTING
+    if resolved.activations is None or resolved.activations.itemsize == 4:
+        yield _FLOAT32
 
 
 def human_seconds(seconds: float) -> str:

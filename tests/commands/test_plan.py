@@ -70,6 +70,16 @@ def test_a_model_that_does_not_generate_has_no_decoding_step(capsys):
     assert found["cache"] == 0
 
 
+def test_notes_say_what_the_estimate_assumes(configs, capsys):
+    dense, mixture = configs / "Qwen3-8B-FP8", configs / "Qwen3-30B-A3B-FP8"
+    (note,) = read(capsys, dense, "--mesh", "model=16")["mesh"]["notes"]
+    assert note.startswith("8 key-value heads cannot be divided among 16 devices")
+    (note,) = read(capsys, mixture, "--mesh", "model=4")["mesh"]["notes"]
+    assert note.startswith("Experts that are read: all choices of the router are taken as equally likely")
+    (note,) = read(capsys, dense, "--mesh", "model=8", "--policy", "f32")["mesh"]["notes"]
+    assert note.startswith("Products of float32 activations are counted at the rate of bf16")
+
+
 def test_lines_fit_80_columns(configs, capsys, narrow):
     for sharding in ("tensor_parallel", "fsdp", "fsdp_tensor_parallel", "expert_parallel"):
         path = configs / "Qwen3-Coder-480B-A35B-Instruct-FP8"
