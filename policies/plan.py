@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -206,7 +207,7 @@ class Plan(Report):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
+    @functools.cached_property
     def _has_target(self) -> bool:
         return any(row.matmul for row in self.rows)
 

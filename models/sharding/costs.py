@@ -70,6 +70,7 @@ class Costs:
     read         bytes of parameters and of the KV cache that are read
     wide, fp8    operations of matrix products with activations in 16 or 32 bits, and in 8
     gathered     bytes of the largest kernel that is gathered, with its scales
+    token        bytes of the KV cache for a token of a row
     """
 
     collectives: tuple[Collective, ...]
@@ -77,6 +78,7 @@ class Costs:
     wide: float
     fp8: float
     gathered: float
+    token: float
 
     @property
     def sent(self) -> float:
@@ -116,7 +118,7 @@ def step_costs(
     for param in resolved.params.values():
         step.add(param)
     step.add_attention()
-    return Costs(tuple(step.collectives), step.read, step.wide, step.fp8, step.gathered)
+    return Costs(tuple(step.collectives), step.read, step.wide, step.fp8, step.gathered, step.token)
 
 
 class _Step:
@@ -129,11 +131,16 @@ class _Step:
         self.where = shardings(layout, config, resolved.stored)
         self.splits = splits(layout, config, resolved.stored)
         self.batch = self.splits[_EMBEDDING].batch_of(rows)
-        self.rows_of_all, self.rows, self.new, self.past = rows, rows // layout.devices(self.batch), new, past
+        self.rows, self.new, self.past = rows // layout.devices(self.batch), new, past
         self.tokens = self.rows * new
         self.activations = resolved.activations or F32
         self.width = self.activations.itemsize
         self.stream = layout.divided(config.axis_sizes).get("embed", ())
+        # 1 where queries and keys are not divided alike.
+        projections = [self.splits[f"layers/0/self_attn/{name}_proj/kernel"] for name in "qkv"]
+        heads = heads_split(projections, rows, (config.num_attention_heads, config.num_key_value_heads))
+        self.head_parts = 1 if heads is None else layout.devices(heads.heads)
+        self.token = resolved.kv_bytes / self.head_parts
         self.collectives: list[Collective] = []
         self.read = self.wide = self.fp8 = self.gathered = 0.0
 
@@ -157,7 +164,7 @@ class _Step:
 
     def add_attention(self) -> None:
         """Adds the two products of attention, and what is read of the KV cache."""
-        config, parts = self.config, head_parts(self.config, self.layout, self.resolved, self.rows_of_all)
+        config, parts = self.config, self.head_parts
         for i in range(config.num_hidden_layers):
             query = f"layers/{i}/self_attn/q_proj/kernel"
             kept = self.splits[query].parts(self.batch, (None, None))[0].kept
@@ -166,7 +173,7 @@ class _Step:
             seen = self.past + (self.new + 1) / 2  # of causal attention, on average
             seen = min(seen, config.window(i) or seen)
             self.wide += 4 * self.tokens * seen * config.num_attention_heads / parts * config.head_dim
-        self.read += self.rows * (self.past + self.new) * self.resolved.kv_bytes / parts
+        self.read += self.rows * (self.past + self.new) * self.token
 
     def _parts(self, param: ResolvedParam) -> tuple[Part, ...]:
         """What a device has of each dimension of a kernel when it multiplies."""
@@ -257,17 +264,6 @@ class _Step:
         # A device has some columns for the tokens of all, and sends them where the tokens are.
         self._collect("all-to-all", columns.gathered, size)
         self._make_whole(param.shape[1], columns, self.tokens)
-
-
-def head_parts(config: DecoderConfig, layout: ModelSharding, resolved: Resolved, rows: int) -> int:
-    """The number of parts into which the heads of attention and of the KV cache are divided.
-
-    1 where queries and keys are not divided alike: how XLA divides attention then is up to it.
-    """
-    found = splits(layout, config, resolved.stored)
-    projections = [found[f"layers/0/self_attn/{name}_proj/kernel"] for name in "qkv"]
-    split = heads_split(projections, rows, (config.num_attention_heads, config.num_key_value_heads))
-    return 1 if split is None else layout.devices(split.heads)
 
 
 def _common(gate: tuple[Part, ...], up: tuple[Part, ...], down: tuple[Part, ...]) -> tuple[Part, Part, Part]:

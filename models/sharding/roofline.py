@@ -14,7 +14,7 @@ from ...policies.plan import Plan
 from ...policies.resolved import Resolved
 from ...policies.tables import Column, Report, Table
 from ..config import DecoderConfig
-from .costs import Costs, head_parts, step_costs
+from .costs import Costs, step_costs
 from .devices import DEVICES, Device
 from .model_sharding import ModelSharding
 
@@ -214,7 +214,7 @@ def mesh_plan(
         steps = {"decode": step_costs(config, layout, resolved, rows=batch, new=1, past=context), **steps}
     parts = layout.devices(layout.batch)
     rows = batch // parts if batch % parts == 0 else batch
-    token = resolved.kv_bytes / head_parts(config, layout, resolved, batch)
+    token = steps["prefill"].token
     return MeshPlan(
         dict(layout.mesh.shape), name, batch, context, plan.device_bytes, token, token * rows * (context + 1), steps,
         tuple(_notes_on(config, layout, resolved, batch)),

@@ -81,8 +81,8 @@ def test_notes_say_what_the_estimate_assumes(configs, capsys):
 
 
 def test_lines_fit_80_columns(configs, capsys, narrow):
-    for sharding in ("tensor_parallel", "fsdp", "fsdp_tensor_parallel", "expert_parallel"):
-        path = configs / "Qwen3-Coder-480B-A35B-Instruct-FP8"
+    for sharding in ("fsdp_tensor_parallel", "expert_parallel"):
+        path = configs / "Qwen3-30B-A3B-FP8"
         assert main(["plan", str(path), "--mesh", "data=4,model=8", "--sharding", sharding, "--batch", "33"]) == 0
         printed = capsys.readouterr().out
         assert max(map(len, printed.splitlines())) <= 80
@@ -90,6 +90,7 @@ def test_lines_fit_80_columns(configs, capsys, narrow):
         assert "not a measurement" in printed
 
 
+@pytest.mark.slow
 def test_the_documentation_shows_what_is_printed(configs, capsys, narrow, monkeypatch):
     page = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\$ perparam (plan \S+config\.json .*)\n((?:.+\n|\n(?!```))*)```", page, re.MULTILINE)
