@@ -8,7 +8,8 @@ import time
 from ..loaders import convert_checkpoint, open_checkpoint
 from ..loaders.save import shard_sizes
 from ..policies import get_policy
-from ..policies.plan import human_bytes, plan
+from ..policies.labels import human_bytes
+from ..policies.plan import plan
 from ..policies.resolved import resolve
 from .options import add_checkpoint, add_policy
 from .plan import print_left_out

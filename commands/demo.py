@@ -15,7 +15,7 @@ from ..loaders import checkpoint_tree, load_model
 from ..loaders.metrics import divergence
 from ..models import generate
 from ..policies import get_policy
-from ..policies.plan import human_bytes
+from ..policies.labels import human_bytes
 from .options import OptionError, message
 
 SUMMARY = "Make a small FP8 Qwen3 checkpoint, print its plan, and run it under two policies."

@@ -18,10 +18,10 @@ class OptionError(PerparamError, ValueError):
     """The value of an option of the command line cannot be used."""
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Adds the argument CHECKPOINT and the option `--revision`."""
+def add_checkpoint(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Adds the argument CHECKPOINT, of which the help says `more`, and the option `--revision`."""
     text = "a folder with config.json and safetensors files, or the name of a repository on the Hugging Face hub"
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=f"{text}{more}")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository; default: main")
 
 

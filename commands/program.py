@@ -16,6 +16,7 @@ import jax
 from ..policies import PerparamError
 from ..policies.errors import (
     InvalidPolicy,
+    InvalidSharding,
     InvalidSize,
     InvalidText,
     InvalidTokens,
@@ -33,6 +34,7 @@ _CAUSES: dict[type[PerparamError], tuple[str, ...]] = {
     UnknownDtype: ("policy",),
     UnsupportedCast: ("policy",),
     UnknownTarget: ("target",),
+    InvalidSharding: ("mesh",),
     InvalidTokens: ("tokens", "text", "prompt", "file"),
     InvalidText: ("text", "prompt", "file"),
     InvalidSize: ("max_shard_size",),

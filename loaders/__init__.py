@@ -6,6 +6,7 @@ from .checkpoint import Checkpoint, CheckpointWarning, open_checkpoint
 from .compare import Comparison, compare
 from .embed import embed
 from .families import config_to_json, read_config
+from .from_config import ConfigOnly, open_config
 from .infer import infer_policy
 from .libraries import ExportWarning
 from .load import load_model, load_params
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointWarning",
     "Comparison",
     "Completion",
+    "ConfigOnly",
     "ExportWarning",
     "Tokenizer",
     "audit",
@@ -37,6 +39,7 @@ __all__ = [
     "load_params",
     "load_tokenizer",
     "open_checkpoint",
+    "open_config",
     "open_parameters",
     "read_config",
     "rerank",

@@ -18,7 +18,8 @@ from ..policies.blocks import Block, block_amax, expand, split_blocks
 from ..policies.dtypes import largest
 from ..policies.errors import InvalidTokens, count
 from ..policies.formats import Format, ScaledArray
-from ..policies.plan import Plan, Row, human_bytes, plan
+from ..policies.labels import human_bytes
+from ..policies.plan import Plan, Row, plan
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
 from ..policies.store import store_param

@@ -25,7 +25,7 @@ from ..policies.trees import ArrayInfo
 from .families import family_of, read_config
 from .families.family import Family
 from .families.names import WITHOUT_HEAD, prefixes, reason_left_out
-from .families.quantization import SCALE_SUFFIX
+from .families.quantization import SCALE_SUFFIX, list_field, not_converted
 from .fields import Fields
 from .hub import checkpoint_folder
 from .json_file import read_json
@@ -258,25 +258,13 @@ def _cross_check(folder: pathlib.Path, config: DecoderConfig, tensors: dict[str,
                 narrow,
             )
         return
-    # The kernels of a layer's experts are one parameter, without the number of an expert in its path.
-    listed = {re.sub(r"\.experts\.\d+\.", ".experts.", name) for name in config.quantization.not_converted}
-    if any(name.startswith("re:") for name in listed):  # a regular expression of compressed-tensors
+    is_left_out, field = not_converted(config.quantization), list_field(config.quantization)
+    if is_left_out is None:
         return
-    field = "ignore" if config.quantization.method == "compressed-tensors" else "modules_to_not_convert"
-    ends = {".".join(name.rsplit(".", count)[1:]) for name in listed for count in range(1, 7) if "." in name}
-
-    def exempt(path: str) -> bool:
-        """Whether the list names the module of `path`, a parent, or the end of its name, as in transformers."""
-        words = path.split("/")[:-1]
-        beginnings = {".".join(words[:count]) for count in range(1, len(words) + 1)}
-        spellings = beginnings | {"model", *(f"model.{each}" for each in beginnings)}
-        spellings |= {".".join(words[count:]) for count in range(1, len(words))}
-        return not listed.isdisjoint(spellings) or ".".join(words) in ends
-
     projections = {path for path in tensors if path.startswith("layers/") and path.endswith("/kernel")}
-    if quantised := [path for path in narrow if exempt(path)]:
+    if quantised := [path for path in narrow if is_left_out(path)]:
         _warn(folder, f"{field} lists modules that are quantised", quantised)
-    if plain := [path for path in projections - narrow if not exempt(path)]:
+    if plain := [path for path in projections - narrow if not is_left_out(path)]:
         _warn(folder, f"{field} does not list modules that are not quantised", plain)
 
 

@@ -16,7 +16,8 @@ from ..models.decoder import CausalLM
 from ..models.generation import generate
 from ..models.heads import check_causal_lm
 from ..policies.errors import InvalidTokens, count
-from ..policies.plan import human_bytes, plan
+from ..policies.labels import human_bytes
+from ..policies.plan import plan
 from ..policies.policy import Policy
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import resolve

@@ -21,6 +21,7 @@ from .qwen2 import Qwen2, Qwen2Config
 from .qwen3 import Qwen3, Qwen3Config
 from .qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 from .rope import LinearScaling, Llama3Scaling, Yarn
+from .sharding.arrays import shardings
 from .sharding.model_sharding import ModelSharding, expert_parallel, fsdp, fsdp_tensor_parallel, tensor_parallel
 
 __all__ = [
@@ -57,5 +58,6 @@ __all__ = [
     "generate_with_logprobs",
     "last_token",
     "prefill",
+    "shardings",
     "tensor_parallel",
 ]

@@ -133,6 +133,11 @@ class DecoderConfig:
         return 0
 
     @property
+    def experts_per_token(self) -> int:
+        """The number of experts that process each token in a sparse layer; 0 without experts."""
+        return 0
+
+    @property
     def axis_sizes(self) -> dict[str, int]:
         """{logical axis: its size}: the number that devices share evenly, such as of heads instead of their columns."""
         return {

@@ -72,6 +72,11 @@ class Qwen3MoeConfig(DecoderConfig):
         return self.moe_intermediate_size
 
     @property
+    def experts_per_token(self) -> int:
+        """The number of experts that process each token in a sparse layer."""
+        return self.num_experts_per_tok
+
+    @property
     def axis_sizes(self) -> dict[str, int]:
         """{logical axis: its size}; see `DecoderConfig`."""
         return {**super().axis_sizes, "experts": self.num_experts, "expert_mlp": self.moe_intermediate_size}

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..policies.dtypes import dtype_name
 from ..policies.errors import count, shown
+from ..policies.labels import folded_label, human_bytes
 from ..policies.paths import is_scale
-from ..policies.plan import Plan, Row, folded_label, human_bytes, plan
+from ..policies.plan import Plan, Row, plan
 from ..policies.policy import Policy
 from ..policies.resolved import resolve
 from ..policies.tables import Column, Report, Table, json_lines

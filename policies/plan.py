@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jax.sharding import Sharding
 
 from . import dtypes
 from .checks import clauses
-from .errors import count
+from .errors import InvalidSharding, count
+from .labels import folded_label, human_bytes
 from .matmul import Target, matmul_plan
 from .matmul.dispatch import FALLBACKS, candidates
 from .paths import is_scale
 from .resolved import Change, Decisions, Resolved, ResolvedParam
 from .tables import Column, Report, Table, json_lines
+from .trees import ArrayInfo
 
 _RULE = "rule (params | compute)"
+
+Shardings = Mapping[str, Sharding | None]
+"""{path: sharding} of every parameter and all scales after storage; None: on one device."""
+
+ToShardings = Callable[[Mapping[str, ArrayInfo]], Shardings]
+"""A function of {path: shape and format} after storage that returns Shardings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Row:
                     or that none is made
     matmul_checks   for a kernel whose implementations include kernels made for the target: which of them were checked
                     on a device of this process or refused, which were not, and why
+    device_bytes    in a plan with shardings: bytes after storage on a device that has a part of it
     """
 
     path: str
@@ -65,6 +76,7 @@ class Row:
     matmul: str | None = None
     matmul_refused: str | None = None
     matmul_checks: str | None = None
+    device_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields of the row, with the names of dtypes."""
@@ -104,6 +116,12 @@ class Plan(Report):
         return sum(row.bytes_before for row in self.rows)
 
     @property
+    def device_bytes(self) -> int | None:
+        """Bytes after storage on a device that has a part of every array; None for a plan without shardings."""
+        sizes = [row.device_bytes for row in self.rows]
+        return None if not sizes or None in sizes else sum(filter(None, sizes))
+
+    @property
     def bytes_by_dtype(self) -> dict[np.dtype, int]:
         """Bytes after storage by dtype, in descending order."""
         totals: collections.Counter[np.dtype] = collections.Counter()
@@ -117,9 +135,10 @@ class Plan(Report):
         """The row with the most bytes after storage; None for a plan without rows."""
         return max(self.rows, key=lambda row: row.bytes, default=None)
 
-    def to_json(self) -> str:
-        """Returns rows and totals as JSON that suits a diff: one line for each row, the same in every run."""
-        totals = {
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Totals and dtypes that JSON has besides the rows."""
+        return {
             "activations": self.activations and dtypes.dtype_name(self.activations),
             "output": self.output and dtypes.dtype_name(self.output),
             "kv_cache": self.kv_cache and dtypes.dtype_name(self.kv_cache),
@@ -127,15 +146,21 @@ class Plan(Report):
             "unused": self.unused,
             "bytes_before": self.total_bytes_before,
             "bytes": self.total_bytes,
+            "device_bytes": self.device_bytes,
             "bytes_by_dtype": {dtypes.dtype_name(dtype): count for dtype, count in self.bytes_by_dtype.items()},
         }
-        return json_lines((row.to_dict() for row in self.rows), totals)
+
+    def to_json(self) -> str:
+        """Returns rows and totals as JSON that suits a diff: one line for each row, the same in every run."""
+        return json_lines((row.to_dict() for row in self.rows), self.totals)
 
     def _table(self) -> Table:
-        lines = [
-            (label, *self._cells(rows[0]), human_bytes(sum(row.bytes for row in rows)))
-            for label, rows in self._folded()
-        ]
+        shares = self.device_bytes is not None
+        lines = []
+        for label, rows in self._folded():
+            sizes = [sum(row.bytes for row in rows)]
+            sizes += [sum(row.device_bytes or 0 for row in rows)] if shares else []
+            lines.append((label, *self._cells(rows[0]), *map(human_bytes, sizes)))
         columns = [
             Column("path"),
             Column("shape", leave=2),
@@ -145,6 +170,7 @@ class Plan(Report):
             *([Column("matmul (1 | 512 rows)")] if self._has_target else []),
             Column(_RULE, leave=3),
             Column("bytes", right=True),
+            *([Column("per device", right=True)] if shares else []),
         ]
         return Table(tuple(columns), lines)
 
@@ -181,7 +207,7 @@ class Plan(Report):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
+    @functools.cached_property
     def _has_target(self) -> bool:
         return any(row.matmul for row in self.rows)
 
@@ -230,6 +256,7 @@ class Plan(Report):
                 f"{count(len(self.rows) - scales, 'parameter')} and {count(scales, 'grid')} of scales: "
                 + ", ".join(f"{number} {change}" for change, number in sorted(changed.items())),
                 f"stored in {human_bytes(self.total_bytes)} ({totals}), now in {human_bytes(self.total_bytes_before)}",
+                *([] if self.device_bytes is None else [f"on each device: {human_bytes(self.device_bytes)}"]),
                 *([f"largest: {self.largest.path}, {human_bytes(self.largest.bytes)}"] if self.largest else []),
                 *filter(None, [", ".join(names)]),
                 *self.unused,
@@ -237,15 +264,11 @@ class Plan(Report):
         )
 
 
-def human_bytes(size: int) -> str:
-    """Returns a number of bytes with a binary unit, such as 1.5 MiB."""
-    power = min(max(size.bit_length() - 1, 0) // 10, 4)
-    return f"{size} B" if power == 0 else f"{size / 1024**power:.1f} {'KMGT'[power - 1]}iB"
-
-
-def plan(resolved: Resolved, target: str | Target | None = None) -> Plan:
+def plan(
+    resolved: Resolved, target: str | Target | None = None, sharding: Shardings | ToShardings | None = None
+) -> Plan:
     """Returns the plan of a resolved tree; see `Policy.explain`."""
-    rows = []
+    rows: list[Row] = []
     for param in resolved.params.values():
         row = _row(param)
         if target is not None and param.path.rpartition("/")[2] == "kernel" and len(param.shape) == 2:
@@ -253,11 +276,27 @@ def plan(resolved: Resolved, target: str | Target | None = None) -> Plan:
         rows.append(row)
         if param.has_scales or param.format.scale is not None:
             rows.append(_scale_row(param))
+    if sharding is not None:
+        where = sharding(resolved.stored) if callable(sharding) else sharding
+        rows = [dataclasses.replace(row, device_bytes=_device_bytes(row, where)) for row in rows]
     unused: tuple[str, ...] = ()
     if resolved.policy.kv_cache is not None and resolved.kv_cache is None:
         kv_cache = dtypes.dtype_name(resolved.policy.kv_cache)
         unused = (f"kv_cache: {kv_cache} has no effect on this tree, which is not a model of perparam with a cache.",)
     return Plan(tuple(rows), resolved.activations, resolved.output, resolved.kv_cache, resolved.kv_bytes, unused)
+
+
+def _device_bytes(row: Row, shardings: Shardings) -> int:
+    """Returns the bytes of the row's array after storage on a device that has a part of it."""
+    if row.storage is None:
+        return 0
+    if row.path not in shardings:
+        raise InvalidSharding(
+            f"{row.path}: no sharding. Pass one for every parameter and all scales after storage; None is one device."
+        )
+    sharding = shardings[row.path]
+    shape = row.shape if sharding is None else sharding.shard_shape(row.shape)
+    return math.prod(shape) * row.storage.itemsize
 
 
 def _with_matmul(row: Row, param: ResolvedParam, activations: np.dtype | None, target: str | Target) -> Row:
@@ -343,27 +382,6 @@ def _rules(rules: Decisions) -> dict[str, Any]:
         columns[f"{column}_rule"] = None if rule is None else rule.key
         columns[f"{column}_source"] = None if rule is None else rule.source
     return columns
-
-
-def folded_label(paths: list[str]) -> str:
-    """Returns the label of a line in the table: a path, or one for several paths that differ only in numbers."""
-    if len(paths) == 1:
-        return paths[0]
-    components = []
-    for column in zip(*(path.split("/") for path in paths), strict=True):
-        components.append(column[0] if len(set(column)) == 1 else _ranges(sorted({int(number) for number in column})))
-    return f"{'/'.join(components)} ×{len(paths)}"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Returns ascending integers as ranges: "0-2,5" for [0, 1, 2, 5]."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _key(rule: str | None, source: str | None) -> str:

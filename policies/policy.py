@@ -11,7 +11,7 @@ from typing import Any
 from . import cast, compute, dtypes, yaml
 from .errors import InvalidPolicy, UnknownDtype
 from .matmul import Target
-from .plan import Plan, plan
+from .plan import Plan, Shardings, ToShardings, plan
 from .resolved import resolve
 from .rules import PolicyRules, SlotLike, SlotRules, read_slot
 from .scope import Scope
@@ -129,19 +129,25 @@ class Policy(PolicyRules):
         """Returns the scope of the module at the path of `names`, relative to the root of the model."""
         return Scope(self, self.activations).at(*names)
 
-    def explain(self, tree: Any, target: str | Target | None = None) -> Plan:
+    def explain(
+        self, tree: Any, target: str | Target | None = None, sharding: Shardings | ToShardings | None = None
+    ) -> Plan:
         """Returns the plan: current format, requested format and rules of every parameter of `tree`.
 
         tree    arrays, `jax.ShapeDtypeStruct`s, Linen variables, an NNX model or state, or `checkpoint_tree(folder)`;
                 of a train state its field `params`, and nothing of optax's states
         target  "here", "cpu", "cuda", "cuda:9.0", …: adds the implementations of the matmul on that target for kernels
                 of perparam's models; None omits them, so that the plan does not depend on the machine or start its GPU
+        sharding  {path: sharding} of every parameter and all scales after storage, or a function that returns it for
+                {path: shape and format}: adds the bytes on each device.  `perparam.models.shardings` is one, given a
+                layout and the model's config; the mesh may be a `jax.sharding.AbstractMesh`, without devices
 
         Raises:
           UnmatchedRule, ShadowedRule: for a rule without effect, with its file and line.
+          InvalidSharding: for an array without a sharding.
           UnpairedScale, InvalidScale: for a narrow kernel without scales that fit it.
         """
-        return plan(resolve(self, tree), target)
+        return plan(resolve(self, tree), target, sharding)
 
     def store(self, tree: Any, *, scaled: bool = False) -> Any:
         """Returns `tree` with its parameters in their storage format; parameters already in it do not change a bit.

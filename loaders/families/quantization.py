@@ -3,7 +3,8 @@ tools write them ("compressed-tensors")."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...models.config import Quantization
@@ -102,6 +103,33 @@ def _read_compressed(fields: Fields) -> Quantization:
 
 
 _READERS = {"fp8": _read_fp8, "compressed-tensors": _read_compressed}
+
+
+def not_converted(quantization: Quantization) -> Callable[[str], bool] | None:
+    """A function that says whether `modules_to_not_convert`, or `ignore`, leaves out the kernel at a path.
+
+    None where that list has a regular expression, which is not evaluated. An entry is the name of the kernel's module,
+    of a parent, or the end of its name, as in transformers.
+    """
+    # The kernels of a layer's experts are one parameter, without the number of an expert in its path.
+    listed = {re.sub(r"\.experts\.\d+\.", ".experts.", name) for name in quantization.not_converted}
+    if any(name.startswith("re:") for name in listed):  # a regular expression of compressed-tensors
+        return None
+    ends = {".".join(name.rsplit(".", count)[1:]) for name in listed for count in range(1, 7) if "." in name}
+
+    def is_left_out(path: str) -> bool:
+        words = path.split("/")[:-1]
+        beginnings = {".".join(words[:count]) for count in range(1, len(words) + 1)}
+        spellings = beginnings | {"model", *(f"model.{each}" for each in beginnings)}
+        spellings |= {".".join(words[count:]) for count in range(1, len(words))}
+        return not listed.isdisjoint(spellings) or ".".join(words) in ends
+
+    return is_left_out
+
+
+def list_field(quantization: Quantization) -> str:
+    """The field of `quantization_config` that lists the modules that are not quantised."""
+    return "ignore" if quantization.method == "compressed-tensors" else "modules_to_not_convert"
 
 
 def _refuse_others(fields: Fields, name: str, read: tuple[str, ...], only: Mapping[str, Any]) -> None:

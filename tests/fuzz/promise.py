@@ -27,7 +27,7 @@ from fuzz import mutations
 from fuzz.tokenizer_readers import read_tokenizer
 
 import perparam
-from perparam.loaders import CheckpointWarning, open_checkpoint
+from perparam.loaders import CheckpointWarning, open_checkpoint, open_config
 from perparam.loaders.families import read_config
 from perparam.loaders.safetensors.reader import read_header
 from perparam.policies import ArrayInfo, Format
@@ -105,6 +105,7 @@ def _read_checkpoint(one: mutations.Input, folder: pathlib.Path, readers: _Reade
     if one.kind == "config":
         for name in (mutations.CONFIG, mutations.GENERATION):
             readers.call(f"read_config({name})", read_config, folder / name)
+        readers.call("open_config", open_config, folder / mutations.CONFIG)
     if one.kind == "safetensors":
         for file in one.files:
             if file.endswith(".safetensors"):

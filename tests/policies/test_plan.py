@@ -11,11 +11,13 @@ import planted
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from matmuls import ON_CPU, Case
 from plans import TREE, YAML
 
 from perparam import Policy, get_policy, init
 from perparam.policies import InvalidScale, UnknownTarget, UnpairedScale, check_records
+from perparam.policies.errors import InvalidSharding
 from perparam.policies.matmul import IMPLEMENTATIONS, trials
 from perparam.policies.native import library
 
@@ -89,7 +91,7 @@ class TestRows:
         rows = rows_of(plan)
         formats = {path: (row.pop("format"), row.pop("compute_format")) for path, row in rows.items()}
         assert rows == {
-            path: {"path": path, "matmul": None, "matmul_refused": None, "matmul_checks": None, **row}
+            path: {"path": path, **dict.fromkeys(("matmul", "matmul_refused", "matmul_checks", "device_bytes")), **row}
             for path, row in expected.items()
         }
         assert formats == {
@@ -269,6 +271,50 @@ class TestTotals:
         assert (plan.rows, plan.total_bytes, plan.bytes_by_dtype) == ((), 0, {})
 
 
+class TestShardings:
+    """`explain` with shardings: the bytes on each device."""
+
+    mesh = jax.sharding.AbstractMesh((2, 4), ("d", "t"))
+
+    def sharded(self, *names):
+        return NamedSharding(self.mesh, PartitionSpec(*names))
+
+    def test_each_device_has_its_part_of_each_array(self):
+        where = dict.fromkeys(("dense/bias", "dense/scale_inv", "embed/embedding", "steps"), self.sharded())
+        where |= {"dense/kernel": self.sharded("t", "d"), "steps": None}
+        plan = Policy.loads(YAML).explain(TREE, sharding=where)
+        found = {row.path: row.device_bytes for row in plan}
+        assert found == {
+            "dense/bias": 400, "dense/kernel": 60_000 // 8, "dense/scale_inv": 12, "embed/embedding": 80, "steps": 12,
+        }  # fmt: skip
+        assert plan.device_bytes == json.loads(plan.to_json())["device_bytes"] == sum(found.values())
+        assert plan.to_text().splitlines()[0].endswith("bytes  per device")
+        assert "\non each device: 7.8 KiB\n" in plan.to_text()
+
+    def test_a_function_gets_shapes_and_formats_after_storage(self):
+        def everywhere(stored):
+            assert stored["dense/scale_inv"].shape == (2, 3)
+            return dict.fromkeys(stored, self.sharded())
+
+        plan = Policy.loads(YAML).explain(TREE, sharding=everywhere)
+        assert plan.device_bytes == plan.total_bytes
+
+    def test_scales_that_storage_removes_are_on_no_device(self):
+        stored = Policy.loads(YAML).store(TREE)
+        plan = Policy("f32").explain(stored, sharding=lambda paths: dict.fromkeys(paths))
+        assert {row.path: row.device_bytes for row in plan}["dense/scale_inv"] == 0
+        assert plan.device_bytes == plan.total_bytes
+
+    def test_an_array_without_a_sharding_is_an_error(self):
+        with pytest.raises(InvalidSharding, match=r"dense/bias: no sharding\. Pass one for every parameter"):
+            Policy.loads(YAML).explain(TREE, sharding={"dense/kernel": None})
+
+    def test_without_shardings_there_is_no_column(self):
+        plan = Policy.loads(YAML).explain(TREE)
+        assert plan.device_bytes is None
+        assert "device" not in plan.to_text()
+
+
 class TestJson:
     def test_is_the_rows_and_the_totals(self):
         plan = Policy.loads(YAML, "p.yaml").explain(TREE)
@@ -291,6 +337,7 @@ class TestJson:
             "matmul": None,
             "matmul_refused": None,
             "matmul_checks": None,
+            "device_bytes": None,
         }
         assert len(read["rows"]) == len(plan.rows)
         assert read["bytes"] == plan.total_bytes

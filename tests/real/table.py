@@ -35,7 +35,8 @@ import perparam  # noqa: E402
 from perparam import Policy  # noqa: E402
 from perparam.loaders.metrics import divergence, mean_and_error, next_token_loss  # noqa: E402
 from perparam.loaders.windows import WINDOW  # noqa: E402
-from perparam.policies.plan import human_bytes, plan  # noqa: E402
+from perparam.policies.labels import human_bytes  # noqa: E402
+from perparam.policies.plan import plan  # noqa: E402
 from perparam.policies.resolved import resolve  # noqa: E402
 
 
