@@ -278,13 +278,14 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache for `slots` tokens of each of `batch` rows, in the policy's `kv_cache` dtype."""
-        heads, width = self.config.num_key_value_heads, self.config.head_dim
 
-        def layer() -> LayerCache:
-            zeros = jnp.zeros((batch, slots, heads, width), self.activations)
+        def empty(layer: Layer) -> LayerCache:
+            split = layer.self_attn.heads_split(batch)
+            heads = self.config.num_key_value_heads if split is None else split.kv_heads
+            zeros = jnp.zeros((batch, slots, heads, self.config.head_dim), self.activations)
             return LayerCache.of(zeros, zeros, self.kv_cache)
 
-        layers = [layer() for _ in range(self.config.num_hidden_layers)]
+        layers = [empty(layer) for layer in self.layers]
         return KVCache.of(layers, jnp.full((batch, slots), EMPTY), jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
     def with_policy(self, policy: PolicyLike) -> Self:

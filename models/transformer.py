@@ -61,15 +61,15 @@ class Attention(nnx.Module):
         q = rope.rotate(q, step.cos, step.sin)
         k = rope.rotate(k, step.cos, step.sin)
         # Observed weights have to leave the function, which they cannot from within `shard_map`.
-        split = None if taps.active() else self._heads_split(b)
+        split = None if taps.active() else self.heads_split(b)
         whole = functools.partial(_mix, self.window)
         mixed, cache = (whole if split is None else over_heads(split, whole))(q, k, v, step, past)
         return self.o_proj(mixed), cache
 
-    def _heads_split(self, batch: int) -> HeadSplit | None:
-        """How heads are divided over a mesh, if queries and keys are divided alike; None: XLA decides."""
+    def heads_split(self, batch: int) -> HeadSplit | None:
+        """How heads are divided over a mesh for a batch of this size; None: on one device, or as XLA decides."""
         splits = [getattr(projection, "split", None) for projection in (self.q_proj, self.k_proj, self.v_proj)]
-        return heads_split(splits, batch, (self.heads, self.kv_heads))
+        return heads_split(splits, batch, self.heads, self.kv_heads)
 
 
 def _mix(

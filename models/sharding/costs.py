@@ -8,8 +8,8 @@ They follow from how products are carried out: `policies/matmul/sharded.py`, `ex
   experts and not the batch: each device computes its experts for all its tokens, and an all-reduce adds the results up.
 - A mesh axis that divides the vocabulary: an all-reduce of the embeddings. Logits stay divided.
 
-A batch that does not divide evenly over the mesh axes of the batch is not divided. Where queries and keys are not
-divided alike, XLA decides: counted is that all devices compute all heads, after an all-gather of the queries.
+A batch that does not divide evenly over the mesh axes of the batch is not divided. Where `heads_split` finds no equal
+groups of heads, XLA decides: counted is that all devices compute all heads, after an all-gather of the queries.
 
 Left out: activations in memory, numbers of tokens and rows that devices exchange, sampling, and what is no product.
 """
@@ -136,11 +136,11 @@ class _Step:
         self.activations = resolved.activations or F32
         self.width = self.activations.itemsize
         self.stream = layout.divided(config.axis_sizes).get("embed", ())
-        # 1 where queries and keys are not divided alike.
+        # 1 where heads are not divided in equal groups.
         projections = [self.splits[f"layers/0/self_attn/{name}_proj/kernel"] for name in "qkv"]
-        heads = heads_split(projections, rows, (config.num_attention_heads, config.num_key_value_heads))
+        heads = heads_split(projections, rows, config.num_attention_heads, config.num_key_value_heads)
         self.head_parts = 1 if heads is None else layout.devices(heads.heads)
-        self.token = resolved.kv_bytes / self.head_parts
+        self.token = resolved.kv_bytes / self.head_parts * (1 if heads is None else heads.sharing)
         self.collectives: list[Collective] = []
         self.read = self.wide = self.fp8 = self.gathered = 0.0
 

@@ -24,6 +24,7 @@ _ASSUMPTIONS = (
     "sends little in many collectives."
 )
 _ROUTING = "Experts that are read: all choices of the router are taken as equally likely."
+_SHARED_HEADS = "Each of {} key-value heads is in the cache of {} devices, which share it."
 _HEADS = (
     "{} key-value heads cannot be divided among {} devices: each has them all. XLA then decides how attention is "
     "divided; counted is that each device computes all heads."
@@ -227,7 +228,8 @@ def _notes_on(config: DecoderConfig, layout: ModelSharding, resolved: Resolved, 
     if batch % parts:
         yield f"{count(batch, 'row')} cannot be divided evenly among {parts} devices: each has all."
     if "heads" in divided and "kv_heads" in layout.axes.keys() - divided.keys():
-        yield _HEADS.format(config.num_key_value_heads, layout.devices(divided["heads"]))
+        heads, devices = config.num_key_value_heads, layout.devices(divided["heads"])
+        yield _SHARED_HEADS.format(heads, devices // heads) if devices % heads == 0 else _HEADS.format(heads, devices)
     if config.experts_per_token:
         yield _ROUTING
     if resolved.activations is None or resolved.activations.itemsize == 4:

@@ -73,7 +73,7 @@ def test_a_model_that_does_not_generate_has_no_decoding_step(capsys):
 def test_notes_say_what_the_estimate_assumes(configs, capsys):
     dense, mixture = configs / "Qwen3-8B-FP8", configs / "Qwen3-30B-A3B-FP8"
     (note,) = read(capsys, dense, "--mesh", "model=16")["mesh"]["notes"]
-    assert note.startswith("8 key-value heads cannot be divided among 16 devices")
+    assert note == "Each of 8 key-value heads is in the cache of 2 devices, which share it."
     (note,) = read(capsys, mixture, "--mesh", "model=4")["mesh"]["notes"]
     assert note.startswith("Experts that are read: all choices of the router are taken as equally likely")
     (note,) = read(capsys, dense, "--mesh", "model=8", "--policy", "f32")["mesh"]["notes"]

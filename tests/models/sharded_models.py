@@ -33,16 +33,17 @@ DENSE = checkpoints.fields(
 )  # fmt: skip
 """768 rows on four devices are 192 each: a block and a half."""
 
-MIXTURE = dict(
-    hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4, head_dim=32, vocab_size=512,
-    num_experts=8, num_experts_per_tok=3, moe_intermediate_size=96, decoder_sparse_step=1, mlp_only_layers=[1],
-    num_hidden_layers=2,
-    quantization_config={
+MIXTURE = {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "vocab_size": 512, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96,
+    "decoder_sparse_step": 1, "mlp_only_layers": [1], "num_hidden_layers": 2,
+    "quantization_config": {
         "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 32],
         "modules_to_not_convert": ["model.layers.0.mlp.gate", "lm_head"],
     },
-)  # fmt: skip
-"""A mixture and a dense layer; 96 columns on four devices are 24 each, three quarters of a block."""
+}  # fmt: skip
+"""A mixture and a dense layer; 96 columns on four devices are 24 each, three quarters of a block, and two of
+four devices share a head of keys and values."""
 
 IDS = np.arange(64).reshape(8, 8) % 500
 MASK = IDS % 7 != 0
