@@ -75,7 +75,7 @@ class _Rows:
         self.array, self.asked = array, []
         self.shape, self.dtype = array.shape, array.dtype
 
-    def read(self, start=0, stop=None, into=None):
+    def read(self, start=0, stop=None, into=None, within=None):
         self.asked.append((start, stop))
         rows = self.array[start:stop].copy()
         if into is None:
