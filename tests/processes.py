@@ -28,7 +28,7 @@ def started(command, count, devices=1):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags, "PROCESSES": str(count),
-        "COORDINATOR": f"localhost:{free_port()}",
+        "COORDINATOR": f"localhost:{free_port()}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }  # fmt: skip
     running = []
     with contextlib.ExitStack() as stack:
@@ -52,7 +52,7 @@ def printed(process) -> str:
     return process.output.read()
 
 
-def run_together(command, count, devices=1, seconds=300) -> list[str]:
+def run_together(command, count, devices=1, seconds=600) -> list[str]:
     """What each process printed; fails as soon as one of them fails, or after `seconds`."""
     until = time.monotonic() + seconds
     with started(command, count, devices) as processes:

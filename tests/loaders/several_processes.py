@@ -28,7 +28,6 @@ from perparam.policies.errors import PerparamError
 IDS = np.arange(16).reshape(2, 8)
 MASK = IDS != 0
 F32 = {"compute": "f32"}
-CONVERSIONS = {"bf16": "bf16", "other blocks": {"params": {"kernel": "f8_e4m3fn"}, "block": (64, 64)}}
 
 
 class Counted(io.FileIO):
@@ -94,52 +93,60 @@ def no_space(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def dense(work):
-    folder = work / "dense"
-    model, ranges = bytes_read(folder, F32, MESH)
-    tell("dense: ranges", ranges)
-    whole = perparam.load_model(folder, F32)
-    compare("dense", whole, model)
-    compare("fsdp", whole, perparam.load_model(folder, F32, sharding=fsdp(MESH)))
-    tell("dequantised: ranges", bytes_read(folder, "bf16", MESH)[1])
-    audits = [perparam.audit(each, "bf16", IDS).logit_error for each in (whole, model)]
-    tell("audit", audits)
-    perparam.save_model(model, work / "saved dense")
+def save_both(work, name, whole, model, *arguments, **settings):
+    """Saves the shared model, and in process 0 the whole one, for comparison."""
+    perparam.save_model(model, work / f"saved {name}", *arguments, **settings)
     if FIRST:
-        perparam.save_model(whole, work / "alone dense")
-    for name, policy in CONVERSIONS.items():
-        perparam.save_model(model, work / f"saved {name}", policy, max_shard_size="1MB")
-        if FIRST:
-            perparam.save_model(whole, work / f"alone {name}", policy, max_shard_size="1MB")
-    failures(work, model)
+        perparam.save_model(whole, work / f"alone {name}", *arguments, **settings)
 
 
-def failures(work, model):
-    pwrite, target = os.pwrite, work / "saved dense"
+def dense(work):
+    model, ranges = bytes_read(work / "dense", F32, MESH)
+    tell("dense: ranges", ranges)
+    tell("dequantised: ranges", bytes_read(work / "dense", "bf16", MESH)[1])
+    whole = perparam.load_model(work / "dense", F32)
+    compare("dense", whole, model)
+    save_both(work, "dense", whole, model)
+    save_both(work, "bf16", whole, model, "bf16", max_shard_size="1MB")
+
+
+def failures(work):
+    """Before anything is compiled: what fails leaves the folder as it was."""
+    target, pwrite = work / "saved tree", os.pwrite
     before = sorted((path.name, path.read_bytes()) for path in target.iterdir())
+    tree = {"rows": jax.make_array_from_callback((8, 8), NamedSharding(MESH, P("model")), np.ones((8, 8), np.float32).__getitem__)}
     if LAST:
         os.pwrite = no_space
-    refused("a full disk", lambda: perparam.save_model(model, target))
+    refused("a full disk", lambda: perparam.save_params(tree, target))
     os.pwrite = pwrite
     together._VISIBLE_WITHIN = 0.3
-    refused("another folder", lambda: perparam.save_model(model, work / ("elsewhere/saved" if LAST else "saved dense")))
-    refused("foreign", lambda: perparam.save_model(model, work))
+    other = work / "elsewhere" / "saved" if LAST else target
+    refused("another folder", lambda: perparam.save_params(tree, other))
+    refused("foreign", lambda: perparam.save_params(tree, work))
     tell("unchanged", before == sorted((path.name, path.read_bytes()) for path in target.iterdir()))
     tell("left", sorted(path.name for path in work.iterdir() if path.name.startswith(".")))
-    refused("convert", lambda: perparam.convert_checkpoint(work / "dense", work / "converted"))
+    refused("convert", lambda: perparam.convert_checkpoint(work / "experts", work / "converted"))
 
 
 def experts(work):
-    folder = work / "experts"
-    model, ranges = bytes_read(folder, F32, expert_parallel(MESH))
+    model, ranges = bytes_read(work / "experts", F32, expert_parallel(MESH))
     tell("experts: ranges", ranges)
-    whole = perparam.load_model(folder, F32)
-    compare("experts", whole, model)
-    model = perparam.load_model(folder, F32, sharding=tensor_parallel(MESH))
-    compare("experts, cut", whole, model)
-    perparam.save_model(model, work / "saved experts")
-    if FIRST:
-        perparam.save_model(whole, work / "alone experts")
+    save_both(work, "experts", perparam.load_model(work / "experts", F32), model)
+
+
+def more(work):
+    """What takes longer."""
+    whole = perparam.load_model(work / "dense", F32)
+    model = perparam.load_model(work / "dense", F32, sharding=fsdp(MESH))
+    compare("fsdp", whole, model)
+    tell("audit", [perparam.audit(each, "bf16", IDS).logit_error for each in (whole, model)])
+    blocks = {"params": {"kernel": "f8_e4m3fn"}, "block": (64, 64)}
+    save_both(work, "other blocks", whole, model, blocks, max_shard_size="1MB")
+    whole = perparam.load_model(work / "experts", F32)
+    for name, preset in {"experts": expert_parallel, "experts, cut": tensor_parallel}.items():
+        model = perparam.load_model(work / "experts", F32, sharding=preset(MESH))
+        compare(name, whole, model)
+        save_both(work, name, whole, model)
 
 
 def tree(work):
@@ -173,4 +180,4 @@ if __name__ == "__main__":
     FIRST, LAST = process == 0, process == count - 1
     MESH = jax.make_mesh((jax.device_count(),), ("model",))
     for part in sys.argv[2:]:
-        {"dense": dense, "experts": experts, "tree": tree}[part](pathlib.Path(sys.argv[1]))
+        globals()[part](pathlib.Path(sys.argv[1]))

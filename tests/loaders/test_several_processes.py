@@ -31,24 +31,23 @@ LAYER = "model.layers.0"
 ROWS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
-def make(work, *parts):
+def make(work):
     for name, config in {"dense": DENSE, "experts": EXPERTS}.items():
-        if name in parts:
-            checkpoints.write(work / name, config, checkpoints.tensors(config, seed=2), shards=2)
+        checkpoints.write(work / name, config, checkpoints.tensors(config, seed=2), shards=2)
 
 
 def lines(work, count, *parts, devices=1):
     """`{name: value}` that each process told."""
-    make(work, *parts)
+    make(work)
     outputs = run_together(python("loaders/several_processes.py", work, *parts), count, devices)
-    return [dict(json.loads(line) for line in output.splitlines() if line.startswith("[")) for output in outputs]
+    return [dict(json.loads(line) for line in output.splitlines() if line.startswith('["')) for output in outputs]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """`(folder, what each of two processes told)`."""
     work = tmp_path_factory.mktemp("two")
-    return work, lines(work, 2, "dense", "experts", "tree")
+    return work, lines(work, 2, "tree", "failures", "experts", "dense")
 
 
 def assert_same_files(one, other):
@@ -117,24 +116,15 @@ def test_experts_are_read_by_the_process_that_has_them(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense", "fsdp", "experts", "experts, cut"])
-def test_logits_and_tokens_are_those_of_one_process(two, name):
+def test_logits_and_tokens_are_those_of_one_process(two):
     for each in two[1]:
-        error, same = each[f"{name}: error, tokens"]
+        error, same = each["dense: error, tokens"]
         assert error < FLOAT32_ERROR
         assert same
 
 
 @pytest.mark.slow
-def test_an_audit_of_a_shared_model_is_that_of_the_whole_one(two):
-    for each in two[1]:
-        whole, shared = each["audit"]
-        assert math.isclose(whole, shared, rel_tol=0.05)
-        assert shared > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense", "bf16", "other blocks", "experts", "tree"])
+@pytest.mark.parametrize("name", ["dense", "bf16", "experts", "tree"])
 def test_a_model_is_saved_byte_for_byte_as_by_one_process(two, name):
     work, _ = two
     assert_same_files(work / f"saved {name}", work / f"alone {name}")
@@ -175,14 +165,17 @@ def test_one_process_converts(two):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("devices", [1, 2])
-def test_four_processes(tmp_path, devices):
-    told = lines(tmp_path, 4, "dense", "experts", devices=devices)
+@pytest.mark.parametrize(("count", "devices"), [(4, 1), (2, 2)])
+def test_more_processes_and_devices(tmp_path, count, devices):
+    told = lines(tmp_path, count, "dense", "more", devices=devices)
     assert_each_reads_what_its_devices_hold(tmp_path / "dense", [each["dense: ranges"] for each in told])
     for each in told:
         for name in ("dense", "fsdp", "experts", "experts, cut"):
             error, same = each[f"{name}: error, tokens"]
             assert error < FLOAT32_ERROR
             assert same
-    for name in ("dense", "bf16", "other blocks", "experts"):
+        whole, shared = each["audit"]
+        assert math.isclose(whole, shared, rel_tol=0.1)  # two differences of bfloat16 roundings
+        assert shared > 0
+    for name in ("dense", "bf16", "other blocks", "experts", "experts, cut"):
         assert_same_files(tmp_path / f"saved {name}", tmp_path / f"alone {name}")
