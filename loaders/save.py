@@ -62,11 +62,15 @@ def save_model(
     kernels, and policy.yaml, which describes the formats and is not read by `load_model`. The tokenizer and
     generation_config.json are copied from the folder that the model was loaded from, if it still exists.
 
+    A model that several processes share (`jax.distributed`) is saved by all of them: each calls this with the same
+    folder, on a file system that they share, and writes the parts that it holds.
+
     Raises:
       UnsupportedExport: the layout cannot describe the parameters: it has narrow kernels in e4m3 with one block size,
         and no other narrow parameters; or `for_library` cannot load them; or `model` is no model of perparam.
         Nothing is written then.
-      SaveFailed: the disk is full, or another error of the file system; the folder is then unchanged.
+      SaveFailed: the disk is full, or another error of the file system, or another process failed; the folder is then
+        unchanged.
       UnmatchedRule, ShadowedRule: a rule of the policy that decides nothing.
       InvalidSize: a `max_shard_size` that is not a size.
     """
@@ -102,7 +106,8 @@ def convert_checkpoint(
     revision  branch, tag or commit of the repository
 
     The result is that of `load_model` and `save_model`, but only a few slabs of rows are in memory at a time.
-    Other arguments and errors are those of these two functions.
+    Other arguments and errors are those of these two functions. Of several processes (`jax.distributed`), process 0
+    converts, and others raise SaveFailed.
     """
     if jax.process_index() > 0:
         raise SaveFailed(

@@ -56,6 +56,8 @@ def save_params(
     The blocks of scaled pairs are in the metadata, so that `load_params(folder, scaled=True)` gives the same
     `ScaledArray`s; a mapping does not store its block, and needs a policy with it unless it is (128, 128).
 
+    Arrays that several processes share are saved by all of them, as by `save_model`.
+
     >>> import tempfile
     >>> from perparam import load_params
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -29,8 +29,11 @@ ALIGNMENT = 64
 """In bytes; XLA's CPU backend uses a buffer with this alignment without a copy."""
 
 PAGE = 4096
-"""In bytes. Fewer bytes than these between two runs of needed bytes are read too: the system reads whole pages, and
-reading what is between is faster than a call for each run (on 2 CPU cores, for files in memory, up to 8 KiB)."""
+"""In bytes. Fewer bytes than these between two runs of needed bytes are read too, since the system reads whole pages.
+
+On 2 CPU cores, for files in memory, reading what is between is faster than a call for each run up to about 12 KiB; a disk
+or a network takes longer for these bytes.
+"""
 
 _CHUNK = 2**20  # bytes that are read at a time where columns are copied out of whole rows
 _MOST_AXES = 8

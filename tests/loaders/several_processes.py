@@ -114,7 +114,8 @@ def failures(work):
     """Before anything is compiled: what fails leaves the folder as it was."""
     target, pwrite = work / "saved tree", os.pwrite
     before = sorted((path.name, path.read_bytes()) for path in target.iterdir())
-    tree = {"rows": jax.make_array_from_callback((8, 8), NamedSharding(MESH, P("model")), np.ones((8, 8), np.float32).__getitem__)}
+    rows = NamedSharding(MESH, P("model"))
+    tree = {"rows": jax.make_array_from_callback((8, 8), rows, np.ones((8, 8), np.float32).__getitem__)}
     if LAST:
         os.pwrite = no_space
     refused("a full disk", lambda: perparam.save_params(tree, target))
