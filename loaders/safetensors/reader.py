@@ -31,8 +31,8 @@ ALIGNMENT = 64
 PAGE = 4096
 """In bytes. Fewer bytes than these between two runs of needed bytes are read too, since the system reads whole pages.
 
-On 2 CPU cores, for files in memory, reading what is between is faster than a call for each run up to about 12 KiB; a disk
-or a network takes longer for these bytes.
+On 2 CPU cores, for files in memory, reading what is between is faster than a call for each run up to about 12 KiB; a
+disk or a network takes longer for these bytes.
 """
 
 _CHUNK = 2**20  # bytes that are read at a time where columns are copied out of whole rows
