@@ -47,7 +47,8 @@ def load_model(
     The class of the model follows from `model_type` in config.json: `Qwen3`, `Qwen3Moe`, `Qwen2` or `Llama`. A device
     receives only its slice of every parameter. In several processes (`jax.distributed`), each reads only what its own
     devices need, and `sharding` makes one model of all. On a CPU, the memory that a file is read into becomes the
-    array, without a copy. Besides the model, loading takes the memory of at most two parameters on a GPU, and of a few slabs on a CPU.
+    array, without a copy. Besides the model, loading takes the memory of at most two parameters on a GPU, and of a few
+    slabs on a CPU.
 
     Raises:
       MissingFile, InvalidCheckpoint, UnsupportedConfig: files that are missing, damaged or contradictory, or a model
