@@ -75,15 +75,26 @@ def _own_jobs(
         paths = [param.path, *([param.scale_path] if param.has_scales else [])]
         arrays = {path: _array(sources[path]) for path in paths}
         if not any(map(spans_processes, arrays.values())):
-            if here in _holders(arrays[param.path]):
-                yield functools.partial(run, param, sources, _sinks(writer, param, names))
+            is_own, whole = here in _holders(arrays[param.path]), sources
         elif _is_copied(param, arrays):
-            yield functools.partial(_write_own_parts, writer, arrays, names)
+            yield functools.partial(_write_own_parts, writer, param, arrays, names)
+            continue
         else:
-            whole = {path: ArrayRows(path, on_host(array)) for path, array in arrays.items()}
-            if turn % jax.process_count() == here:
-                yield functools.partial(run, param, whole, _sinks(writer, param, names))
+            is_own, whole = turn % jax.process_count() == here, _gathered(arrays)
             turn += 1
+        if is_own:
+            yield functools.partial(run, param, whole, _sinks(writer, param, names))
+        else:
+            yield functools.partial(_count, param)
+
+
+def _gathered(arrays: Mapping[str, Any]) -> dict[str, Source]:
+    return {path: ArrayRows(path, on_host(array)) for path, array in arrays.items()}
+
+
+def _count(param: ResolvedParam, report: Report) -> None:
+    """Reports the bytes of a parameter that another process writes."""
+    report(param.current.bytes)
 
 
 def _array(source: Source) -> Any:
@@ -92,7 +103,7 @@ def _array(source: Source) -> Any:
 
 
 def _holders(array: Any) -> set[int]:
-    """The processes whose devices hold an array that is on one process; process 0 for an array on the host."""
+    """The processes that write an array that no two share: this one for its own copy, process 0 for one on the host."""
     return {device.process_index for device in array.devices()} if isinstance(array, jax.Array) else {0}
 
 
@@ -102,7 +113,7 @@ def _is_copied(param: ResolvedParam, arrays: Mapping[str, Any]) -> bool:
     Raises:
       InvalidScale: scales that are not positive finite numbers.
     """
-    if param.change != "kept":
+    if param.change != "kept" or not all(map(spans_processes, arrays.values())):
         return False
     if not param.has_scales:
         return True
@@ -113,7 +124,9 @@ def _is_copied(param: ResolvedParam, arrays: Mapping[str, Any]) -> bool:
     return True
 
 
-def _write_own_parts(writer: Writer, arrays: Mapping[str, Any], names: Mapping[str, Names], report: Report) -> None:
+def _write_own_parts(
+    writer: Writer, param: ResolvedParam, arrays: Mapping[str, Any], names: Mapping[str, Names], report: Report
+) -> None:
     """Writes the parts of arrays of which this is the lowest process that holds them."""
     for path, array in arrays.items():
         lowest: dict[Box, int] = {}
@@ -124,7 +137,7 @@ def _write_own_parts(writer: Writer, arrays: Mapping[str, Any], names: Mapping[s
         for box, data in parts.items():
             if lowest[box] == jax.process_index():
                 _write_part(writer, names[path], array.shape, box, data)
-                report(data.nbytes)
+    _count(param, report)
 
 
 def _write_part(writer: Writer, names: Names, shape: tuple[int, ...], box: Box, data: jax.Array) -> None:
