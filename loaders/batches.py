@@ -14,6 +14,7 @@ from ..models.decoder import Decoder
 from ..models.generation.prefix import bucket
 from ..models.tokens import checked_tokens
 from ..policies.errors import InvalidText, UnsupportedTask
+from ..policies.hosts import on_host
 from .tokenizer import Tokenizer
 
 BATCH_TOKENS = 8192
@@ -68,7 +69,7 @@ def run_in_batches(
         for place, row in enumerate(batch.rows):
             ids[place, : len(rows[row])], mask[place, : len(rows[row])] = rows[row], True
         outputs = program(graphdef, state, *checked_tokens(ids, mask, model.config.vocab_size))
-        results[list(batch.rows)] = np.asarray(outputs)[: len(batch.rows)]
+        results[list(batch.rows)] = on_host(outputs)[: len(batch.rows)]
     return results
 
 

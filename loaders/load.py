@@ -45,8 +45,10 @@ def load_model(
     progress  whether to show a progress bar on stderr; None: only if that is a terminal
 
     The class of the model follows from `model_type` in config.json: `Qwen3`, `Qwen3Moe`, `Qwen2` or `Llama`. A device
-    receives only its slice of every parameter. On a CPU, the memory that a file is read into becomes the array, without
-    a copy. Besides the model, loading takes the memory of at most two parameters on a GPU, and of a few slabs on a CPU.
+    receives only its slice of every parameter. In several processes (`jax.distributed`), each reads only what its own
+    devices need, and `sharding` makes one model of all. On a CPU, the memory that a file is read into becomes the
+    array, without a copy. Besides the model, loading takes the memory of at most two parameters on a GPU, and of a few
+    slabs on a CPU.
 
     Raises:
       MissingFile, InvalidCheckpoint, UnsupportedConfig: files that are missing, damaged or contradictory, or a model

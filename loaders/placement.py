@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -32,23 +33,38 @@ class Placement:
             self._devices = {device: box_of(index or (), shape) for device, index in places.items()}
         self._slices = {box: _empty(box, dtype) for box in self._devices.values()}
 
+    def box(self) -> Box | None:
+        """The part of the array that contains all slices of this process; None: all of it."""
+        if not self.shape:
+            return None
+        sides = zip(*self._slices, strict=True) if self._slices else [((0, 0),)] * len(self.shape)
+        hull = tuple((min(low for low, _ in each), max(high for _, high in each)) for each in sides)
+        return None if hull == tuple((0, size) for size in self.shape) else hull
+
     def needs(self, start: int, stop: int) -> bool:
         """Whether a device of this process holds any of rows `start` to `stop`."""
         return any(_meets(box, start, stop) for box in self._slices)
 
-    def buffer(self, start: int, stop: int) -> np.ndarray | None:
-        """Memory of rows `start` to `stop`, if exactly one slice contains them, in full width; else None."""
+    def buffer(self, start: int, stop: int, within: Sequence[tuple[int, int]] | None = None) -> np.ndarray | None:
+        """Memory of rows `start` to `stop`, if exactly one slice contains them, and it is `within` wide; else None.
+
+        within  start and stop along each of the other axes; None: the whole width
+        """
+        sides = tuple(within) if within is not None else tuple((0, size) for size in self.shape[1:])
         for box, array in self._slices.items():
             if not box:
                 return array
             (first, last), *rest = box
-            whole = all(side == (0, size) for side, size in zip(rest, self.shape[1:], strict=True))
-            if whole and first <= start and stop <= last and sum(_meets(box, start, stop) for box in self._slices) == 1:
+            inside = tuple(rest) == sides and first <= start and stop <= last
+            if inside and sum(_meets(box, start, stop) for box in self._slices) == 1:
                 return array[start - first : stop - first]
         return None
 
-    def write(self, start: int, rows: np.ndarray) -> None:
-        """Copies `rows` into the array, from row `start` on."""
+    def write(self, start: int, rows: np.ndarray, within: Sequence[tuple[int, int]] | None = None) -> None:
+        """Copies `rows` into the array, from row `start` on.
+
+        within  the part of the other axes that `rows` has; None: all
+        """
         if not self.shape:
             for array in self._slices.values():
                 array[...] = rows
@@ -57,7 +73,8 @@ class Placement:
             (first, last), *rest = box
             low, high = max(start, first), min(start + len(rows), last)
             if low < high:
-                columns = tuple(slice(*side) for side in rest)
+                begins = [0] * len(rest) if within is None else [begin for begin, _ in within]
+                columns = tuple(slice(a - begin, b - begin) for (a, b), begin in zip(rest, begins, strict=True))
                 array[low - first : high - first] = rows[(slice(low - start, high - start), *columns)]
 
     def array(self) -> jax.Array | np.ndarray:
@@ -73,7 +90,7 @@ class Placement:
             result = jax.device_put(array)
         else:
             parts = [jax.device_put(self._slices[box], device) for device, box in self._devices.items()]
-            result = jax.make_array_from_single_device_arrays(self.shape, self.sharding, parts)
+            result = jax.make_array_from_single_device_arrays(self.shape, self.sharding, parts, dtype=self.dtype)
         return result.block_until_ready()  # so that host memory is free before more is read
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ class ArrayRows:
     """
 
     path: str
-    array: jax.Array
+    array: jax.Array | np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -32,8 +33,14 @@ class ArrayRows:
         """The array's dtype, in the byte order of this machine."""
         return self.array.dtype.newbyteorder("=")
 
-    def read(self, start: int = 0, stop: int | None = None, into: np.ndarray | None = None) -> np.ndarray:
-        """Rows `start` to `stop`, on the host.
+    def read(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        into: np.ndarray | None = None,
+        within: Sequence[tuple[int, int]] | None = None,
+    ) -> np.ndarray:
+        """Rows `start` to `stop`, on the host; `into` and `within` are not used.
 
         Raises:
           UnsupportedExport: an array with parts on devices of other processes.
@@ -47,18 +54,18 @@ class ArrayRows:
         start, stop, _ = slice(start, stop).indices(self.shape[0])
         if len(shards) == 1:
             (data,) = shards.values()
-            return _on_host(data, start, stop)
+            return rows_on_host(data, start, stop)
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
         for ((first, last), *rest), data in shards.items():
             low, high = max(start, first), min(stop, last)
             if low < high:
                 columns = tuple(slice(*side) for side in rest)
-                rows[(slice(low - start, high - start), *columns)] = _on_host(data, low - first, high - first)
+                rows[(slice(low - start, high - start), *columns)] = rows_on_host(data, low - first, high - first)
         return rows
 
 
-def _on_host(array: jax.Array, start: int, stop: int) -> np.ndarray:
-    """Rows of an array on one device.
+def rows_on_host(array: jax.Array, start: int, stop: int) -> np.ndarray:
+    """Rows `start` to `stop` of an array on one device, on the host.
 
     On other devices than a CPU they are sliced there, by one program for all slabs: converting the array itself would
     keep a copy of it on the host.

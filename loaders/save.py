@@ -8,21 +8,21 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
-import numpy as np
+import jax
 from flax import nnx
 
 from ..models.config import DecoderConfig
 from ..models.decoder import CausalLM
-from ..policies.errors import InvalidCheckpoint, InvalidPolicy, UnsupportedExport
+from ..policies.errors import InvalidCheckpoint, InvalidPolicy, SaveFailed, UnsupportedExport
+from ..policies.hosts import spans_processes
 from ..policies.policy import Policy
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
 from ..policies.trees import ArrayInfo, parameters
-from .atomic import new_folder
 from .checkpoint import Checkpoint, generation_ids, open_checkpoint
-from .export import Names, export
+from .export import export
 from .families import config_to_json
 from .families.config_json import unused_fields
 from .infer import describe
@@ -32,8 +32,10 @@ from .libraries import Library, check_library
 from .load import in_file_order
 from .progress import Progress
 from .rows import ArrayRows
-from .safetensors.writer import Writer, in_shards, size_in_bytes, tensor_bytes
-from .slabs import Source, in_turn, run
+from .safetensors.writer import in_shards, size_in_bytes, tensor_bytes
+from .slabs import Source
+from .together import writing
+from .write import write_params
 
 
 def save_model(
@@ -60,11 +62,15 @@ def save_model(
     kernels, and policy.yaml, which describes the formats and is not read by `load_model`. The tokenizer and
     generation_config.json are copied from the folder that the model was loaded from, if it still exists.
 
+    A model that several processes share (`jax.distributed`) is saved by all of them: each calls this with the same
+    folder, on a file system that they share, and writes the parts that it holds.
+
     Raises:
       UnsupportedExport: the layout cannot describe the parameters: it has narrow kernels in e4m3 with one block size,
         and no other narrow parameters; or `for_library` cannot load them; or `model` is no model of perparam.
         Nothing is written then.
-      SaveFailed: the disk is full, or another error of the file system; the folder is then unchanged.
+      SaveFailed: the disk is full, or another error of the file system, or another process failed; the folder is then
+        unchanged.
       UnmatchedRule, ShadowedRule: a rule of the policy that decides nothing.
       InvalidSize: a `max_shard_size` that is not a size.
     """
@@ -100,8 +106,14 @@ def convert_checkpoint(
     revision  branch, tag or commit of the repository
 
     The result is that of `load_model` and `save_model`, but only a few slabs of rows are in memory at a time.
-    Other arguments and errors are those of these two functions.
+    Other arguments and errors are those of these two functions. Of several processes (`jax.distributed`), process 0
+    converts, and others raise SaveFailed.
     """
+    if jax.process_index() > 0:
+        raise SaveFailed(
+            f"convert_checkpoint: this is process {jax.process_index()} of {jax.process_count()}, and one process "
+            "converts a checkpoint. Call it under `if jax.process_index() == 0:`, or run `perparam convert` before."
+        )
     policy, checkpoint = get_policy(policy), open_checkpoint(source, revision=revision, progress=progress)
     if os.path.realpath(source) == os.path.realpath(folder):
         raise InvalidCheckpoint(f"{folder}: a checkpoint cannot be converted into its own folder. Choose another one.")
@@ -141,14 +153,17 @@ def _write(
     check_library(contents, stored, for_library)
     config = contents.config
     policy = policy if _still_applies(policy, stored) else describe(stored, config)
-    with new_folder(folder, _is_checkpoint_file) as work:
-        _copy_tokenizer(config, work)
-        fields = {**unused_fields(config.source), **config_to_json(config)}
-        (work / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        policy.dump(work / POLICY)
-        bar = Progress(f"saving {pathlib.Path(folder).name}", sum(param.current.bytes for param in params), progress)
-        with Writer(work, in_shards(contents.groups, limit)) as writer, bar:
-            write_params(writer, params, sources, contents.names, bar)
+    together = any(spans_processes(source.array) for source in sources.values() if isinstance(source, ArrayRows))
+    shards = in_shards(contents.groups, limit)
+    with writing(folder, _is_checkpoint_file, shards, together=together) as (work, writer):
+        if work is not None:
+            _copy_tokenizer(config, work)
+            fields = {**unused_fields(config.source), **config_to_json(config)}
+            (work / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            policy.dump(work / POLICY)
+        size = sum(param.current.bytes for param in params)
+        with Progress(f"saving {pathlib.Path(folder).name}", size, progress) as bar:
+            write_params(writer, params, sources, contents.names, bar, together=together)
     return pathlib.Path(folder)
 
 
@@ -181,40 +196,3 @@ def _is_checkpoint_file(name: str) -> bool:
     return name in (CONFIG, GENERATION, INDEX, POLICY, *TOKENIZER) or bool(
         re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name)
     )
-
-
-def write_params(
-    writer: Writer,
-    params: Iterable[ResolvedParam],
-    sources: Mapping[str, Source],
-    names: Mapping[str, Names],
-    progress: Progress,
-) -> None:
-    """Writes parameters and their scales in their storage formats, from `sources` by path, as the tensors `names`."""
-
-    def work_on(param: ResolvedParam, report: Callable[[int], None]) -> None:
-        run(param, sources, {path: _Sink(writer, names[path]) for path in param.stored}, report)
-
-    for _ in in_turn(params, work_on, progress):
-        pass
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sink:
-    """A sink that writes the rows of one parameter into the file of its tensor, or of each row's own tensor."""
-
-    writer: Writer
-    names: Names
-
-    def needs(self, start: int, stop: int) -> bool:
-        return True
-
-    def buffer(self, start: int, stop: int) -> None:
-        return None
-
-    def write(self, start: int, rows: np.ndarray) -> None:
-        if isinstance(self.names, str):
-            self.writer.write(self.names, start * (rows.nbytes // len(rows) if rows.ndim and len(rows) else 0), rows)
-            return
-        for name, row in zip(self.names[start : start + len(rows)], rows, strict=True):
-            self.writer.write(name, 0, row)

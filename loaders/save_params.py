@@ -16,18 +16,19 @@ from flax import nnx
 from ..policies.blocks import Block
 from ..policies.dtypes import dtype_name
 from ..policies.errors import InvalidCheckpoint, UnsupportedExport, named
+from ..policies.hosts import spans_processes
 from ..policies.paths import scale_path
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, resolve
 from ..policies.trees import ArrayInfo, describe, is_leaf, is_linen, is_parameter, is_train_state, parameters
-from .atomic import new_folder
 from .bare import by_paths
 from .layout import INDEX
 from .progress import Progress
 from .rows import ArrayRows
 from .safetensors.reader import Tensor
-from .safetensors.writer import ALL_NAMES, Writer, in_shards, size_in_bytes
-from .save import write_params
+from .safetensors.writer import ALL_NAMES, in_shards, size_in_bytes
+from .together import writing
+from .write import write_params
 
 
 def save_params(
@@ -54,6 +55,8 @@ def save_params(
 
     The blocks of scaled pairs are in the metadata, so that `load_params(folder, scaled=True)` gives the same
     `ScaledArray`s; a mapping does not store its block, and needs a policy with it unless it is (128, 128).
+
+    Arrays that several processes share are saved by all of them, as by `save_model`.
 
     >>> import tempfile
     >>> from perparam import load_params
@@ -92,8 +95,9 @@ def save_params(
     blocks = {names[path]: block for path, block in _blocks(resolved, infos).items()}
     bar = Progress(f"saving {pathlib.Path(folder).name}", sum(info.bytes for info in infos.values()), progress)
     sources = {path: ArrayRows(path, array) for path, array in arrays.items()}
-    with new_folder(folder, _is_file_of_params) as work, Writer(work, in_shards(groups, limit), blocks) as writer, bar:
-        write_params(writer, resolved.params.values(), sources, names, bar)
+    together, shards = any(map(spans_processes, arrays.values())), in_shards(groups, limit)
+    with writing(folder, _is_file_of_params, shards, blocks, together=together) as (_, writer), bar:
+        write_params(writer, resolved.params.values(), sources, names, bar, together=together)
     return pathlib.Path(folder)
 
 

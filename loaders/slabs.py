@@ -12,14 +12,14 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 
 from ..policies import store
-from ..policies.blocks import Block, block_sides
+from ..policies.blocks import block_sides
 from ..policies.dtypes import as_array
 from ..policies.formats import Format
 from ..policies.resolved import ResolvedParam
@@ -37,6 +37,10 @@ WORKERS = 2
 """Parameters processed at a time: one is read while another is converted."""
 
 
+Side = tuple[int, int]
+"""Start and stop along an axis."""
+
+
 class Source(Protocol):
     """An array that is read in rows, from memory or a file."""
 
@@ -48,21 +52,36 @@ class Source(Protocol):
     def dtype(self) -> np.dtype:
         """Its dtype."""
 
-    def read(self, start: int = 0, stop: int | None = None, into: np.ndarray | None = None) -> np.ndarray:
-        """Rows `start` to `stop` along the first axis, in `into` or, where that is None, in new memory."""
+    def read(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        into: np.ndarray | None = None,
+        within: Sequence[Side] | None = None,
+    ) -> np.ndarray:
+        """Rows `start` to `stop` along the first axis, in `into` or, where that is None, in new memory.
+
+        within  start and stop along each of the other axes; None: all of them
+        """
 
 
 class Sink(Protocol):
     """A destination of the rows of a parameter or its scales."""
 
+    def box(self) -> Sequence[Side] | None:
+        """Start and stop along each axis of a part that contains all that the sink needs; None: the whole."""
+
     def needs(self, start: int, stop: int) -> bool:
         """Whether the sink needs rows `start` to `stop`."""
 
-    def buffer(self, start: int, stop: int) -> np.ndarray | None:
+    def buffer(self, start: int, stop: int, within: Sequence[Side] | None = None) -> np.ndarray | None:
         """Memory to read rows `start` to `stop` into directly; None: pass them to `write`."""
 
-    def write(self, start: int, rows: np.ndarray) -> None:
-        """Stores `rows` from row `start` on; the caller may overwrite `rows` afterwards."""
+    def write(self, start: int, rows: np.ndarray, within: Sequence[Side] | None = None) -> None:
+        """Stores `rows` from row `start` on; the caller may overwrite `rows` afterwards.
+
+        within  the part of the other axes that `rows` has; None: all
+        """
 
 
 def run(
@@ -82,40 +101,81 @@ def run(
       InvalidCheckpoint: a file that cannot be read.
     """
     source, sink, same_format = sources[param.path], sinks[param.path], param.change == "kept"
-    rows = param.shape[0] if param.shape else 1
-    height, new_scales, makes_scales = _slab_height(param, rows), list[np.ndarray](), store.makes_scales(param)
-    scales = sources[param.scale_path].read() if param.has_scales else None
-    has_zeros = scales is not None and bool((scales.astype(np.float32) == 0).any())
-    if scales is not None and not has_zeros:
-        store.check_scales(param, scales)
+    rows, makes_scales = param.shape[0] if param.shape else 1, store.makes_scales(param)
+    scale_sink, box = sinks.get(param.scale_path), sink.box()
+    unit, height = _slab_rows(param, rows)
+    first, last = _side(sink, rows)
+    if makes_scales and scale_sink is not None:
+        side = _scale_rows(param, param.format)
+        low, high = _side(scale_sink, -(-rows // side))
+        first, last = _hull((first, last), (low * side, high * side))
+    first, last = first // unit * unit, min(-(-last // unit) * unit, rows)
+    begin, scales, has_zeros = _scales(param, sources, scale_sink, first, last)
     if has_zeros:  # valid for a block of zeros only, which is checked on the whole parameter
-        height = max(rows, 1)
-    for start in range(0, rows, height):
-        stop = min(start + height, rows)
-        if not (sink.needs(start, stop) or makes_scales or has_zeros):
-            continue
-        buffer = sink.buffer(start, stop) if same_format else None
-        values = source.read(start, stop, buffer) if param.shape else source.read(into=buffer)
-        if has_zeros:
-            store.check_scales(param, scales, values)
-        if not same_format:
-            part = None if scales is None else scales[_grid_rows(start, stop, param)]
-            values, part = _convert_on_host(param.current.format, param.format, values, part)
-            new_scales += [] if part is None else [part]
-        if buffer is None and sink.needs(start, stop):
-            sink.write(start, values)
-        report((stop - start) * (param.current.bytes // max(rows, 1)))
-    if param.format.scale is None:
-        return
-    if scales is not None and not makes_scales:
-        if param.format.scale != scales.dtype:
+        first, last, height = 0, rows, max(rows, 1)
+    within = None if box is None or not same_format or has_zeros else box[1:]
+    row_bytes = param.current.bytes // max(rows, 1)
+    for start in range(first, last, height):
+        stop = min(start + height, last)
+        new = _grid_rows(start, stop, param, param.format) if makes_scales else slice(0)
+        needs, needs_scales = sink.needs(start, stop), scale_sink is not None and scale_sink.needs(new.start, new.stop)
+        if needs or needs_scales or has_zeros:
+            buffer = sink.buffer(start, stop, within) if same_format else None
+            values = source.read(start, stop, buffer, within) if param.shape else source.read(into=buffer)
+            if has_zeros:
+                store.check_scales(param, scales, values)
+            if not same_format:
+                part = None
+                if scales is not None:
+                    current = _grid_rows(start, stop, param, param.current.format)
+                    part = scales[current.start - begin : current.stop - begin]
+                values, part = _convert_on_host(param.current.format, param.format, values, part)
+                if makes_scales and scale_sink is not None and part is not None:
+                    store.check_made(param, part, new.start)
+                    scale_sink.write(new.start, part)
+            if buffer is None and needs:
+                sink.write(start, values, within)
+        report((stop - start) * row_bytes)
+    report((rows - max(last - first, 0)) * row_bytes)
+    if scale_sink is not None and scales is not None and not makes_scales:
+        if (scale := param.format.scale) is not None and scale != scales.dtype:
             with _on_host():
-                scales = np.asarray(encode_scales(decode_scales(jax.numpy.asarray(scales)), param.format.scale))
-    else:
-        (_, (grid, dtype)) = param.format.parts(param.shape)
-        scales = np.concatenate(new_scales) if new_scales else np.empty(grid, dtype)
-        store.check_made(param, scales)
-    sinks[param.scale_path].write(0, scales)
+                scales = np.asarray(encode_scales(decode_scales(jax.numpy.asarray(scales)), scale))
+        scale_sink.write(begin, scales)
+
+
+def _scales(
+    param: ResolvedParam, sources: Mapping[str, Source], sink: Sink | None, first: int, last: int
+) -> tuple[int, np.ndarray | None, bool]:
+    """`(row, scales, has_zeros)`: the rows of the current scales that are needed, from `row` on, checked.
+
+    sink         of the scales
+    first, last  rows of the parameter that are needed
+    has_zeros    some of them are zero; then all scales are returned, unchecked
+    """
+    if not param.has_scales:
+        return 0, None, False
+    source, grid = sources[param.scale_path], _grid_rows(first, last, param, param.current.format)
+    begin, end = grid.start, grid.stop
+    if sink is not None and not store.makes_scales(param):
+        begin, end = _hull((begin, end), _side(sink, source.shape[0]))
+    scales = source.read(begin, end)
+    if (scales.astype(np.float32) == 0).any():
+        return 0, source.read(), True
+    store.check_scales(param, scales, row=begin)
+    return begin, scales, False
+
+
+def _side(sink: Sink, size: int) -> Side:
+    """Start and stop of the rows that a sink needs, of `size` rows."""
+    box = sink.box()
+    return (0, size) if box is None else box[0]
+
+
+def _hull(one: Side, other: Side) -> Side:
+    """Start and stop of the rows from the first of both ranges to the last; an empty range has none."""
+    ranges = [side for side in (one, other) if side[0] < side[1]] or [(0, 0)]
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
 @functools.partial(jax.jit, static_argnames=("current", "requested"))
@@ -141,32 +201,31 @@ def _on_host() -> Any:
     return contextlib.nullcontext() if device is None else jax.default_device(device)
 
 
-def _slab_height(param: ResolvedParam, rows: int) -> int:
-    """Rows of a slab: a power of two of whole blocks, so that most parameters divide into equal slabs.
+def _slab_rows(param: ResolvedParam, rows: int) -> tuple[int, int]:
+    """`(unit, height)`: slabs begin at a multiple of `unit` rows, and have `height`.
 
-    With leading axes, such as one of experts, a row is a stack of matrices with their own blocks.
+    The height is a power of two of whole blocks, so that most parameters divide into equal slabs. With leading axes,
+    such as one of experts, a row is a stack of matrices with their own blocks.
     """
     columns = max(math.prod(param.shape[1:]), 1)
     if len(param.shape) < 2:
-        return max(rows, 1)
+        return max(rows, 1), max(rows, 1)
     if param.change == "kept":
-        return max(1, COPY_BYTES // (columns * param.current.dtype.itemsize))
+        return 1, max(1, COPY_BYTES // (columns * param.current.dtype.itemsize))
     formats = (param.current.format, param.format)
-    block = 1
-    if len(param.shape) == 2:
-        block = math.lcm(*(_sides(param, format)[0] for format in formats if format.block is not None))
-    return block * 2 ** int(math.log2(max(CONVERT_ELEMENTS // (columns * block), 1)))
+    block = math.lcm(*(_scale_rows(param, format) for format in formats if format.block is not None))
+    return block, block * 2 ** int(math.log2(max(CONVERT_ELEMENTS // (columns * block), 1)))
 
 
-def _sides(param: ResolvedParam, format: Format) -> Block:
-    """The block of `format`, with the size of the axis in place of -1."""
+def _scale_rows(param: ResolvedParam, format: Format) -> int:
+    """Rows of the parameter that have one row of scales in `format`."""
     assert format.block is not None
-    return block_sides(format.block, param.shape)
+    return block_sides(format.block, param.shape)[0] if len(param.shape) == 2 else 1
 
 
-def _grid_rows(start: int, stop: int, param: ResolvedParam) -> slice:
-    """The rows of the scales of rows `start` to `stop` of a kernel."""
-    height = _sides(param, param.current.format)[0] if len(param.shape) == 2 else 1
+def _grid_rows(start: int, stop: int, param: ResolvedParam, format: Format) -> slice:
+    """The rows of the scales in `format` of rows `start` to `stop` of a kernel."""
+    height = _scale_rows(param, format)
     return slice(start // height, -(-stop // height))
 
 

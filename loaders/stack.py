@@ -58,18 +58,27 @@ class Stack:
         """None: a stack is part of a model's checkpoint, whose config has the block."""
         return None
 
-    def read(self, start: int = 0, stop: int | None = None, into: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        into: np.ndarray | None = None,
+        within: Sequence[tuple[int, int]] | None = None,
+    ) -> np.ndarray:
         """Tensors `start` to `stop`, each read into its place in `into`, or in new memory aligned to 64 bytes.
+
+        within  start and stop along each axis of a tensor; None: all of it
 
         Raises:
           InvalidCheckpoint: a file that has changed since its header was read, or cannot be read.
         """
         tensors = self.tensors[start:stop]
+        (first, last), *rest = within or [(0, size) for size in self.shape[1:]]
         if into is None:
-            shape = (len(tensors), *self.shape[1:])
+            shape = (len(tensors), last - first, *(high - low for low, high in rest))
             into = aligned_empty(math.prod(shape) * self.dtype.itemsize).view(self.dtype).reshape(shape)
         for place, tensor in zip(into, tensors, strict=True):
-            tensor.read(into=place)
+            tensor.read(first, last, place, rest)
         return into
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..policies.errors import InvalidTokens, shown
+from ..policies.hosts import on_host
 
 
 def checked_tokens(
@@ -81,7 +82,7 @@ def _array(name: str, values: ArrayLike) -> Any:
     if isinstance(values, jax.core.Tracer):
         return values
     try:
-        return np.asarray(values)
+        return on_host(values)
     except (ValueError, OverflowError) as error:
         raise InvalidTokens(
             f"{name}: found rows of different length. Pad them, and mark the real tokens in attention_mask."

@@ -11,6 +11,7 @@ from . import dtypes
 from .blocks import block_sides
 from .errors import InvalidScale
 from .formats import Format, ScaledArray, quantize
+from .hosts import on_host
 from .resolved import Resolved, ResolvedParam, change
 from .scales import decode_scales, encode_scales
 from .trees import arrays, replace_parameters
@@ -71,43 +72,49 @@ def convert(current: Format, requested: Format, values: Any, scale_inv: Any = No
     return stored.values, stored.scale_inv
 
 
-def check_scales(param: ResolvedParam, scale_inv: Any, values: Any = None) -> None:
+def check_scales(param: ResolvedParam, scale_inv: Any, values: Any = None, row: int = 0) -> None:
     """Raises InvalidScale unless every scale is positive and finite; traced scales are not checked.
+
+    row  of the grid with which `scale_inv` begins, for the error
 
     A scale of zero is valid where all `values` of its block are zero, since some writers do not clamp scales.
     """
     if isinstance(scale_inv, jax.core.Tracer):
         return
-    scales = np.asarray(scale_inv).astype(np.float32)
+    scales = on_host(scale_inv).astype(np.float32)
     invalid = ~((scales > 0) & np.isfinite(scales))
     if values is not None and (scales == 0).any() and not isinstance(values, jax.core.Tracer):
         invalid &= ~((scales == 0) & zero_blocks(values, param.current.format))
-    _raise_invalid(param.scale_path, scales, invalid, "scales are positive finite numbers")
+    _raise_invalid(param.scale_path, scales, invalid, "scales are positive finite numbers", row)
 
 
 def zero_blocks(values: Any, format: Format) -> np.ndarray:
     """Returns a boolean array of the grid's shape, on the host: True for blocks whose values are all zero."""
     assert format.block is not None
-    nonzero = np.asarray(values).astype(np.float32) != 0
+    nonzero = on_host(values).astype(np.float32) != 0
     for axis, side in zip((-2, -1), block_sides(format.block, nonzero.shape), strict=True):
         nonzero = np.logical_or.reduceat(nonzero, np.arange(0, nonzero.shape[axis], side), axis=axis)
     zero: np.ndarray = ~nonzero
     return zero
 
 
-def check_made(param: ResolvedParam, scale_inv: Any) -> None:
-    """Raises InvalidScale if new scales are not positive and finite, which means that weights are not finite."""
+def check_made(param: ResolvedParam, scale_inv: Any, row: int = 0) -> None:
+    """Raises InvalidScale if new scales are not positive and finite, which means that weights are not finite.
+
+    row  of the grid with which `scale_inv` begins, for the error
+    """
     if not isinstance(scale_inv, jax.core.Tracer):
-        scales = np.asarray(scale_inv).astype(np.float32)
+        scales = on_host(scale_inv).astype(np.float32)
         problem = "the weights of a block hold NaN or infinity, so they have no scale"
-        _raise_invalid(param.path, scales, ~((scales > 0) & np.isfinite(scales)), problem)
+        _raise_invalid(param.path, scales, ~((scales > 0) & np.isfinite(scales)), problem, row)
 
 
-def _raise_invalid(path: str, scales: np.ndarray, invalid: np.ndarray, problem: str) -> None:
+def _raise_invalid(path: str, scales: np.ndarray, invalid: np.ndarray, problem: str, row: int) -> None:
     """Raises InvalidScale for the first invalid scale, if there is one."""
     if invalid.any():
         index = tuple(int(i) for i in np.argwhere(invalid)[0])
+        block = (index[0] + row, *index[1:]) if index else index
         raise InvalidScale(
-            f"{path}: {problem}; found {scales[index]} at block {index}, and {int(invalid.sum())} such of "
+            f"{path}: {problem}; found {scales[index]} at block {block}, and {int(invalid.sum())} such of "
             f"{invalid.size}. The weights are damaged: fetch or make them again."
         )

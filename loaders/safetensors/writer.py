@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +21,7 @@ import safetensors
 from ...policies.blocks import Block
 from ...policies.errors import InvalidSize, SaveFailed, shown
 from ..layout import BLOCKS, INDEX, WHOLE
+from .runs import runs
 
 NAMES = {
     np.dtype(np.float32): "F32",
@@ -108,13 +109,21 @@ class Writer:
     folder  exists, without these files
     shards  {file name: tensors}
     blocks  {tensor name: block} for the metadata; `Tensor.block` has it again
+    create  False: another writer has made the files, of the same shards and blocks, and this one fills them
 
     Raises:
       OSError: the disk is full, or another error of the file system, here and in `write` and `close`.
     """
 
-    def __init__(self, folder: pathlib.Path, shards: dict[str, Tensors], blocks: Mapping[str, Block] | None = None):
-        self._folder, self._shards, self._blocks = folder, shards, blocks or {}
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        shards: dict[str, Tensors],
+        blocks: Mapping[str, Block] | None = None,
+        *,
+        create: bool = True,
+    ):
+        self._folder, self._shards, self._blocks, self._create = folder, shards, blocks or {}, create
         self._places: dict[str, tuple[int, int]] = {}
         self._files: list[int] = []
         with contextlib.ExitStack() as stack:
@@ -122,14 +131,14 @@ class Writer:
             for name, tensors in shards.items():
                 self._open(folder / name, tensors)
             stack.pop_all()
-        if list(shards) != [WHOLE]:
+        if create and list(shards) != [WHOLE]:
             total = sum(tensor_bytes(tensor) for tensors in shards.values() for tensor in tensors.values())
             names = {name: file for file, tensors in shards.items() for name in tensors}
             index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _open(self, path: pathlib.Path, tensors: Tensors) -> None:
-        """Creates a file, with its header and space for its tensors."""
+        """Opens a file, and gives it its header and space for its tensors if it is created."""
         # The widest dtype first, as in the reference implementation, so that each tensor begins at a multiple of its
         # dtype's size.
         end, header, places = 0, dict[str, Any](), {}
@@ -148,17 +157,27 @@ class Writer:
             metadata[BLOCKS] = json.dumps(blocks)
         text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % 64)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL if self._create else os.O_WRONLY
+        file = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
         self._files.append(file)
         start = 8 + len(text)
-        _reserve(file, start + end)
-        _write_at(file, 0, len(text).to_bytes(8, "little") + text)
+        if self._create:
+            _reserve(file, start + end)
+            _write_at(file, 0, len(text).to_bytes(8, "little") + text)
         self._places |= {name: (file, start + place) for name, place in places.items()}
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Writes `values` into the data of tensor `name`, from byte `start` on."""
         file, place = self._places[name]
         _write_at(file, place + start, np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+    def write_part(self, name: str, shape: Sequence[int], box: Sequence[tuple[int, int]], values: np.ndarray) -> None:
+        """Writes a part of tensor `name`, which has this shape; `box` is the part's start and stop along each axis."""
+        if not values.size:
+            return
+        places, _ = runs(shape, box, values.dtype.itemsize)
+        for place, part in zip(places.tolist(), np.ascontiguousarray(values).reshape(len(places), -1), strict=True):
+            self.write(name, place, part)
 
     def close(self) -> None:
         """Flushes the files to the disk, and checks that the reference implementation can open them.

@@ -13,6 +13,7 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from ...policies.errors import InvalidTokens, shown
+from ...policies.hosts import on_host
 from ..decoder import CausalLM
 from . import programs
 from .config import GenerationConfig, checked_count
@@ -182,7 +183,7 @@ def _parts(
         return
     prefix = prompt if isinstance(prompt, Prefix) else prefill(model, prompt, mask, max_new_tokens=count)
     graphdef, params = nnx.split(model)  # while the prefill runs
-    start, yielded = int(prefix.cache.length), 0
+    start, yielded = int(on_host(prefix.cache.length)), 0
     if config.num_return_sequences > 1:
         prefix = repeated(prefix, config.num_return_sequences)
     elif prefix is prompt:  # decoding overwrites its cache
@@ -195,9 +196,9 @@ def _parts(
         stop = min(yielded + chunk if yielded or chunk >= count else 1, count)
         if stop > 1:  # `begin` has drawn the first token
             state = programs.decode(graphdef, kind, config.logprobs, params, state, numbers, eos, pad, stop)
-        drawn, done, total = int(state.count), np.asarray(state.done), np.asarray(state.lengths)
-        records = [np.asarray(each)[:, start + yielded : start + drawn] for each in state.logprobs]
-        tokens = np.asarray(state.tokens)[:, start + yielded : start + drawn]
+        drawn, done, total = int(on_host(state.count)), on_host(state.done), on_host(state.lengths)
+        records = [on_host(each)[:, start + yielded : start + drawn] for each in state.logprobs]
+        tokens = on_host(state.tokens)[:, start + yielded : start + drawn]
         ended = yield Generated(tokens, total - lengths, done, *records)
         yielded, lengths = drawn, total
         if ended is not None:

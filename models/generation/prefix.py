@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from ...policies.dtypes import dtype_name
 from ...policies.errors import InvalidTokens, count, shown
+from ...policies.hosts import on_host
 from ..decoder import CausalLM
 from ..heads import check_causal_lm
 from ..kv_cache import EMPTY
@@ -85,7 +86,7 @@ def extend_prefix(model: CausalLM, prefix: Prefix, input_ids: ArrayLike, *, max_
         raise InvalidTokens(
             f"input_ids: expected one row and a prefix of one row, found {ids.shape[0]} and {prefix.tokens.shape[0]}."
         )
-    past = np.asarray(prefix.tokens)[np.asarray(prefix.cache.positions) != EMPTY]
+    past = on_host(prefix.tokens)[on_host(prefix.cache.positions) != EMPTY]
     most = min(past.size, ids.size - 1)  # the last token is processed again for its logits
     differs = np.flatnonzero(ids[0, :most] != past[:most])
     shared = int(differs[0]) if differs.size else most

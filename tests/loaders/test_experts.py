@@ -66,9 +66,9 @@ def test_experts_come_in_slabs_that_give_what_the_whole_gives(folder, name, monk
     read = []
     whole_read = Stack.read
 
-    def reads(self, start=0, stop=None, into=None):
+    def reads(self, start=0, stop=None, into=None, within=None):
         read.append(len(self.tensors[start:stop]))
-        return whole_read(self, start, stop, into)
+        return whole_read(self, start, stop, into, within)
 
     kept = perparam.load_params(folder)
     monkeypatch.setattr(Stack, "read", reads)
@@ -90,7 +90,7 @@ def test_experts_come_in_slabs_that_give_what_the_whole_gives(folder, name, monk
 def test_a_stack_that_is_kept_becomes_the_array_without_a_copy(folder, monkeypatch):
     from perparam.loaders.placement import Placement
 
-    def no_write(self, start, rows):
+    def no_write(self, start, rows, within=None):
         assert len(self.shape) < 3 or self.shape[1:] in ((3, 3), (4, 2)), self.shape  # a grid of scales is copied
 
     monkeypatch.setattr(Placement, "write", no_write)

@@ -75,9 +75,10 @@ class _Rows:
         self.array, self.asked = array, []
         self.shape, self.dtype = array.shape, array.dtype
 
-    def read(self, start=0, stop=None, into=None):
+    def read(self, start=0, stop=None, into=None, within=None):
         self.asked.append((start, stop))
-        rows = self.array[start:stop].copy()
+        columns = [slice(*side) for side in within or ()]
+        rows = self.array[(slice(start, stop), *columns)].copy()
         if into is None:
             return rows
         into[...] = rows
@@ -111,6 +112,44 @@ def test_any_shape_blocks_and_slabs(shape, found_block, block, slab, seed):
         assert np.asarray(array.array()).tobytes() == np.asarray(wanted[path]).tobytes()
     starts, stops = zip(*source.asked, strict=True)
     assert (*starts[1:], shape[0]) == stops  # each row once, in order
+
+
+class _Slices:
+    """A sharding of which this process has some slices, as of a device each."""
+
+    def __init__(self, *slices):
+        self.slices = slices
+
+    def addressable_devices_indices_map(self, shape):
+        return dict(enumerate(self.slices))
+
+
+@pytest.mark.parametrize("name", ["kept", "dequantised", "requantised"])
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**20))
+def test_a_process_that_has_some_slices_gets_what_the_whole_has(name, seed):
+    rng = np.random.default_rng(seed)
+    kernel, scales = checkpoints.narrow_pair(rng, (23, 17), (5, 7))
+    found = {"a/kernel": info(kernel, (5, 7)), "a/scale_inv": info(scales)}
+    policy = {"kept": None, "dequantised": "bf16", "requantised": Policy({"kernel": "f8_e4m3fn"}, block=(4, 6))}[name]
+    resolved = resolve(perparam.get_policy(policy), found)
+    wanted = stored_arrays(resolved, {"a/kernel": kernel, "a/scale_inv": scales})
+    sources, sinks = {"a/kernel": _Rows(kernel), "a/scale_inv": _Rows(scales)}, {}
+    for path, array in wanted.items():
+        slices = [
+            tuple(slice(*sorted(rng.integers(0, size + 1, 2))) for size in array.shape) for _ in range(rng.integers(3))
+        ]
+        sinks[path] = Placement(array.shape, array.dtype, _Slices(*slices))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slabs, "CONVERT_ELEMENTS", int(rng.integers(1, 400)))
+        patch.setattr(slabs, "COPY_BYTES", int(rng.integers(1, 200)))
+        slabs.run(resolved.params["a/kernel"], sources, sinks, lambda count: None)
+    for path, sink in sinks.items():
+        for box, array in sink._slices.items():
+            assert array.tobytes() == np.asarray(wanted[path])[tuple(slice(*side) for side in box)].tobytes()
+    box = sinks["a/kernel"].box()
+    if name == "kept" and box is not None:
+        assert all(box[0][0] <= start < stop <= box[0][1] for start, stop in sources["a/kernel"].asked)
 
 
 def test_arrays_go_to_the_default_device_of_the_caller(folder):

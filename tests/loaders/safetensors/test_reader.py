@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import time
 
@@ -13,6 +14,7 @@ from checkpoints import BF16, F8, GOLDEN, file_bytes, safetensors_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perparam.loaders.safetensors import reader
 from perparam.loaders.safetensors.reader import aligned_empty, read_header
 from perparam.policies.errors import InvalidCheckpoint, MissingFile, PerparamError
 
@@ -287,6 +289,29 @@ def test_rows_of_a_tensor_are_read_alone(path, rows):
         into = np.empty_like(wanted)
         assert header[name].read(*rows, into) is into
         assert into.tobytes() == wanted.tobytes()
+
+
+@st.composite
+def parts(draw):
+    """`(shape, part)`: start and stop along each axis."""
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
+    sides = [sorted(draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in shape]
+    return shape, tuple(map(tuple, sides))
+
+
+@settings(max_examples=100)  # it compiles nothing: a millisecond each
+@given(drawn=parts(), page=st.sampled_from([1, 4, 4096]), chunk=st.integers(1, 30))
+def test_any_part_of_a_tensor_is_read_alone(tmp_path_factory, drawn, page, chunk):
+    shape, part = drawn
+    array = np.arange(math.prod(shape), dtype=np.int16).reshape(shape)
+    path = tmp_path_factory.mktemp("part") / "model.safetensors"
+    path.write_bytes(safetensors_bytes({"array": array}))
+    wanted = array[tuple(slice(*side) for side in part)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "PAGE", page)
+        patch.setattr(reader, "_CHUNK", chunk)
+        found = read_header(path)["array"].read(*part[0], within=part[1:])
+    assert (found.dtype, found.shape, found.tobytes()) == (wanted.dtype, wanted.shape, wanted.tobytes())
 
 
 _values = st.recursive(
