@@ -80,7 +80,7 @@ def test_the_page_on_loading_runs(capsys):
     with jax.numpy_dtype_promotion("standard"):
         names = run_blocks(ROOT / "docs" / "loading.md")
     spec, files, *summary, own = capsys.readouterr().out.splitlines()
-    assert spec == "P('tensor',)"
+    assert spec == "P('tensor', None)"
     assert summary[0] == "2 parameters and 1 grid of scales: 1 cast, 1 made, 1 quantised"
     assert own == "float8_e4m3fn (2, 3)"
     assert files == "['config.json', 'model.safetensors', 'policy.yaml', 'tokenizer.json', 'tokenizer_config.json']"
