@@ -5,6 +5,10 @@ each parameter of the first layers, the most devices that share one, whether all
 for bit, the relative error of the logits, which part of generated tokens are those of the whole model, the collectives
 of a decoding step as `{"f32 all-reduce": 5}`, and its native kernels by name, with how many Hopper kernels there are in
 the program lowered for CUDA; or `{"name", "raised"}`.
+
+With "training" in its name it is `{"name", "loss", "gradient", "placed", "audit"}`: the relative errors of a loss and
+of the worst of its gradients against one device, whether each gradient has the sharding of its parameter, and the
+relative error of the audit's logit error.
 """
 
 import collections
@@ -96,6 +100,43 @@ def along_two_axes():
     return ModelSharding(mesh(2, 4), {"batch": both, "experts": both, "embed": both}, {"**/experts/**": P(both)})
 
 
+def training():
+    """`(name, family, sharding)`."""
+    yield "training, both", "qwen3", fsdp_tensor_parallel(mesh(2, 4))
+    yield "training, experts by number", "qwen3_moe", experts_by_number()
+    yield "training, tokens travel", "qwen3_moe", expert_parallel(mesh(2, 4))
+
+
+def loss_and_gradients(model):
+    """The mean cross-entropy of the next tokens, and its gradients."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(state):
+        logits = nnx.merge(graphdef, state)(IDS)[:, :-1].astype(jnp.float32)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), IDS[:, 1:, None], axis=-1).mean()
+
+    return run(state)
+
+
+def report_training(name, family, sharding):
+    """Prints the line of a layout in training."""
+    folder = folder_of(family)
+    whole, model = (perparam.load_model(folder, "f32", sharding=each) for each in (None, sharding))
+    (wanted, gradients), (loss, found) = map(loss_and_gradients, (whole, model))
+    pairs = list(zip(map(np.asarray, jax.tree.leaves(gradients)), jax.tree.leaves(found), strict=True))
+    of_parameters = [array.sharding for array in jax.tree.leaves(nnx.state(model))]
+    audits = [perparam.audit(each, "fp8_weight_only", IDS).logit_error for each in (whole, model)]
+    line = {
+        "loss": abs(float(loss) - float(wanted)) / float(wanted),
+        "gradient": max(float(np.linalg.norm(a - np.asarray(b)) / np.linalg.norm(a)) for a, b in pairs),
+        "placed": all(b.sharding.is_equivalent_to(s, b.ndim) for (_, b), s in zip(pairs, of_parameters, strict=True)),
+        "audit": abs(audits[1] - audits[0]) / audits[0],
+    }
+    print(json.dumps({"name": name, **line}))
+
+
 def compiled(model, ids, rows):
     """`(logits, text of the decoding step, number of Hopper kernels in a decoding step for CUDA)`."""
     graphdef, state = nnx.split(model)
@@ -171,3 +212,6 @@ if __name__ == "__main__":
     for layout in layouts():
         if layout[0] in sys.argv[2:]:
             report(*layout)
+    for layout in training():
+        if layout[0] in sys.argv[2:]:
+            report_training(*layout)

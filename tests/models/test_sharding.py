@@ -24,6 +24,7 @@ FLOAT32_ERROR = 1e-6
 
 DENSE = ("tensor parallel", "both")
 MIXTURES = ("experts by width", "tokens travel")
+TRAINING = ("training, both", "training, experts by number")
 MORE_DENSE = ("FSDP", "both, narrow activations")
 MORE_MIXTURES = ("experts by number", "tokens travel along two axes", "experts gathered")
 BY_XLA = ("by pattern, both axes cut", "on the last device", "copied to all", "an Explicit axis in a pattern")
@@ -41,12 +42,16 @@ def printed(folder, names, timeout=600):
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    return printed(tmp_path_factory.mktemp("sharded"), (*DENSE, *MIXTURES))
+    return printed(tmp_path_factory.mktemp("sharded"), (*DENSE, *MIXTURES, *TRAINING))
 
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
-    return printed(tmp_path_factory.mktemp("sharded"), (*MORE_DENSE, *MORE_MIXTURES, *BFLOAT16), timeout=1800)
+    return printed(
+        tmp_path_factory.mktemp("sharded"),
+        (*MORE_DENSE, *MORE_MIXTURES, *BFLOAT16, "training, tokens travel"),
+        timeout=1800,
+    )
 
 
 def assert_the_same(line, error=FLOAT32_ERROR):
@@ -79,6 +84,24 @@ def test_a_decoding_step_adds_up_twice_in_a_layer_and_gathers_no_weights(lines, 
     assert lines[name]["collectives"] == {"f32 all-reduce": ADDED}
 
 
+def assert_trained_and_audited_alike(line):
+    assert line["loss"] <= FLOAT32_ERROR
+    assert line["gradient"] <= 4 * FLOAT32_ERROR  # sums over 64 tokens too, back through all layers
+    assert line["placed"]
+    assert line["audit"] <= 2e-2  # of a policy with bfloat16 activations, which XLA rounds less in some programs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_loss_its_gradients_and_an_audit_are_those_of_one_device(lines, name):
+    assert_trained_and_audited_alike(lines[name])
+
+
+@pytest.mark.thorough
+def test_so_it_is_where_tokens_travel(more):
+    assert_trained_and_audited_alike(more["training, tokens travel"])
+
+
 @pytest.mark.slow
 def test_fsdp_gathers_fp8_as_bytes(lines):
     counts = lines["both"]["collectives"]
@@ -99,8 +122,8 @@ def test_tokens_travel_to_their_experts_and_back_and_nothing_is_gathered(lines):
 def test_each_device_multiplies_with_its_native_kernels(lines, name):
     kernels = lines[name]["kernels"]
     assert kernels["perparam_attention"] == LAYERS
-    # q, k, v together; o; gate and up together; down; and the head. A mixture has a router in place of two of them; with
-    # shared heads, the products of k and v are whole, and apart from those of q.
+    # q, k, v together; o; gate and up together; down; and the head. A mixture has a router in place of two of them;
+    # with shared heads, the products of k and v are whole, and apart from those of q.
     assert kernels["perparam_matmul"] == {"experts by width": 10, "tokens travel": 8}.get(name, 9)
     assert kernels.get("perparam_grouped_matmul") == (2 if name in MIXTURES else None)
 
