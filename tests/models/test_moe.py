@@ -14,6 +14,7 @@ from flax import nnx
 import perparam
 from perparam.loaders import read_config
 from perparam.models import Qwen3Moe, moe
+from perparam.models.experts import weighted_sum
 from perparam.models.moe import SparseMLP
 from perparam.policies.errors import InvalidCheckpoint, UnsupportedConfig
 from perparam.policies.matmul import grouped_loop, matmul_override
@@ -104,6 +105,22 @@ def test_decoding_a_token_reads_the_kernels_of_its_experts_alone(monkeypatch):
     # gate_proj and up_proj together, then down_proj
     assert sorted(products) == [(1, 1)] * 2 + [(1, 2)] * 2
     jax.clear_caches()
+
+
+def test_the_weighted_sum_has_the_bits_and_gradients_of_a_gather_and_a_sum():
+    random = np.random.default_rng(0)
+    order = jnp.asarray(random.permutation(15), jnp.int32)
+    weights = jnp.asarray(random.uniform(size=(5, 3)), jnp.float32)
+    results, along = (jnp.asarray(random.normal(size=(rows, 8)), jnp.float32) for rows in (15, 5))
+
+    def plainly(results, weights):
+        return (results[jnp.argsort(order)].reshape(5, 3, 8) * weights[..., None]).sum(axis=1)
+
+    found, back = jax.vjp(lambda *operands: weighted_sum(operands[0], order, operands[1]), results, weights)
+    want, back_plainly = jax.vjp(plainly, results, weights)
+    np.testing.assert_array_equal(found, want)
+    for gradient, other in zip(back(along), back_plainly(along), strict=True):
+        np.testing.assert_allclose(gradient, other, rtol=0, atol=SUMS_ERROR)
 
 
 @pytest.mark.slow
