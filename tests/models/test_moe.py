@@ -18,6 +18,7 @@ from perparam.models.experts import weighted_sum
 from perparam.models.moe import SparseMLP
 from perparam.policies.errors import InvalidCheckpoint, UnsupportedConfig
 from perparam.policies.matmul import grouped_loop, matmul_override
+from perparam.policies.native import library
 from perparam.policies.trees import parameters
 
 HIDDEN, WIDTH, EXPERTS = 40, 24, 6
@@ -146,6 +147,24 @@ def test_gradients_are_those_of_finite_differences_and_reach_the_experts_in_use(
 
 
 class TestPolicies:
+    @pytest.mark.parametrize("target", ["cpu", "cuda:8.0", "tpu"])
+    def test_a_plan_has_the_matmul_of_experts(self, target, monkeypatch):
+        plan = functools.partial(perparam.get_policy("fp8_weight_only").explain, model(), target=target)
+
+        def experts():
+            rows = [row for row in plan() if row.path == f"{EXPERT}/kernel"]
+            return [(row.matmul, row.matmul_refused) for row in rows]
+
+        if target == "cpu":
+            if library.unavailable() is None:
+                assert experts() == [("native", None)]
+            monkeypatch.setattr(library, "unavailable", lambda: "it is not here")
+            assert experts() == [("loop of slabs", "not native: it is not here")]
+        else:
+            one = {"cuda:8.0": "fused reduction | widen, then dot", "tpu": "fused reduction | widen, then dot"}[target]
+            want = " | ".join(f"loop of {name}" for name in one.split(" | "))
+            assert experts() == [(want, f"no implementation is made for {target}")]
+
     def test_a_pattern_addresses_experts_and_presets_leave_the_router(self):
         stored = perparam.policies.describe(model("fp8_weight_only"))
         dtypes = {path: info.dtype.name for path, info in stored.items()}
