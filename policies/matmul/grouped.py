@@ -90,7 +90,8 @@ def _compiled(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], size
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], sizes: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the products for checked operands."""
-    return grouped_dispatch.products(call, x, kernels, sizes)
+    results: tuple[jax.Array, ...] = grouped_dispatch.products(call, x, kernels, sizes)
+    return results
 
 
 def _forward(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], sizes: jax.Array) -> Any:
