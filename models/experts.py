@@ -93,6 +93,8 @@ def by_expert(
     per_token = chosen.shape[0] // tokens.shape[0]
     numbers = chosen - first
     numbers = jnp.where((numbers >= 0) & (numbers < experts), numbers, experts)
+    # The gradients of rows are added up over the devices that have other experts; a lookup alone would not do so.
+    tokens, numbers = vary_alike((tokens, numbers))
     order = jnp.argsort(numbers, stable=True)  # rows sorted by expert; row i is of token order[i] // per_token
     group_sizes = jnp.zeros(experts, jnp.int32).at[numbers].add(1, mode="drop")
     return mlps(tokens[order // per_token], group_sizes), order
