@@ -1,9 +1,10 @@
 """Measures the speed of prefill and decoding of whole models, and their memory.
 
-    python benchmarks/generate.py beside [--transformers PYTHON] [--llama PYTHON] [--batches 1,8,64] [--rounds 5]
+    python benchmarks/generate.py beside [MODEL] [--transformers PYTHON] [--llama PYTHON] [--batches 1,8] [--rounds 5]
     python benchmarks/generate.py device [MODEL ...] [--batches 1,8,64] [--rounds 5]
 
-`beside` compares perparam with transformers and llama.cpp on a CPU, with a model of Qwen3-0.6B's shape.  perparam and
+`beside` compares perparam with transformers and llama.cpp on a CPU, with a model of Qwen3-0.6B's shape, or without
+llama.cpp with a mixture of experts ("30B-A3B scaled down", see `random_checkpoints.py`).  perparam and
 transformers load the same FP8 checkpoint with random weights from a temporary folder.  perparam stores the weights in
 FP8; one contender has no policy and exact products, the other rounds weights to bfloat16 in products.  transformers has
 no FP8 matmul for CPUs and dequantises the weights to bfloat16.  llama.cpp has a model of its own in Q8_0.  Each
@@ -38,28 +39,15 @@ from typing import Any
 
 import generators
 import numpy as np
-from generators import LONG, PART, VOCABULARY, length, measure, shown, spread
+import random_checkpoints
+from generators import LONG, PART, length, measure, shown, spread
 
 Report = dict[str, Any]
 
 CONTENDERS = ("perparam", "perparam compute=bf16", "transformers bfloat16", "llama.cpp Q8_0")
-
-
-def write_checkpoint(folder: pathlib.Path) -> None:
-    """Writes an FP8 checkpoint of Qwen3-0.6B's shape with random weights, in Hugging Face layout."""
-    from perparam.examples import make_checkpoint as maker
-
-    config = maker._COMMON | {
-        "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
-        "num_hidden_layers": 28, "num_key_value_heads": 8, "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16", "vocab_size": VOCABULARY,
-        "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0,
-    }  # fmt: skip
-    config["quantization_config"] = {
-        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    maker.write_safetensors(folder / "model.safetensors", maker.tensors(config, seed=0, ones=False))
+OF_A_MIXTURE = ("perparam", "transformers bfloat16", "transformers bfloat16 eager")
+"""Of a mixture of experts: transformers' default product of experts, `torch._grouped_mm`, and its loop over experts.
+Its third, `batched_mm`, copies the kernels of each token, 10 GB for a prompt of 512."""
 
 
 def resident() -> dict[str, int]:
@@ -76,7 +64,7 @@ def work(contender: str, folder: str) -> None:
     and prints seconds.
     """
     name, *argument = contender.split()
-    part = 1
+    part, vocabulary = 1, json.loads(pathlib.Path(folder, "config.json").read_text())["vocab_size"]
     if name == "perparam":
         import perparam
 
@@ -91,23 +79,25 @@ def work(contender: str, folder: str) -> None:
     print(json.dumps(resident()), flush=True)
     for line in sys.stdin:
         if line.strip() == "long":
-            times = generators.measure_long(generate, in_parts, part)
+            times = generators.measure_long(generate, in_parts, part, vocabulary)
         else:
-            times = measure(generate, int(line))
+            times = measure(generate, int(line), vocabulary)
             if name == "perparam" and int(line) == 1:
-                times |= generators.streaming(generate, in_parts)
+                times |= generators.streaming(generate, in_parts, vocabulary)
         print(json.dumps(times), flush=True)
 
 
 def beside(arguments: argparse.Namespace) -> tuple[str, Report]:
     """Measures perparam and others on a CPU, and returns the name of the results and the results."""
     pythons = {"perparam": sys.executable, "transformers": arguments.transformers, "llama.cpp": arguments.llama}
-    contenders = tuple(name for name in CONTENDERS if pythons[name.split()[0]])
+    dense = arguments.model == "0.6B"
+    named = CONTENDERS if dense else OF_A_MIXTURE
+    contenders = tuple(name for name in named if pythons[name.split()[0]])
     workers, memory = {}, {}
-    cases = [*map(str, arguments.batches), "long"]
+    cases = [*map(str, arguments.batches), *(["long"] if dense else [])]
     rounds: dict[str, list[dict[str, dict[str, float]]]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(pathlib.Path(folder))
+        random_checkpoints.write(pathlib.Path(folder), arguments.model)
         for name in contenders:
             command = [pythons[name.split()[0]], os.path.abspath(__file__), "work", name, folder]
             workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -127,7 +117,8 @@ def beside(arguments: argparse.Namespace) -> tuple[str, Report]:
         for worker in workers.values():
             worker.stdin.close()
             worker.wait()
-    return "generate-beside", {
+    return "generate-beside" + "-mixture" * (not dense), {
+        "model": random_checkpoints.MODELS[arguments.model],
         "memory": memory,
         "cases": {case: ratios(contenders, times) for case, times in rounds.items()},
     }
@@ -238,6 +229,9 @@ def main() -> int:
     common.add_argument("--rounds", type=int, default=5)
     common.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     command = commands.add_parser("beside", parents=[common], help="perparam and others on a CPU")
+    command.add_argument("model", nargs="?", default="0.6B", choices=random_checkpoints.MODELS, metavar="MODEL",
+        help=f"{' or '.join(random_checkpoints.MODELS)}; default: 0.6B",
+    )  # fmt: skip
     command.add_argument("--transformers", metavar="PYTHON", help="a Python with torch, transformers and accelerate")
     command.add_argument("--llama", metavar="PYTHON", help="a Python with llama-cpp-python and gguf")
     command = commands.add_parser("device", parents=[common], help="perparam relative to the device's bandwidth")

@@ -43,8 +43,11 @@ def perparam_generator(model: Any, part: int | None = None) -> Generator:
     return generate
 
 
-def transformers_generator(folder: str, dtype: str) -> Generator:
-    """Returns a greedy generator with transformers, which returns the time of each token."""
+def transformers_generator(folder: str, dtype: str, experts: str | None = None) -> Generator:
+    """Returns a greedy generator with transformers, which returns the time of each token.
+
+    experts  how it computes mixtures of experts; None: its default
+    """
     import torch
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
     from transformers.generation.streamers import BaseStreamer
@@ -64,6 +67,8 @@ def transformers_generator(folder: str, dtype: str) -> Generator:
         folder, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
     )
     model = model.to(getattr(torch, dtype)).eval()
+    if experts is not None:
+        model.set_experts_implementation(experts)
 
     def generate(prompts, count):
         ids, clock = torch.as_tensor(prompts), Clock()
@@ -104,9 +109,9 @@ def length(batch: int) -> int:
     return max(PROMPT // batch, SHORTEST)
 
 
-def streaming(whole: Generator, in_parts: Generator) -> dict[str, float]:
+def streaming(whole: Generator, in_parts: Generator, vocabulary: int = VOCABULARY) -> dict[str, float]:
     """Returns seconds per step for one row, at once and in parts; both include the prefill."""
-    ids, result = prompts(1, SHORTEST), {}
+    ids, result = prompts(1, SHORTEST, vocabulary), {}
     for name, generate in (("at once", whole), ("streamed", in_parts)):
         start = time.perf_counter()
         generate(ids, STREAMED)
@@ -114,9 +119,9 @@ def streaming(whole: Generator, in_parts: Generator) -> dict[str, float]:
     return result
 
 
-def measure_long(whole: Generator, in_parts: Generator, part: int) -> dict[str, float]:
+def measure_long(whole: Generator, in_parts: Generator, part: int, vocabulary: int = VOCABULARY) -> dict[str, float]:
     """Returns the seconds of the prefill of a long prompt, and of a step after it; `part` is the length of parts."""
-    ids = prompts(1, LONG)
+    ids = prompts(1, LONG, vocabulary)
     start = time.perf_counter()
     whole(ids, 1)
     prefill = time.perf_counter() - start

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..policies.formats import Format, ScaledArray
 from ..policies.matmul import grouped_matmuls
+from ..policies.matmul.shards import vary_alike
 from ..policies.scales import F32
 
 Kernel = jax.Array | ScaledArray
@@ -74,12 +75,15 @@ def mixture(kernels: ExpertKernels, x: jax.Array, weights: jax.Array, experts: j
     experts  (..., per_token) int32  their numbers
     """
     tokens, chosen = x.reshape(-1, x.shape[-1]), experts.reshape(-1)
-    results = by_expert(kernels.mlps, tokens, chosen, kernels.gate.shape[0])
-    return weighted_sum(results, weights).astype(x.dtype).reshape(x.shape)
+    results, order = by_expert(kernels.mlps, tokens, chosen, kernels.gate.shape[0])
+    return weighted_sum(results, order, weights).astype(x.dtype).reshape(x.shape)
 
 
-def by_expert(mlps: MLPs, tokens: jax.Array, chosen: jax.Array, experts: int, first: Any = 0) -> jax.Array:
-    """The results (rows, hidden) of each token with each of its experts, in the order of `chosen`.
+def by_expert(
+    mlps: MLPs, tokens: jax.Array, chosen: jax.Array, experts: int, first: Any = 0
+) -> tuple[jax.Array, jax.Array]:
+    """`(results, order)`: the results (rows, hidden) of each token with each of its experts, of which row i has the
+    place order[i] in `chosen`.
 
     tokens   (tokens, hidden)
     chosen   (tokens * per_token,) int32  experts of the tokens; rows of other experts than these have zeros:
@@ -89,13 +93,54 @@ def by_expert(mlps: MLPs, tokens: jax.Array, chosen: jax.Array, experts: int, fi
     per_token = chosen.shape[0] // tokens.shape[0]
     numbers = chosen - first
     numbers = jnp.where((numbers >= 0) & (numbers < experts), numbers, experts)
+    # The gradients of rows are added up over the devices that have other experts; a lookup alone would not do so.
+    tokens, numbers = vary_alike((tokens, numbers))
     order = jnp.argsort(numbers, stable=True)  # rows sorted by expert; row i is of token order[i] // per_token
     group_sizes = jnp.zeros(experts, jnp.int32).at[numbers].add(1, mode="drop")
-    return mlps(tokens[order // per_token], group_sizes)[jnp.argsort(order)]
+    return mlps(tokens[order // per_token], group_sizes), order
 
 
-def weighted_sum(results: jax.Array, weights: jax.Array) -> jax.Array:
-    """The sums (tokens, hidden), float32, of the results (tokens * per_token, hidden) of each token's experts."""
-    by_token = results.reshape(-1, weights.shape[-1], results.shape[-1])
-    weighted = by_token * weights.reshape(*by_token.shape[:2], 1).astype(results.dtype)
-    return weighted.astype(jnp.float32).sum(axis=1)
+def inverse(order: jax.Array) -> jax.Array:
+    """The inverse of a permutation, int32, without sorting again."""
+    return jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype), unique_indices=True)
+
+
+def weighted_sum(results: jax.Array, order: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sums (tokens, hidden), float32, of the results of each token's experts, weighted in the dtype of results.
+
+    results  (tokens * per_token, hidden)
+    order    (tokens * per_token,) int32  the weight of each result, counted token by token: a permutation
+    weights  (..., per_token)             of all tokens
+    """
+    by_token = weights.reshape(-1, weights.shape[-1]).astype(results.dtype)
+    sums: jax.Array = _weighted_sum(*vary_alike((results, order, by_token)))
+    return sums
+
+
+@jax.custom_vjp
+def _weighted_sum(results: jax.Array, order: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sums for weights (tokens, per_token).
+
+    XLA:CPU is several times slower with one gather and a sum over its second axis.  The gradients are gathers too: the
+    transposes of gathers would be additions one by one.
+    """
+    rows = inverse(order).reshape(weights.shape)
+    total = jnp.zeros((weights.shape[0], results.shape[1]), jnp.float32)
+    for i in range(weights.shape[1]):
+        total = total + (results[rows[:, i]] * weights[:, i, None]).astype(jnp.float32)
+    return total
+
+
+def _forward(results: jax.Array, order: jax.Array, weights: jax.Array) -> Any:
+    return _weighted_sum(results, order, weights), (results, order, weights)
+
+
+def _backward(residuals: Any, gradient: jax.Array) -> Any:
+    results, order, weights = residuals
+    of_rows = gradient[order // weights.shape[1]].astype(results.dtype)
+    of_weights = (of_rows * results).astype(jnp.float32).sum(axis=1).astype(weights.dtype)
+    of_weights = of_weights[inverse(order)].reshape(weights.shape)
+    return of_rows * weights.reshape(-1)[order][:, None], None, of_weights
+
+
+_weighted_sum.defvjp(_forward, _backward)

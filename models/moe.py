@@ -57,7 +57,9 @@ class Experts(nnx.Module):
         """The kernels of all experts, and how they are computed."""
         layers = self.gate_proj, self.up_proj, self.down_proj
         return ExpertKernels(
-            *(layer.weights() for layer in layers),
+            self.gate_proj.weights(),
+            self.up_proj.weights(),
+            self.down_proj.weights(),
             computes=tuple(layer.compute for layer in layers),
             activations=self.gate_proj.activations,
         )

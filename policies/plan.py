@@ -17,8 +17,9 @@ from . import dtypes
 from .checks import clauses
 from .errors import InvalidSharding, count
 from .labels import folded_label, human_bytes
-from .matmul import Target, matmul_plan
+from .matmul import Choice, Target, matmul_plan
 from .matmul.dispatch import FALLBACKS, candidates
+from .matmul.grouped_dispatch import LOOP_OF, grouped_plan
 from .paths import is_scale
 from .resolved import Change, Decisions, Resolved, ResolvedParam
 from .tables import Column, Report, Table, json_lines
@@ -271,8 +272,9 @@ def plan(
     rows: list[Row] = []
     for param in resolved.params.values():
         row = _row(param)
-        if target is not None and param.path.rpartition("/")[2] == "kernel" and len(param.shape) == 2:
-            row = _with_matmul(row, param, resolved.activations, target)
+        # Only in perparam's models, which have a cache, kernels with three axes are those of experts.
+        if param.path.rpartition("/")[2] == "kernel" and len(param.shape) in ((2, 3) if resolved.kv_bytes else (2,)):
+            row = row if target is None else _with_matmul(row, param, resolved.activations, Target.parse(target))
         rows.append(row)
         if param.has_scales or param.format.scale is not None:
             rows.append(_scale_row(param))
@@ -299,26 +301,14 @@ def _device_bytes(row: Row, shardings: Shardings) -> int:
     return math.prod(shape) * row.storage.itemsize
 
 
-def _with_matmul(row: Row, param: ResolvedParam, activations: np.dtype | None, target: str | Target) -> Row:
+def _with_matmul(row: Row, param: ResolvedParam, activations: np.dtype | None, target: Target) -> Row:
     """Returns the row of a kernel with its fields about the matmul, for 1 and for 512 rows of activations."""
-    out_features, in_features = param.shape
-    choices = [
-        matmul_plan(
-            rows,
-            (out_features, in_features),
-            x=activations or np.dtype(np.float32),
-            kernel=param.format,
-            compute=param.compute,
-            target=target,
-        )
-        for rows in (1, 512)
-    ]
+    choices = [_choice(rows, param, activations or np.dtype(np.float32), target) for rows in (1, 512)]
     refused: dict[str, list[str]] = {}
-    target = Target.parse(target)
     if choices[0].refused and FALLBACKS.issuperset(one.name for one in candidates(target)):
         unknown = " of unknown compute capability" if target == Target("cuda") else ""
         refused = {f"no implementation is made for {target}{unknown}": []}
-    elif all(choice.implementation in FALLBACKS for choice in choices):
+    elif all(choice.implementation.removeprefix(LOOP_OF) in FALLBACKS for choice in choices):
         for name, why in choices[0].refused:
             if name not in FALLBACKS and (name, why) in choices[1].refused:
                 refused.setdefault(why, []).append(name)
@@ -329,6 +319,17 @@ def _with_matmul(row: Row, param: ResolvedParam, activations: np.dtype | None, t
         or None,
         matmul_checks="; ".join(clauses(check for choice in choices for check in choice.checks)) or None,
     )
+
+
+def _choice(rows: int, param: ResolvedParam, x: np.dtype, target: Target) -> Choice:
+    """Returns the implementation of the products with a kernel (out, in), or with kernels (experts, out, in)."""
+    if len(param.shape) == 3:
+        experts, out_features, in_features = param.shape
+        shape = experts, out_features, in_features
+        return grouped_plan(rows, shape, x=x, kernel=param.format, compute=param.compute, target=target)
+    out_features, in_features = param.shape
+    shape_of_one = out_features, in_features
+    return matmul_plan(rows, shape_of_one, x=x, kernel=param.format, compute=param.compute, target=target)
 
 
 def _row(param: ResolvedParam) -> Row:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...policies.matmul.sharded import Names, Part, Split, array_specs, kernel_parts, local, over_devices, spec
 from ...policies.matmul.shards import vary
-from ..experts import ExpertKernels, MLPs, by_expert, weighted_sum
+from ..experts import ExpertKernels, MLPs, by_expert, inverse, weighted_sum
 
 
 def sharded_mixture(
@@ -56,11 +56,11 @@ def sharded_mixture(
         )
         tokens, chosen, count = x.reshape(-1, x.shape[-1]), experts.reshape(-1), mine[0].shape[0]
         if number.gathered:
-            results = exchanged(mlps, tokens, chosen, count, number.gathered, number.count)
+            results, order = exchanged(mlps, tokens, chosen, count, number.gathered, number.count)
         else:
             first = jax.lax.axis_index(number.kept) * count if number.kept else 0
-            results = by_expert(mlps, tokens, chosen, count, first)
-        sums = weighted_sum(results, weights)
+            results, order = by_expert(mlps, tokens, chosen, count, first)
+        sums = weighted_sum(results, order, weights)
         if number.kept or width.kept:
             sums = jax.lax.psum(sums, (*number.kept, *width.kept))
         return sums.astype(x.dtype).reshape(x.shape)
@@ -108,7 +108,9 @@ def _common_parts(
     return number, width, hidden
 
 
-def exchanged(mlps: MLPs, tokens: jax.Array, chosen: jax.Array, experts: int, axes: Names, devices: int) -> jax.Array:
+def exchanged(
+    mlps: MLPs, tokens: jax.Array, chosen: jax.Array, experts: int, axes: Names, devices: int
+) -> tuple[jax.Array, jax.Array]:
     """`by_expert` inside `shard_map`, with experts on all devices along `axes`: tokens travel there, results back.
 
     experts  the number of experts of each device
@@ -123,8 +125,8 @@ def exchanged(mlps: MLPs, tokens: jax.Array, chosen: jax.Array, experts: int, ax
     arrived = route.there(rows)
     numbers = _numbers(route.sizes, rows.shape[0])
     by_number = jnp.argsort(numbers, stable=True)
-    results = mlps(arrived[by_number], route.sizes.sum(axis=0))[jnp.argsort(by_number)]
-    return route.back(results)[jnp.argsort(order)]
+    results = mlps(arrived[by_number], route.sizes.sum(axis=0))[inverse(by_number)]
+    return route.back(results), order
 
 
 def _numbers(sizes: jax.Array, room: int) -> jax.Array:

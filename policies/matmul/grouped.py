@@ -66,7 +66,9 @@ def grouped_matmuls(
     if not arrays:
         return ()
     format, dtype = None if compute is None else as_format(compute), None if result is None else dtypes.as_dtype(result)
-    return _compiled(_described(x, arrays, format, dtype), x, arrays, sizes.astype(jnp.int32))
+    call = _described(x, arrays, format, dtype)
+    results: tuple[jax.Array, ...] = _compiled(call, x, arrays, sizes.astype(jnp.int32))
+    return results
 
 
 def _described(x: jax.Array, kernels: Sequence[Kernel], compute: Format | None, result: np.dtype | None) -> GroupedCall:
@@ -90,7 +92,8 @@ def _compiled(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], size
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], sizes: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the products for checked operands."""
-    return grouped_dispatch.products(call, x, kernels, sizes)
+    results: tuple[jax.Array, ...] = grouped_dispatch.products(call, x, kernels, sizes)
+    return results
 
 
 def _forward(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], sizes: jax.Array) -> Any:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
-from ..formats import ScaledArray
+from ..formats import Format, ScaledArray
 from ..targets import Target
-from . import grouped_loop, grouped_native
-from .dispatch import override
+from . import dispatch, grouped_loop, grouped_native
+from .dispatch import Choice, describe, override
 from .grouped_calls import GroupedCall, GroupedImplementation, Kernel
-from .grouped_loop import LOOP
+from .grouped_loop import LOOP, tile_height
 from .portable import unless_portable
 
 _TARGETS: dict[tuple[str, tuple[int, int] | None], tuple[GroupedImplementation, ...]] = {
@@ -22,20 +23,59 @@ _TARGETS: dict[tuple[str, tuple[int, int] | None], tuple[GroupedImplementation, 
 """Implementations in order of preference, by platform and compute capability (None: any); after them, and for others,
 the loop."""
 
+LOOP_OF = "loop of "
+"""How names in plans begin where the loop computes a product."""
+
 
 def candidates(target: Target) -> tuple[GroupedImplementation, ...]:
     """Returns the implementations for `target` in order of preference."""
     return *_TARGETS.get((target.platform, target.capability), _TARGETS.get((target.platform, None), ())), LOOP
 
 
-def choose(call: GroupedCall, target: Target) -> GroupedImplementation:
-    """Returns the first implementation for `target` that accepts the call.
+def choose(call: GroupedCall, target: Target) -> tuple[GroupedImplementation, dict[str, str]]:
+    """Returns the first implementation for `target` that accepts the call, and why preferred ones do not, by name.
 
     An implementation of `matmul_override` that is none of them computes the products of the loop.
     """
-    named = override()
-    allowed = (one for one in candidates(target) if one is LOOP or named in (None, one.name))
-    return next(one for one in allowed if one.refuses(call) is None)
+    named, refused = override(), dict[str, str]()
+    for one in candidates(target):
+        if one is not LOOP and named not in (None, one.name):
+            continue
+        why = one.refuses(call)
+        if why is None:
+            return one, refused
+        refused[one.name] = why
+    raise AssertionError(f"the loop does not accept {call}")
+
+
+def grouped_plan(
+    rows: int,
+    kernel_shape: tuple[int, int, int],
+    *,
+    x: np.dtype,
+    kernel: Format,
+    compute: Format | None,
+    target: Target,
+) -> Choice:
+    """Returns the implementation that `grouped_matmul` chooses, and the reason, as `matmul_plan` does.
+
+    rows          rows of x, of all groups together
+    kernel_shape  (groups, out, in)
+    x             dtype of x
+    kernel        format of the kernels, complete
+    compute       format of `grouped_matmul`'s argument `compute`
+
+    The name of the loop is that of the implementation of its products after `LOOP_OF`.
+    """
+    groups, *shape = kernel_shape
+    one = describe(rows, tuple(shape), x, kernel, compute)
+    chosen, refused = choose(GroupedCall(groups, (one,), (kernel,), x, compute, target), target)
+    if chosen is not LOOP:
+        return Choice(chosen.name, chosen.gist, tuple(refused.items()))
+    tile = describe(tile_height(rows, groups), tuple(shape), x, kernel, compute)
+    product = dispatch.choose(tile, target, x, run_checks=False)[1]
+    reasons = tuple((dict(product.refused) | refused).items())
+    return Choice(f"{LOOP_OF}{product.implementation}", LOOP.gist, reasons, product.checks)
 
 
 def products(
@@ -79,7 +119,7 @@ def _by_platform(
     gpu = call.target if call.target.platform == "cuda" else Target("cuda")
     branches = {}
     for platform, target in (("cpu", Target("cpu")), ("cuda", gpu)):
-        chosen = choose(call, target)
+        chosen, _ = choose(call, target)
         function = None if chosen is LOOP else function_of(chosen)
         if function is not None:
             branches[platform] = _branch(chosen, functools.partial(function, call), functools.partial(loop, call))

@@ -14,9 +14,11 @@ from flax import nnx
 import perparam
 from perparam.loaders import read_config
 from perparam.models import Qwen3Moe, moe
+from perparam.models.experts import weighted_sum
 from perparam.models.moe import SparseMLP
 from perparam.policies.errors import InvalidCheckpoint, UnsupportedConfig
 from perparam.policies.matmul import grouped_loop, matmul_override
+from perparam.policies.native import library
 from perparam.policies.trees import parameters
 
 HIDDEN, WIDTH, EXPERTS = 40, 24, 6
@@ -106,6 +108,22 @@ def test_decoding_a_token_reads_the_kernels_of_its_experts_alone(monkeypatch):
     jax.clear_caches()
 
 
+def test_the_weighted_sum_has_the_bits_and_gradients_of_a_gather_and_a_sum():
+    random = np.random.default_rng(0)
+    order = jnp.asarray(random.permutation(15), jnp.int32)
+    weights = jnp.asarray(random.uniform(size=(5, 3)), jnp.float32)
+    results, along = (jnp.asarray(random.normal(size=(rows, 8)), jnp.float32) for rows in (15, 5))
+
+    def plainly(results, weights):
+        return (results[jnp.argsort(order)].reshape(5, 3, 8) * weights[..., None]).sum(axis=1)
+
+    found, back = jax.vjp(lambda *operands: weighted_sum(operands[0], order, operands[1]), results, weights)
+    want, back_plainly = jax.vjp(plainly, results, weights)
+    np.testing.assert_array_equal(found, want)
+    for gradient, other in zip(back(along), back_plainly(along), strict=True):
+        np.testing.assert_allclose(gradient, other, rtol=0, atol=SUMS_ERROR)
+
+
 @pytest.mark.slow
 def test_gradients_are_those_of_finite_differences_and_reach_the_experts_in_use():
     layer, x = mixture(), tokens(1, 3)
@@ -129,6 +147,24 @@ def test_gradients_are_those_of_finite_differences_and_reach_the_experts_in_use(
 
 
 class TestPolicies:
+    @pytest.mark.parametrize("target", ["cpu", "cuda:8.0", "tpu"])
+    def test_a_plan_has_the_matmul_of_experts(self, target, monkeypatch):
+        plan = functools.partial(perparam.get_policy("fp8_weight_only").explain, model(), target=target)
+
+        def experts():
+            rows = [row for row in plan() if row.path == f"{EXPERT}/kernel"]
+            return [(row.matmul, row.matmul_refused) for row in rows]
+
+        if target == "cpu":
+            if library.unavailable() is None:
+                assert experts() == [("native", None)]
+            monkeypatch.setattr(library, "unavailable", lambda: "it is not here")
+            assert experts() == [("loop of slabs", "not native: it is not here")]
+        else:
+            one = {"cuda:8.0": "fused reduction | widen, then dot", "tpu": "fused reduction | widen, then dot"}[target]
+            want = " | ".join(f"loop of {name}" for name in one.split(" | "))
+            assert experts() == [(want, f"no implementation is made for {target}")]
+
     def test_a_pattern_addresses_experts_and_presets_leave_the_router(self):
         stored = perparam.policies.describe(model("fp8_weight_only"))
         dtypes = {path: info.dtype.name for path, info in stored.items()}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,7 +31,9 @@ SIZES = ((0, 40, 0), (1, 0, 0), (4, 5, 14), (0, 513, 1))
 def stack(kind: str, groups: int = 3):
     """Kernels of all groups, float32, another float or in a format; their blocks divide neither side."""
     kernel = np.random.default_rng(1).normal(size=(groups, OUT, IN)).astype(np.float32)
-    return jnp.asarray(kernel, kind) if kind in ("float32", "float16", "bfloat16") else quantize(kernel, kind, BLOCK)
+    if kind in ("float32", "float16", "bfloat16"):
+        return jnp.asarray(kernel, kind)
+    return quantize(kernel, kind) if kind == "mxfp8" else quantize(kernel, kind, BLOCK)
 
 
 def one_of(kernel, group):
@@ -64,6 +67,7 @@ def group_by_group(function, kernel, sizes, *rows):
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
                 (FP8, "bfloat16", FP8),
+                ("mxfp8", "bfloat16", None),
                 (FP8, "float32", "bfloat16"),
                 ("int8", "float16", None),
                 ("float16", "float32", None),
@@ -122,6 +126,13 @@ def test_transformations_keep_the_bits():
     steps = jax.lax.scan(lambda _, x: (_, grouped_matmul(x, kernel, sizes)), 0, jnp.stack([x, x]))[1]
     assert bits(steps[1]) == want
     assert bits(jax.jit(jax.checkpoint(grouped_matmul))(x, kernel, sizes)) == want
+
+
+def test_an_exported_program_has_the_loop():
+    x, (kernel, _), sizes = groups(FP8)
+    module = jax.export.export(jax.jit(lambda x, sizes: grouped_matmul(x, kernel, sizes)))(x, sizes).mlir_module()
+    assert "perparam_" not in module  # the prefix of all handlers
+    assert "stablehlo.while" in module
 
 
 def read_with_unreadable_kernels() -> None:
