@@ -79,12 +79,20 @@ def test_the_page_on_embeddings_runs(capsys):
 def test_the_page_on_loading_runs(capsys):
     with jax.numpy_dtype_promotion("standard"):
         names = run_blocks(ROOT / "docs" / "loading.md")
-    spec, files, *summary, own = capsys.readouterr().out.splitlines()
-    assert spec == "P('tensor', None)"
+    files, *summary, own = capsys.readouterr().out.splitlines()
     assert summary[0] == "2 parameters and 1 grid of scales: 1 cast, 1 made, 1 quantised"
     assert own == "float8_e4m3fn (2, 3)"
     assert files == "['config.json', 'model.safetensors', 'policy.yaml', 'tokenizer.json', 'tokenizer_config.json']"
     assert perparam.load_model(names["small"], names["small"] / "policy.yaml").config.quantization is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_on_several_devices_runs(capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        names = run_blocks(ROOT / "docs" / "several-devices.md")
+    assert capsys.readouterr().out == "P('model', None)\n"
+    assert names["tokens"].shape == (1, 4)
+    assert names["model"].embed_tokens.embedding[...].sharding.spec == jax.sharding.PartitionSpec("model", "data")
 
 
 @pytest.mark.slow
