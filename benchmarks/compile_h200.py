@@ -4,6 +4,7 @@
     python benchmarks/compile_h200.py kernels 8B        # those of some models
     python benchmarks/compile_h200.py decode 8B 32B     # one decoding step of whole models
     python benchmarks/compile_h200.py prefill 8B        # a prompt of 8000 tokens
+    python benchmarks/compile_h200.py experts           # the mixture of experts of Qwen3-30B-A3B, by number of tokens
 
 Runs XLA, Mosaic GPU and ptxas.  Needs `pip install 'jax[cuda13]'` in addition to perparam, but neither a GPU nor a
 driver: `h200.txtpb` describes the device.  Measures no speed.  Writes tables to stdout and `results/`; the exit code is
@@ -198,7 +199,7 @@ def examine_kernels(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield result | {"faults": [f"{type(error).__name__}: {error}".splitlines()[0]]}
 
 
-def lower_step(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, set[Shape]]:
+def lower_step(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, set[tuple[int, ...]]]:
     """Returns the lowered decoding step of a model for one row, and the shapes of the model's narrow kernels."""
     model = shapes.abstract_model(size, mode)
     graph, state = nnx.split(model)
@@ -215,7 +216,7 @@ def lower_step(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, s
     return lowered, narrow_shapes(state)
 
 
-def lower_prefill(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, set[Shape]]:
+def lower_prefill(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered, set[tuple[int, ...]]]:
     """Returns the lowered prefill of a prompt of PROMPT tokens, and the shapes of the model's narrow kernels."""
     graph, state = nnx.split(shapes.abstract_model(size, mode))
     ids, mask = (jax.ShapeDtypeStruct((1, PROMPT), dtype) for dtype in (jnp.int32, jnp.bool_))
@@ -223,7 +224,20 @@ def lower_prefill(size: str, mode: str, target: str) -> tuple[jax.stages.Lowered
         return programs.prefill.lower(graph, *abstract((state, ids, mask)), bucket(PROMPT + 256)), narrow_shapes(state)
 
 
-def narrow_shapes(state: Any) -> set[Shape]:
+def lower_experts(tokens: int, mode: str, target: str) -> tuple[jax.stages.Lowered, set[tuple[int, ...]]]:
+    """Returns the lowered mixture of experts of Qwen3-30B-A3B, and the shapes of its narrow kernels.
+
+    These are the shapes of all experts, also as one matrix, and of one expert.
+    """
+    graph, state = nnx.split(shapes.abstract_experts(mode))
+    x = jax.ShapeDtypeStruct((1, tokens, shapes.HIDDEN), jnp.bfloat16)
+    with matmul_override(target=target):
+        lowered = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(*abstract((state, x)))
+    stacks = narrow_shapes(state)
+    return lowered, stacks | {(groups * n, k) for groups, n, k in stacks} | {stack[1:] for stack in stacks}
+
+
+def narrow_shapes(state: Any) -> set[tuple[int, ...]]:
     """Returns the shapes of all FP8 kernels."""
     return {leaf.shape for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float8_e4m3fn}
 
@@ -239,12 +253,15 @@ def instructions(program: str) -> Iterator[tuple[str, str, str]]:
             yield computation, match[1], match[2]
 
 
-def wide_kernels(program: str, kernels: set[Shape]) -> list[str]:
+def wide_kernels(program: str, kernels: set[tuple[int, ...]]) -> list[str]:
     """Returns the float arrays of a program that have the shape of a kernel, also transposed or in blocks.
 
-    Such an array is a widened kernel.  It is written to memory, or exists only within a fusion.
+    Such an array is a widened kernel, or one of several in a stack.  It is written to memory, or exists only within a
+    fusion.
     """
-    views = kernels | {(k, n) for n, k in kernels} | {(n // BLOCK, BLOCK, k // BLOCK, BLOCK) for n, k in kernels}
+    views = set(kernels)
+    for *stack, n, k in kernels:
+        views |= {(*stack, k, n), (*stack, n // BLOCK, BLOCK, k // BLOCK, BLOCK)}
     fused = set(re.findall(r" fusion\(.*? calls=%([\w.-]+)", program))
     counts: collections.Counter[str] = collections.Counter()
     for computation, kind, operation in instructions(program):
@@ -253,6 +270,17 @@ def wide_kernels(program: str, kernels: set[Shape]) -> list[str]:
             if tuple(side for side in map(int, sides.split(",")) if side > 1) in views:
                 counts[f"{dtype}[{sides}] {where}"] += 1
     return [f"{count} {what}" for what, count in counts.items()]
+
+
+def copied_kernels(program: str, kernels: set[tuple[int, ...]]) -> list[str]:
+    """Returns the operations of a program that write FP8 arrays of the shape of a kernel."""
+    found = collections.Counter(
+        f"f8e4m3fn[{sides}] by {operation}"
+        for _, kind, operation in instructions(program)
+        for sides in re.findall(r"\bf8e4m3fn\[([\d,]+)\]", kind)
+        if tuple(map(int, sides.split(","))) in kernels
+    )
+    return [f"{count} {what}" for what, count in found.items()]
 
 
 def examine_models(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -286,6 +314,30 @@ def examine_models(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             result["of them cuDNN's attention"] = program.count('custom_call_target="__cudnn$fmhaSoftmax"')
             faults += ["attention without cuDNN"] * (result["of them cuDNN's attention"] != shapes.LAYERS[size])
         yield result | {"faults": faults}
+
+
+def examine_experts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields the results of the command `experts` for each number of tokens and mode."""
+    for tokens, mode in itertools.product(shapes.ROWS, MODES):
+        lowered, kernels = lower_experts(tokens, mode, arguments.target)
+        compiled, printed, seconds = build(lowered)
+        program, text = compiled.as_text(), "".join(printed)
+        launches = collections.Counter(name for computation, _, name in instructions(program) if computation == "ENTRY")
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+        faults = wide_kernels(program, kernels) + copied_kernels(program, kernels) + ["spills"] * bool(spilled)
+        faults += [line for line in re.findall(PTXAS_COMPLAINT, text) if HARMLESS not in line]
+        faults += ["no kernel for groups"] * (program.count('custom_call_target="mosaic_gpu_v2"') < 2)
+        yield {
+            "tokens": tokens,
+            "mode": mode,
+            "target": arguments.target,
+            "temporary MiB": round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 2),
+            "launches": launches,
+            "registers": [int(count) for count in re.findall(r"Used (\d+) registers", text)],
+            "spilled bytes": spilled,
+            "to compile": round(seconds, 1),
+            "faults": faults,
+        }
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -335,10 +387,13 @@ def main() -> int:
     prefill = commands.add_parser("prefill", help=f"the same for a prompt of {PROMPT} tokens, and calls of cuDNN")
     prefill.add_argument("models", nargs="*", default=["8B"], metavar="MODEL", help=models_help)
     prefill.set_defaults(target=HOPPER)
+    experts = commands.add_parser("experts", help="launches, memory and copies of kernels in a mixture of experts")
+    experts.set_defaults(target=HOPPER)
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    results = list((examine_kernels if arguments.command == "kernels" else examine_models)(arguments))
+    examine_command = {"kernels": examine_kernels, "experts": examine_experts}.get(arguments.command, examine_models)
+    results = list(examine_command(arguments))
     print(table(results))
     if arguments.command == "kernels" or arguments.target == HOPPER:
         partly = arguments.command == "kernels" and arguments.models != list(shapes.LAYERS)

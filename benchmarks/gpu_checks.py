@@ -37,8 +37,10 @@ from perparam.models import flash
 from perparam.policies import matmul_override, scaled_matmuls
 from perparam.policies.checks import Trial
 from perparam.policies.formats import Format, ScaledArray, stored_format
-from perparam.policies.matmul import hopper, oracle, trials
+from perparam.policies.matmul import hopper, hopper_grouped, oracle, trials
 from perparam.policies.matmul.dispatch import describe
+from perparam.policies.matmul.grouped_calls import GroupedCall
+from perparam.policies.targets import Target
 
 E4M3, E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
 BF16, F16, F32 = (jnp.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -144,6 +146,56 @@ def products(
     return Check(name, run)
 
 
+def grouped(sizes: tuple[int, ...], outs: tuple[int, ...], features: int, narrow: bool, *, x: np.dtype = BF16) -> Check:
+    """Returns the check of products of groups of rows with kernels (groups, out, in), in one launch.
+
+    sizes  rows of each group; the kernels of those without rows are NaN, and not read
+    """
+    rows, used = sum(sizes), sum(size > 0 for size in sizes)
+    mode = "W8A8" if narrow else "W8A16"
+    kernels_of = f"{' + '.join(map(str, outs))} × {features}"
+    name = f"hopper grouped: {mode}, {rows} rows of {x}, {used} of {len(sizes)} groups, {kernels_of}"
+
+    def stack(out: int) -> ScaledArray:
+        one = weight(out, features, (128, 128), E4M3)
+        # Powers of two distinguish the kernels of groups, and change no rounding.
+        factors = np.where(np.array(sizes) > 0, np.exp2(np.arange(len(sizes)) % 5 - 2), np.nan).astype(np.float32)
+        values = jnp.broadcast_to(one.values, (len(sizes), *one.values.shape))
+        return ScaledArray(values, one.scale_inv * factors[:, None, None], one.format)
+
+    @jax.jit
+    def product(activations: jax.Array, kernels: list[ScaledArray]) -> tuple[jax.Array, ...]:
+        format = Format(E4M3) if narrow else None
+        formats = tuple(kernel.format for kernel in kernels)
+        calls = tuple(describe(rows, (out, features), x, formats[0], format) for out in outs)
+        call = GroupedCall(len(sizes), calls, formats, x, format, Target("cuda", (9, 0)))
+        return hopper_grouped.GROUPED.run(call, activations, kernels, jnp.asarray(sizes, jnp.int32))
+
+    @jax.jit
+    def reference(activations: jax.Array, kernel: ScaledArray) -> tuple[jax.Array, jax.Array]:
+        wide, weight = activations.astype(F32), kernel.dequantize()
+        return oracle.dot(wide, weight), oracle.dot(jnp.abs(wide), jnp.abs(weight))
+
+    def run() -> Iterator[Result]:
+        activations = exact_rows(rows, features, x)
+        found = product(activations, [stack(out) for out in outs])
+        for y, out in zip(found, outs, strict=True):
+            factors = np.repeat(np.exp2(np.arange(len(sizes)) % 5 - 2), sizes)[:, None]
+            one = reference(activations, weight(out, features, (128, 128), E4M3))
+            want, magnitude = (np.asarray(array) * factors for array in one)
+            sums = FP8_SUMS if narrow else (3 * features + 8) * ROUNDING[F32]
+            yield y, want, sums * magnitude + ROUNDING[x] * (1 + 2.0**-7) * np.abs(want)
+
+    return Check(name, run)
+
+
+def routed(tokens: int, experts: int = 128, per_token: int = 8) -> tuple[int, ...]:
+    """Returns the rows of each expert for tokens with random experts, of which some are chosen more often."""
+    random = np.random.default_rng(tokens)
+    scores = random.gumbel(size=(tokens, experts)) + random.normal(size=experts)
+    return tuple(np.bincount(np.argsort(scores, axis=1)[:, -per_token:].ravel(), minlength=experts).tolist())
+
+
 def quantised(rows: int, features: int, dtype: np.dtype) -> Check:
     """Returns the check of the kernel that quantises activations (rows, in)."""
 
@@ -225,6 +277,12 @@ def trials_of_kernels() -> Iterator[Check]:
         for implementation in (hopper.COLUMNS, hopper.ROWS, hopper.WIDENED):
             if implementation.refuses(call) is None:
                 yield trial(trials.of_product(implementation, call))
+    for tokens, compute in itertools.product((1, 4096), (None, Format(E4M3))):
+        stored = stored_format(E4M3, (128, 128), F32)
+        call = describe(8 * tokens, (768, 2048), BF16, stored, compute)
+        yield trial(
+            hopper_grouped.GROUPED.trial(GroupedCall(128, (call,), (stored,), BF16, compute, Target("cuda", (9, 0))))
+        )
     yield trial(trials.of_quantisation(hopper.QUANTISATION, hopper.ROWS_FORMAT, BF16))
 
 
@@ -266,6 +324,11 @@ def checks() -> Iterator[Check]:
     yield products("hopper rows", 4096, (7168,), 2048, True)
     yield products("hopper rows", 256, (1024,), 1024, True, block=(256, 512))
     yield products("hopper rows", 256, (1024,), 1024, True, result=F32)
+    for narrow, tokens in ((False, 1), (True, 4), (False, 64), (True, 128), (False, 256), (True, 1000), (False, 4096)):
+        yield grouped(routed(tokens), (768, 768), 2048, narrow)  # tiles of 8, 16, … 128 rows
+    for narrow, tokens in ((False, 1), (True, 64), (False, 1000), (True, 4096)):
+        yield grouped(routed(tokens), (2048,), 768, narrow)
+    yield grouped((0, 1000, 0, 1), (768, 768), 2048, False, x=F16)
     for padding, window in itertools.product(("none", "last"), (None, 100)):
         yield attention(1024, padding, window, BF16)
     yield attention(130, "last", None, F16)
@@ -282,6 +345,8 @@ def dry_checks() -> Iterator[Check]:
     yield products("hopper columns", 5, (128, 128), 128, True)
     yield products("hopper rows", 70, (256,), 128, True)
     yield products("hopper widened", 130, (256,), 128, False)
+    yield grouped((1, 0, 3), (128, 128), 128, False)
+    yield grouped((0, 9, 3), (128,), 256, True)
     yield attention(130, "last", None, BF16)
     yield masked_attention(131, 280, BF16)
 
@@ -334,7 +399,8 @@ def interpreter() -> Iterator[None]:
 
     if interpreter.MISSING:
         raise RuntimeError(interpreter.MISSING)
-    with interpreter.interpreted(), mock.patch.object(hopper, "multiprocessors", return_value=4):
+    four = (mock.patch.object(module, "multiprocessors", return_value=4) for module in (hopper, hopper_grouped))
+    with interpreter.interpreted(), next(four), next(four):
         yield
 
 

@@ -1,12 +1,14 @@
-"""Shapes of the published dense Qwen3 models, for tests and benchmarks: of each linear layer, and of whole models."""
+"""Shapes of published Qwen3 models, for tests and benchmarks: each linear layer, whole models, a mixture of experts."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from perparam import Policy, get_policy
 from perparam.models import Qwen3, Qwen3Config
+from perparam.models.moe import SparseMLP
 
 ROWS = (1, 8, 64, 512, 4096)
 """A token, small batches of them, and prompts."""
@@ -72,5 +74,29 @@ def abstract_model(size: str, mode: str = "W8A16", *, layers: int | None = None,
         dtype=np.dtype(jnp.bfloat16),
         pad_token_id=0,
     )
-    stored = {"lm_head/kernel?": "bf16", "kernel": "f8_e4m3fn", "default": "bf16"}
-    return Qwen3(config, policy=Policy(stored, get_policy(MODES[mode]).compute, "bf16"), rngs=None)
+    return Qwen3(config, policy=_policy(mode, "lm_head/kernel?"), rngs=None)
+
+
+EXPERTS, PER_TOKEN, HIDDEN, WIDTH = 128, 8, 2048, 768
+"""Of a layer of Qwen3-30B-A3B: experts, those of each token, and columns of x and of the hidden layer of an expert."""
+
+
+def abstract_experts(mode: str = "W8A16") -> SparseMLP:
+    """A mixture of experts of shapes, that of a layer of Qwen3-30B-A3B, stored as its FP8 checkpoint is."""
+    return nnx.eval_shape(
+        lambda: SparseMLP(
+            experts=EXPERTS,
+            per_token=PER_TOKEN,
+            hidden=HIDDEN,
+            width=WIDTH,
+            norm_topk_prob=True,
+            policy=_policy(mode, "gate/kernel").at(),
+            rngs=nnx.Rngs(0),
+        )
+    )
+
+
+def _policy(mode: str, wide: str) -> Policy:
+    """The policy of FP8 checkpoints, with the kernels of the pattern `wide` in bfloat16."""
+    stored = {wide: "bf16", "kernel": "f8_e4m3fn", "default": "bf16"}
+    return Policy(stored, get_policy(MODES[mode]).compute, "bf16")

@@ -8,7 +8,8 @@ import numpy as np
 from helpers import dtype
 from matmuls import FP8, assert_product, widened
 
-from perparam.policies.matmul import hopper_columns, hopper_rows, hopper_widened
+from perparam.policies.matmul import hopper_columns, hopper_grouped_kernel, hopper_rows, hopper_widened
+from perparam.policies.matmul.hopper_grouped_tiles import RowTiles
 
 BLOCK = (128, 128)
 
@@ -80,6 +81,47 @@ def columns_products(
     settings = {"blocks": blocks, "result": dtype(result), "processors": processors}
     results = hopper_columns.products(values, x_scales, kernels, scales, **settings)
     return [Product(y, wide, widened(*pair)) for y, pair in zip(results, operands, strict=True)]
+
+
+def grouped_operands(sizes, outs, features, x="bfloat16", of=FP8, block=BLOCK):
+    """`(tiles, x, x_scales, kernels, scales, blocks, wide)`: random operands of groups of rows, and x in float64."""
+    rows, tiles = sum(sizes), RowTiles.of(sum(sizes), jnp.asarray(sizes, jnp.int32))
+    taken = max(-(-rows // 8) * 8, tiles.height)
+    if x == FP8:
+        values, x_scales = narrow_rows(rows, features)
+        wide = widened(values, np.asarray(x_scales).T, (1, 128))
+        # What copies to shared memory take beyond the rows is never read.
+        missing = hopper_grouped_kernel.scales_of(taken, tiles.height) - rows
+        x_scales = jnp.pad(x_scales, ((0, 0), (0, missing)), constant_values=jnp.nan)
+    else:
+        values, x_scales = wide_rows(rows, features, x), None
+        wide = np.asarray(values).astype(np.float64)
+    values = jnp.pad(values, ((0, taken - rows), (0, 0)))
+    groups = range(len(sizes))
+    stacks = [[kernel_of(out, features, block, of, 100 * j + i) for i in groups] for j, out in enumerate(outs)]
+    kernels, scales = (tuple(jnp.stack([pair[i] for pair in stack]) for stack in stacks) for i in range(2))
+    return tiles, values, x_scales, kernels, scales, tuple(stack[0][2] for stack in stacks), wide
+
+
+def grouped_products(
+    sizes, outs, features, x="bfloat16", result="float32", of=FP8, block=BLOCK, processors=132
+) -> list[Product]:
+    """What `hopper_grouped_kernel.products` makes of random operands, for each group with rows and each kernel."""
+    tiles, values, x_scales, kernels, scales, blocks, wide = grouped_operands(sizes, outs, features, x, of, block)
+    settings = {"blocks": blocks, "result": dtype(result), "processors": processors}
+    y = hopper_grouped_kernel.products(values, x_scales, tiles, kernels, scales, **settings)
+    y = y.reshape(-1, sum(outs))[tiles.places]
+    ends, columns = np.cumsum(sizes), np.cumsum(outs)
+    return [
+        Product(
+            y[end - size : end, column - out : column],
+            wide[end - size : end],
+            widened(kernels[j][i], scales[j][i], blocks[j]),
+        )
+        for i, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        for j, (out, column) in enumerate(zip(outs, columns, strict=True))
+        if size
+    ]
 
 
 def assert_products(products, result="float32") -> None:

@@ -11,7 +11,15 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from perparam.models.decoding import hopper_attention, hopper_gate, hopper_norm, hopper_rotate
-from perparam.policies.matmul import face, hopper_columns, hopper_quantize, hopper_rows, hopper_widened, warpgroup
+from perparam.policies.matmul import (
+    face,
+    hopper_columns,
+    hopper_grouped_kernel,
+    hopper_quantize,
+    hopper_rows,
+    hopper_widened,
+    warpgroup,
+)
 
 try:  # private, and so perhaps somewhere else in the next version
     from jax._src import core
@@ -39,6 +47,7 @@ KERNELS = (
     (hopper_widened, "product"),
     (hopper_columns, "products"),
     (hopper_columns, "sums"),
+    (hopper_grouped_kernel, "products"),
     (hopper_quantize, "quantize"),
     (hopper_norm, "add_and_norm"),
     (hopper_gate, "gate"),

@@ -10,13 +10,22 @@ import pytest
 
 from perparam.policies import check_records, checks
 from perparam.policies.blocks import expand
-from perparam.policies.matmul import Target, face, hopper_columns, hopper_quantize, hopper_rows, trials
+from perparam.policies.matmul import (
+    Target,
+    face,
+    grouped_trials,
+    hopper_columns,
+    hopper_grouped_kernel,
+    hopper_quantize,
+    hopper_rows,
+    trials,
+)
 
 HOPPER = Target("cuda", (9, 0))
 
 
 @contextlib.contextmanager
-def device(folder, columns=None, rows=None, quantize=None, identity="a device"):
+def device(folder, columns=None, rows=None, quantize=None, grouped=None, identity="a device"):
     """A new process with a Hopper device, which has these kernels; yields how often each kind was compared.
 
     The device is the CPU, the trials are small, and records of checks are in `folder`.
@@ -38,9 +47,11 @@ def device(folder, columns=None, rows=None, quantize=None, identity="a device"):
         patch.setattr(checks, "_compared", counted)
         patch.setattr(trials, "LAUNCHES", (((256, 384),), ((256, 384), (128, 384))))
         patch.setattr(trials, "MANY_ROWS", 140)
+        patch.setattr(grouped_trials, "LAUNCHES", grouped_trials.LAUNCHES[:1])
         patch.setattr(hopper_columns, "products", columns or products)
         patch.setattr(hopper_rows, "product", rows or product)
         patch.setattr(hopper_quantize, "quantize", quantize or quantized)
+        patch.setattr(hopper_grouped_kernel, "products", grouped or globals()["grouped"])
         try:
             yield compared
         finally:
@@ -59,6 +70,20 @@ def products(x, x_scales, kernels, scales, *, blocks, result, processors):
 def product(x, x_scales, kernel, scale_inv, *, block, result, processors):
     """What `hopper_rows.product` returns."""
     return products(x, x_scales, (kernel,), (scale_inv,), blocks=(block,), result=result, processors=processors)[0]
+
+
+def grouped(x, x_scales, tiles, kernels, scales, *, blocks, result, processors):
+    """What `hopper_grouped_kernel.products` returns, with zeros for what is undefined."""
+    parts = []
+    for tile, group in enumerate(tiles.groups):
+        rows = jax.lax.dynamic_slice_in_dim(x, tiles.starts[tile] * 8, tiles.height)
+        rows_scales = None
+        if x_scales is not None:
+            rows_scales = jax.lax.dynamic_slice_in_dim(x_scales, tiles.starts[tile] * 8, tiles.height, axis=1)
+        of_group = ([one[group] for one in stacks] for stacks in (kernels, scales))
+        y = products(rows, rows_scales, *of_group, blocks=blocks, result=result, processors=processors)
+        parts.append(jnp.where(tile < tiles.until[-1], jnp.concatenate(y, axis=1), 0))
+    return jnp.stack(parts)
 
 
 def quantized(x):

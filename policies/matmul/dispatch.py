@@ -18,7 +18,7 @@ from ..errors import UnknownImplementation, UnsupportedCast
 from ..formats import Format, as_format
 from ..targets import Target, targeting
 from . import blackwell, cpu, hopper, native, trials, xla
-from .calls import Call, Implementation, by_xla
+from .calls import BY_XLA, Call, Implementation, Quantizer, by_xla
 from .oracle import ORACLE
 
 
@@ -143,15 +143,28 @@ def choose(
             checks.append(check(trials.of_product(implementation, call), target, run=run_checks))
             why = "its check failed" if checks[-1].state == "refused" else None
         if why is None:
-            if x is not None and call.x.narrow and (quantizer := implementation.quantizer(call)).opaque:
-                checks.append(check(trials.of_quantisation(quantizer, call.x, x), target, run=run_checks))
-                if checks[-1].state == "refused":
-                    implementation = dataclasses.replace(implementation, quantizer=by_xla)
+            quantizer, checked = checked_quantizer(implementation.quantizer(call), call, target, x, run_checks)
+            checks += checked
+            if quantizer is BY_XLA:
+                implementation = dataclasses.replace(implementation, quantizer=by_xla)
             refused.pop(implementation.name, None)
             choice = Choice(implementation.name, implementation.gist, tuple(refused.items()), tuple(checks))
             return implementation, choice
         refused[implementation.name] = why
     raise AssertionError(f"no implementation accepts {call}")
+
+
+def checked_quantizer(
+    quantizer: Quantizer, call: Call, target: Target, x: np.dtype | None, run_checks: bool = True
+) -> tuple[Quantizer, list[Check]]:
+    """Returns what quantises the activations of a call, `quantizer` unless it fails its check, and any check.
+
+    x  dtype of the activations before the quantisation; None: unknown, nothing is checked
+    """
+    if x is None or not call.x.narrow or not quantizer.opaque:
+        return quantizer, []
+    found = check(trials.of_quantisation(quantizer, call.x, x), target, run=run_checks)
+    return BY_XLA if found.state == "refused" else quantizer, [found]
 
 
 def portable(call: Call, platform: str) -> Implementation:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from ..checks import Trial
 from ..formats import Format, ScaledArray
 from ..targets import Target
 from .calls import Call
@@ -46,6 +47,8 @@ class GroupedImplementation:
     run            returns the products (rows, out), in their result dtypes, of x (rows, in), whose rows are sorted by
                    group, with each stack of kernels; group_sizes (groups,) int32 are the rows of each group
     gradient_of_x  returns the gradient of x for frozen kernels, given that of each product; None: the loop's serves
+    trial          returns the comparison with the reference that a kernel has to pass before its first use on a device;
+                   None: it is not checked
     opaque         whether it is a kernel that XLA can neither see into nor divide over several devices
     exportable     whether `jax.export` accepts its kernel
 
@@ -58,5 +61,6 @@ class GroupedImplementation:
     refuses: Callable[[GroupedCall], str | None]
     run: Callable[[GroupedCall, jax.Array, Sequence[Kernel], jax.Array], tuple[jax.Array, ...]]
     gradient_of_x: Callable[..., jax.Array] | None = None
+    trial: Callable[[GroupedCall], Trial] | None = None
     opaque: bool = False
     exportable: bool = True

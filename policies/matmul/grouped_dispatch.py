@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..checks import Check, check
 from ..formats import Format, ScaledArray
 from ..targets import Target
-from . import dispatch, grouped_loop, grouped_native
+from . import dispatch, grouped_loop, grouped_native, hopper_grouped
 from .dispatch import Choice, describe, override
 from .grouped_calls import GroupedCall, GroupedImplementation, Kernel
 from .grouped_loop import LOOP, tile_height
@@ -19,6 +20,7 @@ from .portable import unless_portable
 
 _TARGETS: dict[tuple[str, tuple[int, int] | None], tuple[GroupedImplementation, ...]] = {
     ("cpu", None): (grouped_native.NATIVE,),
+    ("cuda", (9, 0)): (hopper_grouped.GROUPED,),
 }
 """Implementations in order of preference, by platform and compute capability (None: any); after them, and for others,
 the loop."""
@@ -32,18 +34,24 @@ def candidates(target: Target) -> tuple[GroupedImplementation, ...]:
     return *_TARGETS.get((target.platform, target.capability), _TARGETS.get((target.platform, None), ())), LOOP
 
 
-def choose(call: GroupedCall, target: Target) -> tuple[GroupedImplementation, dict[str, str]]:
-    """Returns the first implementation for `target` that accepts the call, and why preferred ones do not, by name.
+def choose(call: GroupedCall, target: Target, *, run_checks: bool = True) -> tuple[GroupedImplementation, Choice]:
+    """Returns the first implementation for `target` that accepts the call, and its description as a Choice.
 
-    An implementation of `matmul_override` that is none of them computes the products of the loop.
+    A kernel that differs from the reference on this device does not accept the call.  An implementation of
+    `matmul_override` that is none of these computes the products of the loop.
+
+    run_checks  False: only results of earlier checks count
     """
-    named, refused = override(), dict[str, str]()
+    named, refused, checks = override(), dict[str, str](), list[Check]()
     for one in candidates(target):
         if one is not LOOP and named not in (None, one.name):
             continue
         why = one.refuses(call)
+        if why is None and one.trial is not None:
+            checks.append(check(one.trial(call), target, run=run_checks))
+            why = "its check failed" if checks[-1].state == "refused" else None
         if why is None:
-            return one, refused
+            return one, Choice(one.name, one.gist, tuple(refused.items()), tuple(checks))
         refused[one.name] = why
     raise AssertionError(f"the loop does not accept {call}")
 
@@ -69,13 +77,14 @@ def grouped_plan(
     """
     groups, *shape = kernel_shape
     one = describe(rows, tuple(shape), x, kernel, compute)
-    chosen, refused = choose(GroupedCall(groups, (one,), (kernel,), x, compute, target), target)
+    call = GroupedCall(groups, (one,), (kernel,), x, compute, target)
+    chosen, choice = choose(call, target, run_checks=False)
     if chosen is not LOOP:
-        return Choice(chosen.name, chosen.gist, tuple(refused.items()))
+        return choice
     tile = describe(tile_height(rows, groups), tuple(shape), x, kernel, compute)
     product = dispatch.choose(tile, target, x, run_checks=False)[1]
-    reasons = tuple((dict(product.refused) | refused).items())
-    return Choice(f"{LOOP_OF}{product.implementation}", LOOP.gist, reasons, product.checks)
+    reasons = tuple((dict(product.refused) | dict(choice.refused)).items())
+    return Choice(f"{LOOP_OF}{product.implementation}", LOOP.gist, reasons, (*choice.checks, *product.checks))
 
 
 def products(

@@ -32,7 +32,7 @@ ROWS_FORMAT = Format(E4M3, ROW_BLOCK, F32)
 """The only format of narrow activations that the kernels accept."""
 
 
-def _refuses_both(call: Call) -> str | None:
+def refuses_both(call: Call) -> str | None:
     """Returns the reason why no kernel accepts the call; None where `hopper columns` accepts it."""
     if call.mode == "plain":
         return "no operand is narrow in the product"
@@ -76,7 +76,7 @@ def _many_rows(call: Call) -> bool:
 
 
 def _refuses_rows(call: Call) -> str | None:
-    if why := _refuses_both(call):
+    if why := refuses_both(call):
         return why
     if call.mode == "W8A16":
         return "a narrow kernel is widened in registers, as the left operand"
@@ -100,7 +100,7 @@ def _rows_slower(call: Call) -> str | None:
 
 
 def _refuses_widened(call: Call) -> str | None:
-    if why := _refuses_both(call):
+    if why := refuses_both(call):
         return why
     assert call.rows is not None
     if call.mode == "W8A8":
@@ -113,7 +113,7 @@ def _refuses_widened(call: Call) -> str | None:
     return f"its {tiles} tiles leave some of {processors} multiprocessors idle" if tiles < processors else None
 
 
-def _pad(x: jax.Array, tile: int) -> jax.Array:
+def pad(x: jax.Array, tile: int) -> jax.Array:
     """Returns x (rows, …) with zeros below: up to `tile` rows, or to a multiple of `ROW_MULTIPLE` if it has more."""
     rows = x.shape[0]
     missing = tile - rows if rows < tile else -rows % ROW_MULTIPLE
@@ -124,7 +124,7 @@ def _run_quantisation(x: jax.Array, format: Format) -> ScaledArray:
     """Returns x (rows, in) in `format`, which is `ROWS_FORMAT`."""
     from . import hopper_quantize  # Pallas is imported only where a kernel is used
 
-    values, scales = hopper_quantize.quantize(_pad(x, hopper_quantize.ROWS))
+    values, scales = hopper_quantize.quantize(pad(x, hopper_quantize.ROWS))
     return ScaledArray(values[: x.shape[0]], scales.T[: x.shape[0]], format)
 
 
@@ -153,7 +153,7 @@ def _rows(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[jax.
     results = []
     for call, pair in zip(calls, operands, strict=True):
         assert isinstance(pair.x, ScaledArray)
-        x, x_scales = _pad(pair.x.values, hopper_rows.TILE), _pad(pair.x.scale_inv, hopper_rows.TILE).T
+        x, x_scales = pad(pair.x.values, hopper_rows.TILE), pad(pair.x.scale_inv, hopper_rows.TILE).T
         y = hopper_rows.product(
             x,
             x_scales,
@@ -174,7 +174,7 @@ def _widened(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[j
     for call, pair in zip(calls, operands, strict=True):
         x = _values(pair.x)
         y = hopper_widened.product(
-            _pad(x, hopper_widened.TILE),
+            pad(x, hopper_widened.TILE),
             _values(pair.kernel),
             _scales(pair.kernel),
             block=_block(call),
@@ -194,10 +194,10 @@ def _columns(calls: tuple[Call, ...], operands: tuple[Operands, ...]) -> tuple[j
         # With thousands of rows, a launch costs less than the copies that separate the results of a shared one.
         return tuple(y for call, pair in zip(calls, operands, strict=True) for y in _columns((call,), (pair,)))
     tile = hopper_costs.row_tile(rows)
-    x_scales = _pad(x.scale_inv, max(tile, hopper_columns.SCALES)).T if isinstance(x, ScaledArray) else None
+    x_scales = pad(x.scale_inv, max(tile, hopper_columns.SCALES)).T if isinstance(x, ScaledArray) else None
     kernels = tuple(pair.kernel for pair in operands)
     results = hopper_columns.products(
-        _pad(_values(x), tile), x_scales, **_kernels(calls, kernels), processors=processors
+        pad(_values(x), tile), x_scales, **kernel_arguments(calls, kernels), processors=processors
     )
     return tuple(y[:rows] for y in results)
 
@@ -208,10 +208,10 @@ def sums(
     """Returns `hopper_columns.sums` of calls that share x, which is padded as the kernel requires."""
     from . import hopper_columns
 
-    return hopper_columns.sums(x, x_scales, **_kernels(calls, kernels), processors=multiprocessors())
+    return hopper_columns.sums(x, x_scales, **kernel_arguments(calls, kernels), processors=multiprocessors())
 
 
-def _kernels(calls: tuple[Call, ...], kernels: tuple[jax.Array | ScaledArray, ...]) -> dict[str, Any]:
+def kernel_arguments(calls: tuple[Call, ...], kernels: tuple[jax.Array | ScaledArray, ...]) -> dict[str, Any]:
     """Returns the arguments of `hopper_columns` that describe the kernels."""
     return {
         "kernels": tuple(map(_values, kernels)),
@@ -240,7 +240,7 @@ WIDENED = Implementation(
 COLUMNS = Implementation(
     "hopper columns",
     "operands swapped, the kernel's columns split among thread blocks",
-    _refuses_both,
+    refuses_both,
     _columns,
     quantizer=_quantizer,
     opaque=True,

@@ -86,25 +86,30 @@ def _compare_products(implementation: Implementation, launches: tuple[tuple[Call
 
     def compute(launches_operands: list[tuple[Operands, ...]]) -> Any:
         pairs = list(zip(launches, launches_operands, strict=True))
-        expected = [[_expected(*one) for one in zip(calls, operands, strict=True)] for calls, operands in pairs]
+        expected = [[reference(*one) for one in zip(calls, operands, strict=True)] for calls, operands in pairs]
         return [implementation.run(calls, operands) for calls, operands in pairs], expected
 
     random = np.random.default_rng(0)
     arrays = []
     for calls in launches:
         x = _activations(calls[0], random)
-        arrays.append(tuple(Operands(x, _kernel(call, random)) for call in calls))
+        arrays.append(tuple(Operands(x, random_kernel(call, random)) for call in calls))
     results, expected = jax.device_get(jax.jit(compute)(arrays))
     for each in zip(launches, results, expected, strict=True):
         for call, y, (product, magnitude) in zip(*each, strict=True):
-            least = float(jnp.finfo(call.result).smallest_subnormal)
-            bound = (call.in_features + ROUNDINGS) * SUM * magnitude + UNIT_ROUNDOFF[call.result.name] * np.abs(product)
-            if why := difference("the product", y, product, bound + least):
+            if why := product_difference(call, y, product, magnitude):
                 return why
     return None
 
 
-def _expected(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
+def product_difference(call: Call, y: np.ndarray, product: np.ndarray, magnitude: np.ndarray) -> str | None:
+    """Returns how a product differs from the `reference` by more than the bound of `of_product`, or None."""
+    least = float(jnp.finfo(call.result).smallest_subnormal)
+    bound = (call.in_features + ROUNDINGS) * SUM * magnitude + UNIT_ROUNDOFF[call.result.name] * np.abs(product)
+    return difference("the product", y, product, bound + least)
+
+
+def reference(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """Returns the oracle's product in float32, and the product of magnitudes."""
     x, weight = oracle.wide_rows(operands.x), oracle.wide_weight(operands.kernel, np.dtype(np.float32))
     magnitude = oracle.dot(jnp.abs(x.astype(jnp.float32)), jnp.abs(weight))
@@ -119,7 +124,7 @@ def _activations(call: Call, random: np.random.Generator) -> jax.Array | ScaledA
     return _scaled(random.integers(-4, 5, shape) * _powers(shape[0], -6, 0, 2, 4), call.x, random)
 
 
-def _kernel(call: Call, random: np.random.Generator) -> ScaledArray:
+def random_kernel(call: Call, random: np.random.Generator) -> ScaledArray:
     """Returns a kernel (out, in): for W8A8 integers from -15 to 15 times a power of two for each row.
 
     Otherwise every finite code of the dtype occurs, each row having those of a quarter of the exponents: so the bound

@@ -13,6 +13,7 @@ import gpu_checks
 import gpu_page
 import jax.numpy as jnp
 import numpy as np
+import planted
 import pytest
 import shapes
 from interpreter import required
@@ -20,7 +21,7 @@ from matmuls import W8A16_ERROR
 
 from perparam.models.decoding import step
 from perparam.policies.checks import Trial
-from perparam.policies.matmul import IMPLEMENTATIONS
+from perparam.policies.matmul import IMPLEMENTATIONS, grouped_dispatch, hopper_grouped_kernel
 from perparam.policies.matmul.dispatch import candidates
 from perparam.policies.matmul.oracle import ORACLE, product
 from perparam.policies.targets import HOPPER, Target
@@ -139,7 +140,8 @@ def test_every_kernel_has_a_check(dry):
     assert len(set(names)) == len(names)
     kinds = {name.split(":")[0] for name in names}
     hopper = candidates(Target("cuda", HOPPER))
-    assert kinds >= {one.name for one in hopper if one.opaque} | {"hopper quantize"}
+    grouped = grouped_dispatch.candidates(Target("cuda", HOPPER))
+    assert kinds >= {one.name for one in (*hopper, *grouped) if one.opaque} | {"hopper quantize"}
 
 
 @functools.cache
@@ -198,11 +200,23 @@ def test_a_kernel_that_leaves_out_a_step_fails(monkeypatch, narrow):
     assert not gpu_checks.judged(gpu_checks.products("planted", 8, (128,), 4096, narrow), 1)["passed"]
 
 
+@pytest.mark.parametrize("off", [0, 1])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_products_with_the_kernels_of_other_groups_fail(monkeypatch, narrow, off):
+    def products(x, x_scales, tiles, *rest, **options):
+        tiles = dataclasses.replace(tiles, groups=tiles.groups + off)
+        return planted.grouped(x, x_scales, tiles, *rest, **options)
+
+    monkeypatch.setattr(hopper_grouped_kernel, "products", products)
+    check = gpu_checks.grouped((0, 3, 2, 0, 12), (128,), 256, narrow)
+    assert gpu_checks.judged(check, 1)["passed"] is (off == 0)
+
+
 def test_each_trial_of_a_kernel_is_a_check():
     names = [check.name for check in gpu_checks.trials_of_kernels()]
     assert {re.match("trial: (.*?),", name)[1] for name in names} == {
         "hopper columns", "hopper rows", "hopper quantisation", "hopper widened",
-        "hopper norm", "hopper gate", "hopper rotation", "hopper attention",
+        "hopper grouped", "hopper norm", "hopper gate", "hopper rotation", "hopper attention",
     }  # fmt: skip
     assert set(names) < {check.name for check in gpu_checks.checks()}
 

@@ -6,7 +6,7 @@ What is not found is harmless, and listed with the reason.
 import jax.numpy as jnp
 import pytest
 from deletions import ANY, EITHER, TWINS, Case, compile_kernel
-from hopper_operands import columns_products, rows_product, wide_rows, widened_product
+from hopper_operands import columns_products, grouped_products, rows_product, wide_rows, widened_product
 from matmuls import FP8
 
 from perparam.policies.matmul import hopper_quantize
@@ -34,6 +34,7 @@ HARMLESS = {
     ("write", "sync", "sync"): "what is written next lies apart from what was written",
     ("arrive", "store commit", ANY): "no store is in the group, or one that was committed before",
     ("store", "store commit", "end"): "in a loop: the commit of the next step contains the store",
+    ("store", "store commit", "store wait"): "in a loop: the commit at the end of the step contains the store",
     ("store", "store commit", "store"): "the group of the next store contains this one",
     ("store wait", "sync", "end"): "the last instruction",
     ("load", "wait", "wait"): "the next waits are for later steps, which end after this one",
@@ -47,6 +48,7 @@ HARMLESS = {
 HARMLESS_ALONE = {
     ("wait", "wait", "end"): "the end of a pipeline: nothing is copied any more",
     ("wait", "wait", "store wait"): "the end of a pipeline: nothing is copied any more",
+    ("wait", "wait", "arrive"): "the end of a pipeline, whose other warpgroups follow: nothing is copied any more",
 }
 """The same for a thread block without a partner, whose last arrivals would otherwise come after its end."""
 
@@ -59,6 +61,8 @@ CASES = {
     "columns W8A8": lambda: columns_products(64, [128 * 100], 128 * 10, FP8),
     "widened": lambda: widened_product(136, 256, 640, result="bfloat16", processors=1),
     "widened, clusters": lambda: widened_product(136, 256, 640, result="bfloat16", processors=2),
+    "groups W8A16": lambda: grouped_products((5, 0, 7), [256], 640, result="bfloat16", processors=1),
+    "groups W8A8": lambda: grouped_products((5, 0, 7), [256], 640, FP8, "bfloat16", processors=1),
     "quantisation": lambda: hopper_quantize.quantize(jnp.asarray(wide_rows(64, 128, "bfloat16"))),
 }
 

@@ -5,11 +5,18 @@ import numpy as np
 import pytest
 from emulator.compiled import emulated, run_in_all_schedules
 from helpers import dtype
-from hopper_operands import assert_products, columns_products, rows_product, wide_rows, widened_product
+from hopper_operands import (
+    assert_products,
+    columns_products,
+    grouped_products,
+    rows_product,
+    wide_rows,
+    widened_product,
+)
 from matmuls import FP8
 
 from perparam import quantize
-from perparam.policies.matmul import hopper_columns, hopper_costs, hopper_quantize, hopper_rows
+from perparam.policies.matmul import grouped_trials, hopper_columns, hopper_costs, hopper_quantize, hopper_rows
 
 pytestmark = [pytest.mark.cuda, pytest.mark.optimised]
 
@@ -110,6 +117,26 @@ class TestWidened:
     @pytest.mark.parametrize(("x", "of"), [("bfloat16", FP8), ("float16", "float8_e5m2")])
     def test_results_in_16_bits_and_blocks_of_several_tiles(self, x, of):
         assert_products([widened_product(136, 256, 256, x, x, of, (256, 256), 1)], x)
+
+
+class TestGrouped:
+    @pytest.mark.parametrize(
+        ("height", "x"), [(8, FP8), (16, "bfloat16"), (32, FP8), (64, "bfloat16"), (128, "bfloat16"), (128, FP8)]
+    )
+    def test_tiles_of_every_height(self, height, x):
+        assert_products(grouped_products(grouped_trials.sizes_of(height), [128], 256, x, processors=3))
+
+    @pytest.mark.parametrize("x", ["bfloat16", FP8])
+    def test_several_kernels_in_a_launch(self, x):
+        products = grouped_products((1, 0, 9, 2), [128, 256], 256, x, "bfloat16", processors=5)
+        assert_products(products, "bfloat16")
+
+    def test_more_steps_than_stages(self):
+        assert_products(grouped_products((1, 0, 2), [128], 128 * 14, processors=2))
+
+    def test_e5m2_float16_and_blocks_of_several_tiles(self):
+        products = grouped_products((3, 0, 2), [256], 256, "float16", "float16", "float8_e5m2", (256, 256), 2)
+        assert_products(products, "float16")
 
 
 def assert_is_kernel(kernel, x: str) -> None:

@@ -87,9 +87,9 @@ def _wide(ins: Instruction, dtype: np.dtype) -> Step:
 
 
 def _high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The upper half of a product of 16 or 32 bits."""
-    wide = np.dtype(f"{a.dtype.kind}{2 * a.itemsize}")
-    return ((a.astype(wide) * b.astype(wide)) >> wide.type(8 * a.itemsize)).astype(a.dtype)
+    """The upper half of a product of integers of 16, 32 or 64 bits."""
+    wide = a.astype(object) * b.astype(object)  # Python's integers, which have any number of bits
+    return np.asarray(wide >> 8 * a.itemsize).astype(a.dtype)
 
 
 def _packed(ins: Instruction, dtype: np.dtype, function: Callable[..., np.ndarray]) -> Step:

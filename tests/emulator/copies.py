@@ -43,6 +43,7 @@ def _copy_in(ins: Instruction) -> Effect:
         if at >> RANK_SHIFT or bar_at >> RANK_SHIFT:
             raise NotImplementedError(f"{ins}: a copy to the shared memory of another block alone")
         block.record.loads.append((at, tensor))
+        block.record.boxes.append(box)
         ranks = [block.rank] if blocks is None else _ranks(int(blocks(group)[thread]), block.cluster_size, ins)
         for rank in ranks:  # in each, the data and the bytes that the barrier counts are at the same addresses
             barrier = barrier_at(group, bar_at + (rank + 1 << RANK_SHIFT), mask)

@@ -32,9 +32,13 @@ _PARAMETERS = 1 << 60
 
 @dataclasses.dataclass
 class Record:
-    """What a thread block did: `(address, tensor map)` of each copy, `(opcode, swizzle modes)` of each product."""
+    """What a thread block did: `(address, tensor map)` of each copy, `(opcode, swizzle modes)` of each product.
+
+    boxes  for each of `loads` the coordinates of the box that it reads
+    """
 
     loads: list[tuple[int, TensorMap]] = dataclasses.field(default_factory=list)
+    boxes: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     stores: list[tuple[int, TensorMap]] = dataclasses.field(default_factory=list)
     products: list[tuple[str, set[int]]] = dataclasses.field(default_factory=list)
     is_complete: bool = True

@@ -5,12 +5,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import bits, dtype
-from hopper_operands import assert_products, columns_products, kernel_of, rows_product, wide_rows, widened_product
+from hopper_operands import (
+    assert_products,
+    columns_products,
+    grouped_operands,
+    grouped_products,
+    kernel_of,
+    rows_product,
+    wide_rows,
+    widened_product,
+)
 from interpreter import assert_no_races, interpreted, required
 from matmuls import FP8, assert_product, widened
 
 from perparam import quantize
-from perparam.policies.matmul import hopper_columns, hopper_quantize, hopper_rows, hopper_widened
+from perparam.policies.matmul import (
+    grouped_trials,
+    hopper_columns,
+    hopper_grouped_kernel,
+    hopper_quantize,
+    hopper_rows,
+    hopper_widened,
+)
+from perparam.policies.matmul.hopper_grouped_tiles import RowTiles
 from perparam.policies.scales import amax_rule
 
 pytestmark = required
@@ -163,6 +180,43 @@ class TestWidened:
     def test_float16_e5m2_and_blocks_of_several_tiles(self):
         product = widened_product(136, 512, 256, "float16", "float16", "float8_e5m2", (256, 256), processors=5)
         assert_products([product], "float16")
+
+
+class TestGrouped:
+    """Tiles of rows of several groups, each by the kernel of its group."""
+
+    RAGGED = (1, 0, 13, 2, 0, 8)
+
+    @pytest.mark.parametrize("x", [FP8, *slow("bfloat16", "float16")])
+    def test_tiles_of_several_groups(self, x):
+        assert_products(grouped_products(self.RAGGED, [256], 256, x, processors=3))
+
+    @pytest.mark.parametrize("x", ["bfloat16", *slow(FP8)])
+    def test_several_kernels_in_one_launch(self, x):
+        assert_products(grouped_products(self.RAGGED, [128, 256], 128, x, "bfloat16", processors=5), "bfloat16")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("x", ["bfloat16", FP8])
+    @pytest.mark.parametrize("height", [16, 32, 64, 128])
+    def test_tiles_of_every_height(self, x, height):
+        assert_products(grouped_products(grouped_trials.sizes_of(height), [128], 256, x, processors=4))
+
+    @pytest.mark.slow
+    def test_more_steps_than_stages(self):
+        assert_products(grouped_products((1, 0, 2), [128], 128 * 14, processors=2))
+
+    @pytest.mark.slow
+    def test_e5m2_float16_and_blocks_of_several_tiles(self):
+        products = grouped_products((3, 0, 2), [256], 256, "float16", "float16", "float8_e5m2", (256, 256), 2)
+        assert_products(products, "float16")
+
+    @pytest.mark.slow
+    def test_no_group_has_rows(self):
+        _, x, x_scales, kernels, scales, blocks, _ = grouped_operands((0, 0, 8), [128], 128)
+        tiles = RowTiles.of(8, jnp.zeros(3, jnp.int32))
+        options = {"blocks": blocks, "result": dtype("float32"), "processors": 3}
+        y = hopper_grouped_kernel.products(x, x_scales, tiles, kernels, scales, **options)
+        assert np.isnan(y).all()  # nothing is written
 
 
 class TestQuantize:

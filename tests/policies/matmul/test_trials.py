@@ -202,30 +202,31 @@ class TestInterpreted:
     """The real kernels, by the interpreter, with what it lacks of a warpgroup right and wrong."""
 
     @pytest.fixture(autouse=True)
-    def process(self, tmp_path, monkeypatch):
-        with interpreted(), device_of_the_kernels(tmp_path):
-            monkeypatch.setattr(trials, "LAUNCHES", (((128, 128),), ((128, 128), (128, 128))))
-            yield
+    def patch(self, tmp_path):
+        """Changes that end before those of the interpreter, as `monkeypatch` would not: it would restore those."""
+        with interpreted(), device_of_the_kernels(tmp_path), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trials, "LAUNCHES", (((128, 128),), ((128, 128), (128, 128))))
+            yield patch
 
     @pytest.mark.parametrize("case", [W8A16, W8A8, PREFILL], ids=["W8A16", "W8A8", "prefill"])
     def test_right_ones_are_used(self, case):
         assert set(chosen(case)[1].values()) == {"checked"}
 
-    def test_one_with_a_wrong_row_in_each_tile_is_not(self, monkeypatch):
+    def test_one_with_a_wrong_row_in_each_tile_is_not(self, patch):
         real = warpgroup.product
 
         def product(a, b):
             y = real(a, b)
             return jnp.where(jax.lax.broadcasted_iota(jnp.int32, y.shape, 0) == 7, y * jnp.float32(1.05), y)
 
-        monkeypatch.setattr(warpgroup, "product", product)
+        patch.setattr(warpgroup, "product", product)
         with pytest.warns(RuntimeWarning, match="on this cpu the product is "):
             assert chosen(W8A8)[0] == "fused reduction"
 
-    def test_nor_is_one_with_the_rows_of_tiles_in_another_order(self, monkeypatch):
+    def test_nor_is_one_with_the_rows_of_tiles_in_another_order(self, patch):
         real = warpgroup.product_widened
         swapped = lambda *operands: real(*operands)[::-1]  # noqa: E731
-        monkeypatch.setattr(warpgroup, "product_widened", swapped)
+        patch.setattr(warpgroup, "product_widened", swapped)
         with pytest.warns(RuntimeWarning, match="on this cpu the product is "):
             assert chosen(W8A16)[0] == "fused reduction"
 
