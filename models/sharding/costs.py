@@ -30,13 +30,13 @@ from ...policies.resolved import Resolved, ResolvedParam
 from ...policies.scales import F32
 from ..config import DecoderConfig
 from .arrays import shardings, splits
+from .experts import common_parts
 from .heads import heads_split
 from .model_sharding import ModelSharding, as_names
 
 Kind = Literal["all-reduce", "all-gather", "all-to-all"]
 
 _EMBEDDING = "embed_tokens/embedding"
-_WHOLE = Part((), (), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +233,7 @@ class _Step:
     def _mixture(self, gate: ResolvedParam, up: ResolvedParam, down: ResolvedParam) -> None:
         """Adds the products with the kernels (experts, out, in) of all experts of a layer."""
         (experts, wide, hidden), per_token = gate.shape, self.config.experts_per_token
-        number, width, features = _common(*map(self._parts, (gate, up, down)))
+        number, width, features = common_parts(*map(self._parts, (gate, up, down)))
         exchanged = bool(number.gathered)
         here = Part(number.names, (), number.count)  # experts are not gathered: tokens travel
         arriving = self.tokens * (
@@ -264,14 +264,6 @@ class _Step:
         # A device has some columns for the tokens of all, and sends them where the tokens are.
         self._collect("all-to-all", columns.gathered, size)
         self._make_whole(param.shape[1], columns, self.tokens)
-
-
-def _common(gate: tuple[Part, ...], up: tuple[Part, ...], down: tuple[Part, ...]) -> tuple[Part, Part, Part]:
-    """The parts of experts, width and hidden size, whole where the three kernels differ, as in `experts.py`."""
-    triples = (gate[0], up[0], down[0]), (gate[1], up[1], down[2]), (gate[2], up[2], down[1])
-    found = [{dataclasses.replace(part, unit=None) for part in triple} for triple in triples]
-    number, width, hidden = (each.pop() if len(each) == 1 else _WHOLE for each in found)
-    return number, width, hidden
 
 
 def _share(size: int, part: Part) -> float:

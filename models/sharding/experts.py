@@ -37,9 +37,15 @@ def sharded_mixture(
     """
     found = [split for split in splits if split is not None]
     batch = found[0].batch_of(x.shape[0])
-    number, width, hidden = _common_parts(kernels, found, np.dtype(kernels.activations or x.dtype), batch)
-    parts = ExpertParts(number, width, hidden)
     arrays = kernels.gate, kernels.up, kernels.down
+    dtype = np.dtype(kernels.activations or x.dtype)
+    of_each = (
+        kernel_parts(dtype, array, split, batch, compute)
+        for array, split, compute in zip(arrays, found, kernels.computes, strict=True)
+    )
+    number, width, hidden = common_parts(*of_each)
+    here = Part(number.names, (), number.count)  # experts are never gathered: tokens travel instead
+    parts = (here, width, hidden), (here, width, hidden), (here, hidden, width)
     shapes = [array.shape for array in arrays]
 
     def function(arrays: Sequence[jax.Array], x: jax.Array, logits: jax.Array) -> jax.Array:
@@ -48,7 +54,7 @@ def sharded_mixture(
         # Without the barrier XLA may gather kernels once before a decoding loop, and keep them whole in memory.
         if width.gathered or hidden.gathered:
             x, arrays = jax.lax.optimization_barrier((x, arrays))
-        mine = [local(array, each, shape) for array, each, shape in zip(arrays, parts.of_kernels, shapes, strict=True)]
+        mine = [local(array, each, shape) for array, each, shape in zip(arrays, parts, shapes, strict=True)]
         mlps = functools.partial(
             dataclasses.replace(kernels, gate=mine[0], up=mine[1], down=mine[2]).mlps,
             hidden=hidden.kept,
@@ -67,41 +73,14 @@ def sharded_mixture(
 
     between = ((),) * (x.ndim - 2)
     of_x = spec(batch, *between, hidden.kept)
-    of_arrays = [array_specs(array, each) for array, each in zip(arrays, parts.inside, strict=True)]
+    of_arrays = [array_specs(array, each) for array, each in zip(arrays, parts, strict=True)]
     run = over_devices(found[0], function, (of_arrays, of_x, spec(batch)), of_x)
     result: jax.Array = run(list(arrays), x, logits)
     return result
 
 
-@dataclasses.dataclass(frozen=True)
-class ExpertParts:
-    """The dimensions of experts' kernels on one device."""
-
-    number: Part
-    width: Part
-    hidden: Part
-
-    @property
-    def inside(self) -> list[tuple[Part, ...]]:
-        """Those of gate, up and down when the function inside `shard_map` begins."""
-        return self._of(self.number)
-
-    @property
-    def of_kernels(self) -> list[tuple[Part, ...]]:
-        """Those of gate, up and down when they are multiplied: experts are never gathered, tokens travel instead."""
-        return self._of(Part(self.number.names, (), self.number.count))
-
-    def _of(self, number: Part) -> list[tuple[Part, ...]]:
-        wide = number, self.width, self.hidden
-        return [wide, wide, (number, self.hidden, self.width)]
-
-
-def _common_parts(
-    kernels: ExpertKernels, splits: Sequence[Split], dtype: np.dtype, batch: Names
-) -> tuple[Part, Part, Part]:
+def common_parts(gate: Sequence[Part], up: Sequence[Part], down: Sequence[Part]) -> tuple[Part, Part, Part]:
     """The parts of experts, width and hidden size that suit all three kernels; whole where they differ."""
-    arrays = zip((kernels.gate, kernels.up, kernels.down), splits, kernels.computes, strict=True)
-    gate, up, down = (kernel_parts(dtype, array, split, batch, compute) for array, split, compute in arrays)
     triples = (gate[0], up[0], down[0]), (gate[1], up[1], down[2]), (gate[2], up[2], down[1])
     found = [{dataclasses.replace(part, unit=None) for part in triple} for triple in triples]
     number, width, hidden = (each.pop() if len(each) == 1 else Part((), (), 1) for each in found)
@@ -141,6 +120,8 @@ def _numbers(sizes: jax.Array, room: int) -> jax.Array:
 @dataclasses.dataclass(frozen=True)
 class _Route:
     """The way of rows to the devices of their experts, and of their results back.
+
+    On a CPU, where XLA has no `ragged_all_to_all`, an `all_to_all` takes a block of `room` rows to each device.
 
     axes      mesh axes of the exchange
     room      rows that one device sends at most
@@ -184,7 +165,8 @@ class _Route:
             offsets, arrived = jnp.full(count, place, jnp.int32), self.sizes.sum(axis=1)
             return self._ragged(rows, count * self.room, self.starts, self.sent, offsets, arrived)
 
-        return self._either(padded, ragged, rows)
+        moved: jax.Array = jax.lax.platform_dependent(rows, cpu=padded, default=ragged)
+        return moved
 
     def back(self, results: jax.Array) -> jax.Array:
         """The results (room, hidden) of this device's rows, in the order in which they were sent."""
@@ -200,19 +182,11 @@ class _Route:
             starts = vary(jnp.arange(count, dtype=jnp.int32) * self.room, results)
             return self._ragged(results, self.room, starts, self.sizes.sum(axis=1), self.returned, self.sent)
 
-        return self._either(padded, ragged, results)
-
-    def _either(
-        self, padded: Callable[[jax.Array], jax.Array], ragged: Callable[[jax.Array], jax.Array], rows: jax.Array
-    ) -> jax.Array:
-        """`padded` on a CPU, where XLA has no `ragged_all_to_all`, and along several axes, which JAX refuses for it."""
-        if len(self.axes) > 1:
-            return padded(rows)
-        moved: jax.Array = jax.lax.platform_dependent(rows, cpu=padded, default=ragged)
+        moved: jax.Array = jax.lax.platform_dependent(results, cpu=padded, default=ragged)
         return moved
 
     def _ragged(self, rows: jax.Array, count: int, *where: jax.Array) -> jax.Array:
         """`count` rows, zeros but for those that arrive."""
         empty = vary(jnp.zeros((count, rows.shape[1]), rows.dtype), rows)
-        moved: jax.Array = jax.lax.ragged_all_to_all(rows, empty, *where, axis_name=self.axes[0])
+        moved: jax.Array = jax.lax.ragged_all_to_all(rows, empty, *where, axis_name=self.axes)
         return moved
