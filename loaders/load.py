@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from ..models.decoder import Decoder, assemble
 from ..models.sharding.arrays import as_model_sharding, shardings
-from ..policies.errors import UnknownDtype, named
+from ..policies.errors import InvalidSharding, UnknownDtype, named
 from ..policies.formats import ScaledArray
 from ..policies.paths import scale_path
 from ..policies.presets import PolicyLike, get_policy
@@ -115,6 +116,8 @@ def _load(
             f"it, or load under a policy that stores another dtype, such as {policy}."
         )
     where = shardings(layout, checkpoint.config, stored)
+    if any(isinstance(each, NamedSharding) and not isinstance(each.mesh, Mesh) for each in where.values()):
+        raise InvalidSharding("sharding: loading needs a mesh of devices, found an AbstractMesh, which has none.")
     loaded: dict[str, Any] = {}
 
     def work(param: ResolvedParam, report: Callable[[int], None]) -> dict[str, Placement]:

@@ -73,10 +73,10 @@ def agreement() -> Iterator[None]:
     Raises:
       SaveFailed: the block of another process raised an error, which is quoted.
     """
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # KeyboardInterrupt too: the others wait for this process
         failure = error
     text = b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()[:_MESSAGE]
     found = np.asarray(multihost_utils.process_allgather(np.frombuffer(text.ljust(_MESSAGE, b"\0"), np.uint8)))

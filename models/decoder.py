@@ -280,7 +280,7 @@ class Decoder(nnx.Module):
         """A cache for `slots` tokens of each of `batch` rows, in the policy's `kv_cache` dtype."""
 
         def empty(layer: Layer) -> LayerCache:
-            split = layer.self_attn.heads_split(batch)
+            split = None if self.sharding is None else layer.self_attn.heads_split(batch)
             heads = self.config.num_key_value_heads if split is None else split.kv_heads
             zeros = jnp.zeros((batch, slots, heads, self.config.head_dim), self.activations)
             return LayerCache.of(zeros, zeros, self.kv_cache)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..policies.formats import Format, ScaledArray
 from ..policies.matmul import grouped_matmuls
+from ..policies.matmul.sharded import Names, rounded_part
 from ..policies.matmul.shards import vary_alike
 from ..policies.scales import F32
 
@@ -41,30 +42,39 @@ class ExpertKernels:
     activations: np.dtype | None
 
     def mlps(
-        self, x: jax.Array, group_sizes: jax.Array, hidden: tuple[str, ...] = (), width: tuple[str, ...] = ()
+        self,
+        x: jax.Array,
+        group_sizes: jax.Array,
+        hidden: Names = (),
+        width: Names = (),
+        roundings: tuple[Format | None, ...] = (None, None, None),
     ) -> jax.Array:
         """down(silu(gate(x)) * up(x)) of rows (rows, hidden) that are sorted by expert, in x's dtype.
 
         group_sizes  (experts,) int32  rows of each expert; rows after their sum are of none, and have zeros
         hidden       inside `shard_map`: mesh axes over which `hidden` is divided
         width        mesh axes over which `width` is divided: the results are float32, and are to be added up
+        roundings    see `ProductPlan`
         """
         x = x.astype(self.activations or x.dtype)
-        gate, up = self._gate_and_up(x, group_sizes, F32 if hidden else None)
+        result = F32 if hidden else None
+
+        stacks: tuple[Any, ...] = (self.gate, self.up, self.down)
+
+        def products(x: jax.Array, chosen: slice, names: Names, result: np.dtype | None) -> tuple[jax.Array, ...]:
+            compute, rounding = self.computes[chosen][0], roundings[chosen][0]
+            if rounding is not None:
+                x, compute = rounded_part(x, names, rounding), None
+            return grouped_matmuls(x, stacks[chosen], group_sizes, compute=compute, result=result)
+
+        if self.computes[0] == self.computes[1] and roundings[0] == roundings[1]:
+            gate, up = products(x, slice(0, 2), hidden, result)
+        else:
+            gate, up = (products(x, slice(i, i + 1), hidden, result)[0] for i in (0, 1))
         if hidden:
             gate, up = (sums.astype(x.dtype) for sums in jax.lax.psum((gate, up), hidden))
         x = jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
-        compute, result = self.computes[2], F32 if width else None
-        return grouped_matmuls(x, [self.down], group_sizes, compute=compute, result=result)[0]
-
-    def _gate_and_up(self, x: jax.Array, group_sizes: jax.Array, result: np.dtype | None) -> tuple[jax.Array, ...]:
-        gate, up, _ = self.computes
-        if gate == up:
-            return grouped_matmuls(x, [self.gate, self.up], group_sizes, compute=gate, result=result)
-        return tuple(
-            grouped_matmuls(x, [kernel], group_sizes, compute=compute, result=result)[0]
-            for kernel, compute in ((self.gate, gate), (self.up, up))
-        )
+        return products(x, slice(2, 3), width, F32 if width else None)[0]
 
 
 def mixture(kernels: ExpertKernels, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:

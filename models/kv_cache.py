@@ -111,6 +111,7 @@ class LayerCache:
 
     def put(self, new: LayerCache, start: jax.Array | int) -> LayerCache:
         """This cache with `new` in the slots from `start` on."""
+        assert new.keys.shape[:3] == self.keys.shape[:3], (new.keys.shape, self.keys.shape)  # an update may be smaller
         update = jax.lax.dynamic_update_slice_in_dim
         keys = _in_place(self.keys, new.keys, start, axis=3)
         values = _in_place(self.values, new.values, start, axis=2)

@@ -31,7 +31,7 @@ def sharded_lookup(table: Table, ids: jax.Array, split: Split) -> jax.Array:
     exchange results: a sum of one row and zeros is exact.
     """
     batch = split.batch_of(ids.shape[0])
-    rows, columns = split.parts(batch, (None, None))
+    rows, columns = split.parts(batch)
     # Over axes of the batch each device looks up the ids of all, instead of gathering the table.
     mine = [Part(part.names, (), part.count) for part in (rows, columns)]
     shape = table.shape

@@ -106,10 +106,10 @@ def serve() -> Iterator[Hub]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body)
-                if "/resolve/" in path:
+                if "/resolve/" in path:  # before the client can go on
                     file = path.rpartition("/")[2]
                     hub.sent[file] = hub.sent.get(file, 0) + len(body)
+                self.wfile.write(body)
 
         do_HEAD = do_GET  # noqa: N815
 

@@ -51,8 +51,6 @@ def refuses(layers: Sequence[Layer], x: jax.Array, caches: Sequence[LayerCache],
         return "intermediate values are observed"
     if jax.sharding.get_abstract_mesh().manual_axes:
         return "it is within shard_map"
-    if any(getattr(linear, "split", None) for layer in layers for linear in (layer.self_attn.q_proj, layer.mlp)):
-        return "the model is divided over a mesh"
     for layer, cache in zip(layers, caches, strict=True):
         if cache.dtype != x.dtype:
             return "the cache has another dtype than activations"
@@ -88,6 +86,8 @@ def _refuses_layer(layer: Layer, dtype: np.dtype, slots: int) -> str | None:
     for linears in _products(layer):
         if any(type(linear) is not Linear or linear.scale_inv is None for linear in linears):
             return "a projection has a kernel that is not narrow, or is of another class"
+        if any(linear.split is not None for linear in linears):
+            return "the model is divided over a mesh"
         if any(linear.bias is not None or linear.activations not in (None, dtype) for linear in linears):
             return "a projection has a bias, or other activations"
         if len({linear.launch_key() for linear in linears}) > 1:

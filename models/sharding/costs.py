@@ -3,7 +3,8 @@
 They follow from how products are carried out: `policies/matmul/sharded.py`, `experts.py` and `models/lookup.py`.
 
 - A mesh axis that divides a kernel and the batch is one of FSDP: an all-gather of the kernel's stored bytes and scales.
-- A mesh axis that divides the columns of a kernel and not the batch: an all-reduce of float32 sums.
+- A mesh axis that divides the columns of a kernel and not the batch: an all-reduce of float32 sums. Before it, where a
+  device has part of a block of narrow activations: an all-gather of these, which are then multiplied in float32.
 - A mesh axis that divides the experts and the batch: two all-to-alls, to the experts and back. One that divides the
   experts and not the batch: each device computes its experts for all its tokens, and an all-reduce adds the results up.
 - A mesh axis that divides the vocabulary: an all-reduce of the embeddings. Logits stay divided.
@@ -25,7 +26,7 @@ from jax.sharding import NamedSharding
 
 from ...policies.dtypes import is_narrow
 from ...policies.formats import ScaledArray
-from ...policies.matmul.sharded import Names, Part, kernel_parts
+from ...policies.matmul.sharded import Names, Part, ProductPlan, product_plan
 from ...policies.resolved import Resolved, ResolvedParam
 from ...policies.scales import F32
 from ..config import DecoderConfig
@@ -160,14 +161,14 @@ class _Step:
             is_head = param.path.startswith(("lm_head/", "score/")) and config.task != "token_classification"
             self._product(param, self.rows if is_head else self.tokens)
         else:
-            self.read += self._gather(param, self.splits[param.path].parts((), (None,) * len(param.shape)))
+            self.read += self._gather(param, self.splits[param.path].parts(()))
 
     def add_attention(self) -> None:
         """Adds the two products of attention, and what is read of the KV cache."""
         config, parts = self.config, self.head_parts
         for i in range(config.num_hidden_layers):
             query = f"layers/{i}/self_attn/q_proj/kernel"
-            kept = self.splits[query].parts(self.batch, (None, None))[0].kept
+            kept = self.splits[query].parts(self.batch)[0].kept
             if parts == 1 and kept:  # all devices need the queries of all heads
                 self._collect("all-gather", kept, self.tokens * self.resolved.params[query].shape[0] * self.width)
             seen = self.past + (self.new + 1) / 2  # of causal attention, on average
@@ -175,12 +176,12 @@ class _Step:
             self.wide += 4 * self.tokens * seen * config.num_attention_heads / parts * config.head_dim
         self.read += self.rows * (self.past + self.new) * self.token
 
-    def _parts(self, param: ResolvedParam) -> tuple[Part, ...]:
-        """What a device has of each dimension of a kernel when it multiplies."""
-        # Shapes in place of arrays: `kernel_parts` looks at nothing else.
+    def _plan(self, param: ResolvedParam) -> ProductPlan:
+        """How the products with a kernel are divided."""
+        # Shapes in place of arrays: `product_plan` looks at nothing else.
         arrays: list[Any] = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in param.stored.values()]
         kernel = ScaledArray(arrays[0], arrays[1], param.format) if len(arrays) > 1 else arrays[0]
-        return kernel_parts(self.activations, kernel, self.splits[param.path], self.batch, param.compute)
+        return product_plan(self.activations, kernel, self.splits[param.path], self.batch, param.compute)
 
     def _gather(self, param: ResolvedParam, parts: tuple[Part, ...]) -> float:
         """Bytes of a parameter and its scales on a device that has these parts; adds the collectives for that.
@@ -207,18 +208,21 @@ class _Step:
         if (devices := self.layout.devices(names)) > 1:
             self.collectives.append(Collective(kind, devices, size))
 
-    def _count(self, param: ResolvedParam, operations: float) -> None:
-        if param.compute is not None and is_narrow(param.compute.values):
+    def _count(self, param: ResolvedParam, operations: float, *, rounded: bool) -> None:
+        if not rounded and param.compute is not None and is_narrow(param.compute.values):
             self.fp8 += operations
         else:
             self.wide += operations
 
     def _product(self, param: ResolvedParam, tokens: int) -> None:
         """Adds a product with a kernel (out, in)."""
-        parts = self._parts(param)
+        plan = self._plan(param)
+        parts = plan.parts
         self.read += self._gather(param, parts)
         out, features = (_share(size, part) for size, part in zip(param.shape, parts, strict=True))
-        self._count(param, 2 * tokens * out * features)
+        self._count(param, 2 * tokens * out * features, rounded=plan.rounding is not None)
+        if plan.rounding is not None:
+            self._collect("all-gather", parts[1].kept, tokens * param.shape[1] * self.width)
         self._collect("all-reduce", parts[1].kept, tokens * out * F32.itemsize)
         self._make_whole(param.shape[0], parts[0], tokens)
 
@@ -233,17 +237,21 @@ class _Step:
     def _mixture(self, gate: ResolvedParam, up: ResolvedParam, down: ResolvedParam) -> None:
         """Adds the products with the kernels (experts, out, in) of all experts of a layer."""
         (experts, wide, hidden), per_token = gate.shape, self.config.experts_per_token
-        number, width, features = common_parts(*map(self._parts, (gate, up, down)))
+        plans = [self._plan(param) for param in (gate, up, down)]
+        number, width, features = common_parts(*(plan.parts for plan in plans))
         exchanged = bool(number.gathered)
         here = Part(number.names, (), number.count)  # experts are not gathered: tokens travel
-        arriving = self.tokens * (
-            number.count if exchanged else 1
-        )  # tokens that may choose one of the device's experts
+        # Tokens that may choose one of the device's experts.
+        arriving = self.tokens * (number.count if exchanged else 1)
         wide_parts = here, width, features
-        for param, parts in ((gate, wide_parts), (up, wide_parts), (down, (here, features, width))):
+        all_parts = wide_parts, wide_parts, (here, features, width)
+        for param, plan, parts in zip((gate, up, down), plans, all_parts, strict=True):
+            rounded = plan.rounding is not None and bool(parts[2].kept)
+            if rounded:
+                self._collect("all-gather", parts[2].kept, arriving * per_token * param.shape[2] * self.width)
             self.read += self._gather(param, parts) * touched(experts, per_token, arriving)
             sides = _share(param.shape[1], parts[1]) * _share(param.shape[2], parts[2])
-            self._count(param, 2 * arriving * per_token / number.count * sides)
+            self._count(param, 2 * arriving * per_token / number.count * sides, rounded=rounded)
         rows = self.tokens * per_token
         for _ in (gate, up):
             self._collect("all-reduce", features.kept, rows * _share(wide, width) * F32.itemsize)
@@ -256,7 +264,7 @@ class _Step:
 
     def _lookup(self, param: ResolvedParam) -> None:
         """Adds the embeddings of the step's tokens: rows of a table (vocabulary, hidden), which is not gathered."""
-        rows, columns = self.splits[param.path].parts(self.batch, (None, None))
+        rows, columns = self.splits[param.path].parts(self.batch)
         width = F32.itemsize if param.format.narrow else param.format.values.itemsize
         self.read += self.tokens * param.shape[1] * param.format.values.itemsize
         size = self.tokens * param.shape[1] * width

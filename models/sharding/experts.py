@@ -15,7 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...policies.matmul.sharded import Names, Part, Split, array_specs, kernel_parts, local, over_devices, spec
+from ...policies.matmul.sharded import (
+    WHOLE,
+    Names,
+    Part,
+    Split,
+    array_specs,
+    local,
+    needs_more,
+    over_devices,
+    product_plan,
+    spec,
+)
 from ...policies.matmul.shards import vary
 from ..experts import ExpertKernels, MLPs, by_expert, inverse, weighted_sum
 
@@ -39,11 +50,11 @@ def sharded_mixture(
     batch = found[0].batch_of(x.shape[0])
     arrays = kernels.gate, kernels.up, kernels.down
     dtype = np.dtype(kernels.activations or x.dtype)
-    of_each = (
-        kernel_parts(dtype, array, split, batch, compute)
+    plans = [
+        product_plan(dtype, array, split, batch, compute)
         for array, split, compute in zip(arrays, found, kernels.computes, strict=True)
-    )
-    number, width, hidden = common_parts(*of_each)
+    ]
+    number, width, hidden = common_parts(*(plan.parts for plan in plans))
     here = Part(number.names, (), number.count)  # experts are never gathered: tokens travel instead
     parts = (here, width, hidden), (here, width, hidden), (here, hidden, width)
     shapes = [array.shape for array in arrays]
@@ -59,6 +70,9 @@ def sharded_mixture(
             dataclasses.replace(kernels, gate=mine[0], up=mine[1], down=mine[2]).mlps,
             hidden=hidden.kept,
             width=width.kept,
+            roundings=tuple(
+                plan.rounding if part.kept else None for plan, part in zip(plans, (hidden, hidden, width), strict=True)
+            ),
         )
         tokens, chosen, count = x.reshape(-1, x.shape[-1]), experts.reshape(-1), mine[0].shape[0]
         if number.gathered:
@@ -71,6 +85,8 @@ def sharded_mixture(
             sums = jax.lax.psum(sums, (*number.kept, *width.kept))
         return sums.astype(x.dtype).reshape(x.shape)
 
+    if any(map(needs_more, parts, found)):
+        x, arrays = jax.lax.optimization_barrier((x, arrays))  # likewise
     between = ((),) * (x.ndim - 2)
     of_x = spec(batch, *between, hidden.kept)
     of_arrays = [array_specs(array, each) for array, each in zip(arrays, parts, strict=True)]
@@ -82,8 +98,8 @@ def sharded_mixture(
 def common_parts(gate: Sequence[Part], up: Sequence[Part], down: Sequence[Part]) -> tuple[Part, Part, Part]:
     """The parts of experts, width and hidden size that suit all three kernels; whole where they differ."""
     triples = (gate[0], up[0], down[0]), (gate[1], up[1], down[2]), (gate[2], up[2], down[1])
-    found = [{dataclasses.replace(part, unit=None) for part in triple} for triple in triples]
-    number, width, hidden = (each.pop() if len(each) == 1 else Part((), (), 1) for each in found)
+    found = [set(triple) for triple in triples]
+    number, width, hidden = (each.pop() if len(each) == 1 else WHOLE for each in found)
     return number, width, hidden
 
 

@@ -44,11 +44,12 @@ def heads_split(projections: Sequence[Split | None], batch: int, heads: int, kv_
     splits = [split for split in projections if split is not None]
     if len(splits) < len(projections):
         return None
-    rows = splits[0].batch_of(batch)
-    queries, *others = (split.parts(rows, (None, None))[0].kept for split in splits)
+    # Axes of the batch never divide heads, even if the batch is not divided: the cache of a row is repeated for many.
+    queries, *others = (() if set(split.dims[0]) & set(split.batch) else split.dims[0] for split in splits)
     devices = splits[0].devices(queries)
     if heads % devices:
         return None
+    rows = splits[0].batch_of(batch)
     if all(names == queries for names in others) and kv_heads % devices == 0:
         return HeadSplit(splits[0], rows, queries, 1, kv_heads)
     if not any(others) and devices % kv_heads == 0:

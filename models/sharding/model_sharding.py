@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
-import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from ...policies.errors import InvalidSharding
+from ...policies.errors import InvalidSharding, shown
 
 MeshAxes = str | tuple[str, ...] | None
 
 LOGICAL_AXES = ("batch", "vocab", "embed", "heads", "kv_heads", "mlp", "experts", "expert_mlp")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ModelSharding:
     """How a model is sharded over a mesh: its parameters by their logical axes, and its activations by their batch.
 
@@ -33,7 +33,8 @@ class ModelSharding:
     device multiplies with its part of the kernel. A mesh axis that divides `experts` is expert parallel.
 
     Raises:
-      InvalidSharding: a name that is no logical axis, or no axis of the mesh, or that shards a parameter twice.
+      InvalidSharding: no mesh; a name that is no logical axis, or no axis of the mesh, or that occurs twice; a pattern
+        without a PartitionSpec.
     """
 
     mesh: Mesh
@@ -42,21 +43,43 @@ class ModelSharding:
 
     def __post_init__(self) -> None:
         """Normalises the mesh, with axes that are Auto, and the axes, and checks names."""
+        mesh_axes(self.mesh)
         object.__setattr__(self, "mesh", auto_mesh(self.mesh))
-        object.__setattr__(self, "axes", {name: as_names(mesh_axes) for name, mesh_axes in sorted(self.axes.items())})
-        for name, mesh_axes in self.axes.items():
+        for name in self.axes:
             if name not in LOGICAL_AXES:
                 raise InvalidSharding(
                     f"sharding: no logical axis {name!r}. Write some of these: {', '.join(LOGICAL_AXES)}."
                 )
-            for axis in as_names(mesh_axes):
-                if axis not in self.mesh.axis_names:
-                    raise InvalidSharding(
-                        f"sharding: the mesh has no axis {axis!r} ({name}). It has {', '.join(self.mesh.axis_names)}."
-                    )
+        axes = {name: self._names(mesh_axes, name) for name, mesh_axes in sorted(self.axes.items())}
+        object.__setattr__(self, "axes", axes)
+        for pattern, spec in self.patterns.items():
+            if not isinstance(spec, PartitionSpec):
+                raise InvalidSharding(f"sharding: {pattern!r} needs a PartitionSpec, found {shown(spec)}.")
+            self._names(tuple(name for each in spec for name in self._names(each, pattern)), pattern)
+
+    def _names(self, mesh_axes: Any, of: str) -> tuple[str, ...]:
+        """The names of mesh axes, after checking them; `of` is what they divide."""
+        names = (mesh_axes,) if isinstance(mesh_axes, str) else () if mesh_axes is None else mesh_axes
+        if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+            raise InvalidSharding(f"sharding: {of!r} needs names of mesh axes, found {shown(mesh_axes)}.")
+        for i, name in enumerate(names):
+            if name not in self.mesh.axis_names:
+                raise InvalidSharding(
+                    f"sharding: the mesh has no axis {name!r} ({of}). It has {', '.join(self.mesh.axis_names)}."
+                )
+            if name in names[:i]:
+                raise InvalidSharding(f"sharding: {of!r} has the mesh axis {name!r} twice.")
+        return tuple(names)
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.mesh, tuple(self.axes.items()), tuple(self.patterns.items())
+
+    def __eq__(self, other: object) -> bool:
+        # The order of patterns counts, since the first that matches decides.
+        return isinstance(other, ModelSharding) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((self.mesh, tuple(self.axes.items()), tuple(self.patterns.items())))
+        return hash(self._key())
 
     def divided(self, sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
         """{logical axis: mesh axes} of the axes that divide evenly; the batch's are always among them.
@@ -88,7 +111,7 @@ def tensor_parallel(mesh: Mesh) -> ModelSharding:
 
     Projections are divided by heads and by the width of the MLP, experts too; the embedding and the head by vocabulary.
     """
-    *rest, last = mesh.axis_names
+    *rest, last = mesh_axes(mesh)
     return ModelSharding(mesh, {"batch": tuple(rest), **_within_layers(last)})
 
 
@@ -97,12 +120,12 @@ def fsdp(mesh: Mesh) -> ModelSharding:
 
     Parameters are divided by hidden size. A kernel is gathered, in its narrow bytes, for the time of its product.
     """
-    return ModelSharding(mesh, {"batch": mesh.axis_names, "embed": mesh.axis_names})
+    return ModelSharding(mesh, dict.fromkeys(("batch", "embed"), mesh_axes(mesh)))
 
 
 def fsdp_tensor_parallel(mesh: Mesh) -> ModelSharding:
     """`fsdp` over all axes of `mesh` but the last, and `tensor_parallel` over that."""
-    *rest, last = mesh.axis_names
+    *rest, last = mesh_axes(mesh)
     return ModelSharding(mesh, {"batch": tuple(rest), "embed": tuple(rest), **_within_layers(last)})
 
 
@@ -111,7 +134,18 @@ def expert_parallel(mesh: Mesh) -> ModelSharding:
 
     Each device has some of the experts, and tokens travel to them; other parameters are replicated.
     """
-    return ModelSharding(mesh, {"batch": mesh.axis_names, "experts": mesh.axis_names[-1]})
+    return ModelSharding(mesh, {"batch": mesh_axes(mesh), "experts": mesh_axes(mesh)[-1]})
+
+
+def mesh_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The names of the axes of a mesh.
+
+    Raises:
+      InvalidSharding: it is no mesh.
+    """
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise InvalidSharding(f"sharding: expected a jax.sharding.Mesh, found {shown(mesh)}.")
+    return tuple(mesh.axis_names)
 
 
 def _within_layers(axis: str) -> dict[str, MeshAxes]:
@@ -127,5 +161,5 @@ def auto_mesh(mesh: Mesh) -> Mesh:
     """The mesh with axes that XLA partitions, which models need; `jax.make_mesh` makes Explicit ones by default."""
     auto = (AxisType.Auto,) * len(mesh.axis_names)
     if not isinstance(mesh, Mesh):  # an AbstractMesh, for its shape alone
-        return jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=auto)
+        return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=auto)
     return Mesh(mesh.devices, mesh.axis_names, axis_types=auto)

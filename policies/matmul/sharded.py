@@ -11,6 +11,7 @@ one device.  What each device does follows from the axes over which a kernel is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,8 @@ from jax.typing import DTypeLike
 
 from .. import dtypes
 from ..blocks import DEFAULT_BLOCK, block_sides
-from ..formats import Format, ScaledArray
+from ..errors import InvalidSharding
+from ..formats import Format, ScaledArray, quantize_rows
 from .dispatch import describe
 from .face import scaled_matmuls
 
@@ -52,17 +54,13 @@ class Split:
         """Returns the axes over which a batch of this size is divided: none if it does not divide evenly."""
         return self.batch if isinstance(size, int) and size % self.devices(self.batch) == 0 else ()
 
-    def parts(self, batch: Names, whole: Sequence[int | None]) -> tuple[Part, ...]:
-        """Returns what a device has of each dimension, and what it gathers, beside a batch divided over `batch`.
-
-        whole  for each dimension None; or a number of indices of which a device must have a multiple: if it would not,
-               it has the whole dimension
-        """
+    def parts(self, batch: Names) -> tuple[Part, ...]:
+        """Returns what a device has of each dimension, and what it gathers, beside a batch divided over `batch`."""
         parts = []
-        for names, unit in zip(self.dims, whole, strict=True):
+        for names in self.dims:
             gathered = tuple(name for name in names if name in batch)
             kept = () if gathered else names
-            parts.append(Part(kept, gathered, self.devices(kept or gathered), unit))
+            parts.append(Part(kept, gathered, self.devices(kept or gathered)))
         return tuple(parts)
 
 
@@ -73,24 +71,24 @@ class Part:
     kept      mesh axes over which it stays divided
     gathered  mesh axes over which it is divided until it is used
     count     devices along these axes
-    unit      see `Split.parts`
     """
 
     kept: Names
     gathered: Names
     count: int
-    unit: int | None = None
 
-    def of(self, size: int) -> Part:
-        """Returns the part for a dimension of this size: not divided if that would divide a unit."""
-        if self.kept and self.unit is not None and (size // self.count) % self.unit:
-            return Part((), (), 1)
-        return self
+    def has_whole(self, unit: int, size: int) -> bool:
+        """Returns whether the device has whole units of a dimension of this size when it multiplies."""
+        return not self.kept or (size // self.count) % unit == 0
 
     @property
     def names(self) -> Names:
         """The axes over which it is divided when the function inside `shard_map` begins."""
         return self.kept or self.gathered
+
+
+WHOLE = Part((), (), 1)
+"""A dimension that is not divided."""
 
 
 def spec(*names: Names) -> PartitionSpec:
@@ -99,7 +97,17 @@ def spec(*names: Names) -> PartitionSpec:
 
 
 def over_devices(split: Split, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Returns `function`, run by each device of the split's mesh on its parts."""
+    """Returns `function`, run by each device of the split's mesh on its parts.
+
+    Raises:
+      InvalidSharding: inside `jax.set_mesh` or `shard_map` with another mesh, which JAX does not combine.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    if not current.empty and current != split.mesh.abstract_mesh:
+        raise InvalidSharding(
+            f"the model is divided over {split.mesh.abstract_mesh}, and is called inside jax.set_mesh or shard_map "
+            f"with {current}. Call it outside of them."
+        )
     return jax.shard_map(function, mesh=split.mesh, in_specs=in_specs, out_specs=out_specs)
 
 
@@ -132,7 +140,7 @@ def local(array: Kernel, parts: Sequence[Part], shape: tuple[int, ...]) -> Kerne
     for dim, (part, size, side) in enumerate(zip(parts, shape, _sides(array, shape), strict=True)):
         length = size // part.count
         if length % side == 0:
-            scales = _gathered(scales, [part if i == dim else Part((), (), 1) for i in range(scales.ndim)])
+            scales = _gathered(scales, [part if i == dim else WHOLE for i in range(scales.ndim)])
         elif part.kept:
             # The part begins or ends within a block: it has smaller blocks, which repeat the scale of their block.
             smaller = math.gcd(side, length)
@@ -185,19 +193,17 @@ def sharded_matmuls(
     implementation of the matmul on a device does not depend on the shapes.
     """
     dtype = np.dtype(x.dtype) if result is None else dtypes.as_dtype(result)
-    first, batch = splits[0], splits[0].batch_of(x.shape[0] if x.ndim > 1 else None)
-    parts = [
-        kernel_parts(np.dtype(x.dtype), kernel, split, batch, compute)
-        for kernel, split in zip(kernels, splits, strict=True)
-    ]
-    if len(columns := {each[1] for each in parts}) > 1:
+    batch = splits[0].batch_of(x.shape[0] if x.ndim > 1 else None)
+    plans = [product_plan(np.dtype(x.dtype), k, s, batch, compute) for k, s in zip(kernels, splits, strict=True)]
+    if len({(plan.parts[1], plan.rounding) for plan in plans}) > 1:
         pairs = zip(kernels, splits, strict=True)
         return tuple(sharded_matmuls(x, [k], [s], compute=compute, result=result)[0] for k, s in pairs)
-    (summed,) = (each.kept for each in columns)
-    between = ((),) * (x.ndim - 2)
-    x_spec = spec(batch, *between, summed) if x.ndim > 1 else spec(summed)
+    parts, rounding, summed = [plan.parts for plan in plans], plans[0].rounding, plans[0].parts[1].kept
+    shapes = [kernel.shape for kernel in kernels]
 
     def function(x: jax.Array, kernels: Sequence[Kernel]) -> tuple[jax.Array, ...]:
+        if rounding is not None:
+            x = rounded_part(x, summed, rounding)
         results: dict[int, jax.Array] = {}
         # Together only those whose results vary over the same axes.
         for rows in dict.fromkeys(each[0].kept for each in parts):
@@ -212,30 +218,80 @@ def sharded_matmuls(
             x, kernels = jax.lax.optimization_barrier((x, kernels))
         mine = [local(kernel, parts[i], shapes[i]) for kernel, i in zip(kernels, chosen, strict=True)]
         pairs: list[Any] = [kernel if isinstance(kernel, ScaledArray) else (kernel, None) for kernel in mine]
-        products = scaled_matmuls(x, pairs, compute=compute, result=jnp.float32 if summed else dtype)
+        format = compute if rounding is None else None
+        products = scaled_matmuls(x, pairs, compute=format, result=jnp.float32 if summed else dtype)
         return jax.lax.psum(products, summed) if summed else products
 
-    shapes = [kernel.shape for kernel in kernels]
+    if any(map(needs_more, parts, splits)):
+        # The same barrier for what XLA gathers.
+        x, kernels = jax.lax.optimization_barrier((x, list(kernels)))
+    between = ((),) * (x.ndim - 2)
+    x_spec = spec(batch, *between, summed) if x.ndim > 1 else spec(summed)
     in_specs = x_spec, [array_specs(kernel, each) for kernel, each in zip(kernels, parts, strict=True)]
     out_specs = tuple(spec(batch, *between, each[0].kept) if x.ndim > 1 else spec(each[0].kept) for each in parts)
-    results: tuple[jax.Array, ...] = over_devices(first, function, in_specs, out_specs)(x, list(kernels))
+    results: tuple[jax.Array, ...] = over_devices(splits[0], function, in_specs, out_specs)(x, list(kernels))
     return results
 
 
-def kernel_parts(x: np.dtype, kernel: Kernel, split: Split, batch: Names, compute: Format | None) -> tuple[Part, ...]:
-    """Returns the parts of a kernel (..., out, in) for products of activations of dtype `x`.
+@dataclasses.dataclass(frozen=True)
+class ProductPlan:
+    """How products with a kernel are divided.
 
-    Where activations or the kernel are quantised for the product, a device has whole blocks of them.
+    parts     of the kernel's dimensions
+    rounding  the narrow format of activations, where a device has columns of x that are no whole blocks of it: x is
+              then rounded to it as a whole row, by `rounded_part`, and multiplied in float32; else None
     """
-    rows: int | None = None
-    columns: int | None = None
+
+    parts: tuple[Part, ...]
+    rounding: Format | None
+
+
+def product_plan(x: np.dtype, kernel: Kernel, split: Split, batch: Names, compute: Format | None) -> ProductPlan:
+    """Returns how products of activations of dtype `x` with a kernel (..., out, in) are divided."""
+    *leading, rows, columns = split.parts(batch)
+    rounding = None
     if compute is not None and compute.narrow:
         format = kernel.format if isinstance(kernel, ScaledArray) else Format(np.dtype(kernel.dtype), DEFAULT_BLOCK)
         call = describe(None, kernel.shape[-2:], x, format, compute)
         assert call.x.block is not None
-        columns = call.in_features if call.x.block[1] == -1 else call.x.block[1]
-        if not (isinstance(kernel, ScaledArray) and kernel.format.narrow):  # it is quantised in the product
+        unit = call.in_features if call.x.block[1] == -1 else call.x.block[1]
+        if isinstance(kernel, ScaledArray) and kernel.format.narrow:
+            rounding = None if columns.has_whole(unit, call.in_features) else call.x
+        else:  # it is quantised in the product
             assert call.kernel.block is not None
-            rows, columns = call.kernel.block[0], math.lcm(columns, call.kernel.block[1])
-    parts = split.parts(batch, (*(None,) * (len(kernel.shape) - 2), rows, columns))
-    return tuple(part.of(size) for part, size in zip(parts, kernel.shape, strict=True))
+            rows = rows if rows.has_whole(call.kernel.block[0], call.out_features) else WHOLE
+            unit = math.lcm(unit, call.kernel.block[1])
+            columns = columns if columns.has_whole(unit, call.in_features) else WHOLE
+    return ProductPlan((*leading, rows, columns), rounding)
+
+
+def needs_more(parts: Sequence[Part], split: Split) -> bool:
+    """Returns whether devices need more of an array for these parts than they have, which XLA has to gather before."""
+    return any(set(part.names) != set(names) for part, names in zip(parts, split.dims, strict=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def rounded_part(x: jax.Array, names: Names, format: Format) -> jax.Array:
+    """Returns, inside `shard_map`, the device's columns of x (..., columns) after whole rows were rounded to a format.
+
+    names   mesh axes over which columns are divided
+    format  of activations, with scales
+
+    The result is float32, so that products with it are those of the narrow values and their scales. Its derivative is
+    that of x.
+    """
+    whole = jax.lax.all_gather(x, names, axis=x.ndim - 1, tiled=True)
+    first = jax.lax.axis_index(names) * x.shape[-1]
+    rounded = quantize_rows(whole.reshape(-1, whole.shape[-1]), format).dequantize()
+    return jax.lax.dynamic_slice_in_dim(rounded.reshape(whole.shape), first, x.shape[-1], axis=x.ndim - 1)
+
+
+def _rounded_forward(x: jax.Array, names: Names, format: Format) -> tuple[jax.Array, jax.Array]:
+    return rounded_part(x, names, format), x[..., :0]
+
+
+def _rounded_backward(names: Names, format: Format, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (gradient.astype(like.dtype),)
+
+
+rounded_part.defvjp(_rounded_forward, _rounded_backward)

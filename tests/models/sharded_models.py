@@ -52,6 +52,7 @@ four devices share a head of keys and values."""
 IDS = np.arange(64).reshape(8, 8) % 500
 MASK = IDS % 7 != 0
 F32 = {"compute": "f32"}
+NARROW = {"compute": {"kernel": "f8_e4m3fn", "default": "f32"}}
 
 
 def mesh(*shape):
@@ -86,12 +87,20 @@ def layouts():
     yield "experts by number", "qwen3_moe", experts_by_number(), F32
     yield "tokens travel", "qwen3_moe", expert_parallel(mesh(2, 4)), F32
     yield "tokens travel along two axes", "qwen3_moe", along_two_axes(), F32
+    yield "experts by width, narrow activations", "qwen3_moe", tensor_parallel(mesh(2, 4)), NARROW
+    yield "heads along an axis of the batch", "qwen3_moe", heads_along_the_batch(), F32
     yield "experts gathered", "qwen3_moe", fsdp_tensor_parallel(mesh(2, 4)), F32
 
 
 def experts_by_number():
     """Tensor-parallel but for the experts, of which each device has some, for the tokens of all."""
     axes = {**tensor_parallel(mesh(2, 4)).axes, "experts": "tensor", "expert_mlp": None}
+    return ModelSharding(mesh(2, 4), axes)
+
+
+def heads_along_the_batch():
+    """Heads along an axis that divides the batch: of one row, repeated for several, the cache has the same heads."""
+    axes = {"batch": ("data", "tensor"), **dict.fromkeys(("heads", "kv_heads", "experts"), "tensor")}
     return ModelSharding(mesh(2, 4), axes)
 
 
@@ -191,6 +200,9 @@ def report(name, family, sharding, policy):
         found, text, hopper = compiled(model, IDS, len(IDS))
         generated = np.asarray(perparam.generate(model, IDS, MASK, 6, eos_token_id=()))
         alone = np.asarray(perparam.generate(model, IDS[:1], MASK[:1], 6, eos_token_id=()))
+        if name == "heads along an axis of the batch":
+            several = perparam.generate(model, IDS[:1], MASK[:1], 6, eos_token_id=(), num_return_sequences=8)
+            alone = np.where((np.asarray(several) == tokens[:1]).all(), alone, -1)
         line = {
             "shards": {path: array.addressable_shards[0].data.shape for path, array in arrays.items()},
             "devices": max(len(array.sharding.device_set) for array in arrays.values()),

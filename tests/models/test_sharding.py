@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import permutations
 from typing import ClassVar
 
 import jax
@@ -11,10 +12,12 @@ from devices import run_on_devices
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from perparam.models import ModelSharding, fsdp_tensor_parallel
+from perparam.models import ModelSharding, fsdp, fsdp_tensor_parallel, tensor_parallel
 from perparam.models.sharding.arrays import scales_sharding, shardings
+from perparam.models.sharding.heads import heads_split
 from perparam.policies import ArrayInfo, Format
 from perparam.policies.errors import InvalidSharding, UnmatchedRule
+from perparam.policies.matmul.sharded import Split
 
 BFLOAT16_ERROR = 2.0**-8
 """Sums in another order are rounded to bfloat16 differently, and XLA rounds less in some programs than in others."""
@@ -26,7 +29,10 @@ DENSE = ("tensor parallel", "both")
 MIXTURES = ("experts by width", "tokens travel")
 TRAINING = ("training, both", "training, experts by number")
 MORE_DENSE = ("FSDP", "both, narrow activations")
-MORE_MIXTURES = ("experts by number", "tokens travel along two axes", "experts gathered")
+MORE_MIXTURES = (
+    "experts by number", "tokens travel along two axes", "experts gathered", "experts by width, narrow activations",
+    "heads along an axis of the batch",
+)  # fmt: skip
 BY_XLA = ("by pattern, both axes cut", "on the last device", "copied to all", "an Explicit axis in a pattern")
 BFLOAT16 = (
     "one mesh axis of four", "requantised to blocks of 64", "one mesh axis of eight", "dequantised", "llama over four",
@@ -265,11 +271,59 @@ def test_parameters_are_sharded_by_their_logical_axes(config_of_8b, model, wante
     assert shardings(layout, config_of_8b, stored)["layers/0/mlp/down_proj/kernel"].spec == P()
 
 
-def test_axes_that_do_not_exist(config_of_8b):
-    with pytest.raises(InvalidSharding, match=r"no logical axis 'head'\. Write some of these: batch, vocab, .*heads"):
-        ModelSharding(abstract((2,), ("d",)), {"head": "d"})
-    with pytest.raises(InvalidSharding, match=r"the mesh has no axis 'model' \(heads\)\. It has d\."):
-        ModelSharding(abstract((2,), ("d",)), {"heads": "model"})
+@pytest.mark.parametrize(
+    ("axes", "patterns", "message"),
+    [
+        (
+            {"head": "d"},
+            {},
+            r"no logical axis 'head'\. Write some of these: batch, vocab, .*heads",
+        ),
+        ({"heads": "model"}, {}, r"the mesh has no axis 'model' \(heads\)\. It has d\."),
+        ({"batch": ("d", "d")}, {}, "'batch' has the mesh axis 'd' twice"),
+        ({"batch": 3}, {}, "'batch' needs names of mesh axes, found 3"),
+        ({}, {"norm/scale": P("t")}, r"the mesh has no axis 't' \(norm/scale\)"),
+        ({}, {"norm/scale": ("d",)}, "'norm/scale' needs a PartitionSpec"),
+        ({}, {"norm/scale": P(P.UNCONSTRAINED)}, "'norm/scale' needs names of mesh axes"),
+        ({}, {"embed_tokens/embedding": P("d", "d")}, "'embed_tokens/embedding' has the mesh axis 'd' twice"),
+    ],
+)
+def test_what_is_no_sharding_of_a_model(axes, patterns, message):
+    with pytest.raises(InvalidSharding, match=message):
+        ModelSharding(abstract((2,), ("d",)), axes, patterns)
+
+
+@pytest.mark.parametrize("make", [tensor_parallel, fsdp, lambda mesh: ModelSharding(mesh, {})])
+def test_what_is_no_mesh(make):
+    with pytest.raises(InvalidSharding, match=r"expected a jax\.sharding\.Mesh, found"):
+        make(jax.devices())
+
+
+def test_shardings_with_patterns_in_another_order_differ():
+    one, other = (
+        ModelSharding(abstract((2,), ("d",)), {}, dict(each)) for each in permutations({"a": P(), "b": P("d")}.items())
+    )
+    assert one != other
+    assert hash(one) != hash(other)
+    assert one == dataclasses.replace(one)
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [((), (("t",), 2, 4)), (("d",), (("t",), 2, 4)), (("d", "t"), ((), 1, 2))],  # 2 heads of keys on 4 devices
+    ids=str,
+)
+def test_heads_are_divided_alike_for_all_batches(batch, expected):
+    mesh = abstract((2, 4), ("d", "t"))
+    q, k = (Split(mesh, batch, (names, ())) for names in (("t",), ()))
+    for rows in (1, 8):
+        split = heads_split([q, k, k], rows, 8, 2)
+        assert (split.heads, split.sharing, split.kv_heads) == expected
+    assert heads_split([q, k, None], 8, 8, 2) is None
+    assert heads_split([q, k, k], 8, 6, 2) is None or batch == ("d", "t")  # 6 heads of queries on 4 devices
+
+
+def test_logical_axes_that_share_a_mesh_axis(config_of_8b):
     twice = ModelSharding(abstract((2,), ("d",)), {"heads": "d", "embed": "d"})
     stored = {path: ArrayInfo(shape, Format(np.dtype(np.float32))) for path, shape in KERNELS.items()}
     with pytest.raises(InvalidSharding, match="q_proj/kernel: two of its logical axes, heads, embed, have one"):

@@ -4,12 +4,14 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from devices import run_on_devices
 from jax.sharding import AxisType
 
-from perparam.policies.formats import quantize
-from perparam.policies.matmul.sharded import Part, Split, sharded_matmuls
+from perparam.policies.errors import InvalidSharding
+from perparam.policies.formats import as_format, quantize
+from perparam.policies.matmul.sharded import Part, Split, needs_more, product_plan, sharded_matmuls
 
 
 @pytest.mark.slow
@@ -36,13 +38,34 @@ def test_they_are_those_of_one_device_for_any_shape_block_and_mesh():
 def test_an_axis_is_gathered_only_if_it_divides_the_batch(batch, rows, columns):
     mesh = jax.sharding.AbstractMesh((2, 4), ("d", "t"))
     split = Split(mesh, ("d",), (("t",), ("d",)))
-    assert split.parts(split.batch_of(batch), (None, None)) == (rows, columns)
+    assert split.parts(split.batch_of(batch)) == (rows, columns)
 
 
-def test_columns_stay_whole_where_a_cut_would_divide_a_block_of_activations():
-    assert Part(("t",), (), 4, unit=128).of(1024) == Part(("t",), (), 4, unit=128)
-    assert Part(("t",), (), 4, unit=128).of(768) == Part((), (), 1)
-    assert Part((), ("t",), 4, unit=128).of(768) == Part((), ("t",), 4, unit=128)  # it is gathered anyway
+@pytest.mark.parametrize(
+    ("width", "wide_kernel", "rounding", "columns"),
+    [
+        (1024, False, None, ("t",)),
+        (768, False, (1, 128), ("t",)),  # 192 columns, one and a half blocks: x is rounded as whole rows before
+        (768, True, None, ()),  # the kernel is quantised in the product, so that a device needs whole blocks
+        (1024, True, None, ("t",)),
+    ],
+)
+def test_activations_are_rounded_in_whole_blocks(width, wide_kernel, rounding, columns):
+    split = Split(jax.sharding.AbstractMesh((4,), ("t",)), (), ((), ("t",)))
+    kernel = jnp.ones((128, width), jnp.bfloat16)
+    kernel = kernel if wide_kernel else quantize(kernel, "f8_e4m3fn")
+    plan = product_plan(np.dtype(jnp.bfloat16), kernel, split, (), as_format("f8_e4m3fn"))
+    assert (plan.rounding and plan.rounding.block, plan.parts[1].kept) == (rounding, columns)
+    assert needs_more(plan.parts, split) == (columns == ())
+
+
+def test_a_model_over_one_mesh_is_not_called_inside_another():
+    mesh, other = (jax.make_mesh((1,), (name,), axis_types=(AxisType.Auto,)) for name in "tu")
+    split, kernel = Split(mesh, (), (("t",), ())), jnp.ones((4, 8))
+    with jax.set_mesh(mesh):
+        assert sharded_matmuls(jnp.ones((2, 8)), [kernel], [split])[0].shape == (2, 4)
+    with jax.set_mesh(other), pytest.raises(InvalidSharding, match=r"inside jax\.set_mesh or shard_map with"):
+        sharded_matmuls(jnp.ones((2, 8)), [kernel], [split])
 
 
 def test_it_is_differentiable_and_exact_on_one_device():
