@@ -160,8 +160,10 @@ def test_importing_perparam_touches_no_device_and_no_environment():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("compiles", [True, False])
+# CI installs the wheel that a compiler made.
+@pytest.mark.parametrize(
+    "compiles", [pytest.param(True, marks=pytest.mark.thorough), pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_the_wheel_holds_exactly_the_package(tmp_path, compiles):
     if compiles and native_builds.CXX is None:
         pytest.skip("there is no C++ compiler")

@@ -143,9 +143,10 @@ def choose(
             checks.append(check(trials.of_product(implementation, call), target, run=run_checks))
             why = "its check failed" if checks[-1].state == "refused" else None
         if why is None:
-            quantizer, checked = checked_quantizer(implementation.quantizer(call), call, target, x, run_checks)
+            own = implementation.quantizer(call)
+            quantizer, checked = checked_quantizer(own, call, target, x, run_checks)
             checks += checked
-            if quantizer is BY_XLA:
+            if quantizer is not own:
                 implementation = dataclasses.replace(implementation, quantizer=by_xla)
             refused.pop(implementation.name, None)
             choice = Choice(implementation.name, implementation.gist, tuple(refused.items()), tuple(checks))

@@ -258,7 +258,7 @@ def test_a_result_of_another_shape_fails():
 
 
 @required
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_dry_run_checks_and_measures(tmp_path):
     """All parts but the model, which takes as long to compile as the others together."""
     command = [sys.executable, gpu.__file__, "--dry", "--parts", "checks;matmul;attention", "--out", str(tmp_path)]

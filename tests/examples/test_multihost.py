@@ -47,9 +47,12 @@ def test_two_processes_generate_and_save_what_one_does(checkpoint, tmp_path):
         assert (tmp_path / "saved" / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dead", "cause"), [(1, signal.SIGKILL), pytest.param(0, signal.SIGSTOP, marks=pytest.mark.thorough)]
+    ("dead", "cause"),
+    [
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.thorough),
+    ],
 )
 def test_the_others_end_if_one_dies(checkpoint, tmp_path, dead, cause):
     with started(command(checkpoint, tmp_path / "saved", TIMEOUT), 2) as processes:

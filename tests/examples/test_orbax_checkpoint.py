@@ -7,9 +7,8 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize(
-    "devices", [pytest.param(1, marks=pytest.mark.thorough), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("devices", [1, 4])
 def test_the_example_restores_what_it_saved(devices):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}

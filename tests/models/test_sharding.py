@@ -25,10 +25,11 @@ BFLOAT16_ERROR = 2.0**-8
 FLOAT32_ERROR = 1e-6
 """Sums of up to 768 float32 products in another order, two layers deep."""
 
-DENSE = ("tensor parallel", "both")
+DENSE = ("both",)
 MIXTURES = ("experts by width", "tokens travel")
-TRAINING = ("training, both", "training, experts by number")
-MORE_DENSE = ("FSDP", "both, narrow activations")
+TRAINING = ("training, experts by number",)
+MORE_TRAINING = ("training, both", "training, tokens travel")
+MORE_DENSE = ("tensor parallel", "FSDP", "both, narrow activations")
 MORE_MIXTURES = (
     "experts by number", "tokens travel along two axes", "experts gathered", "experts by width, narrow activations",
     "heads along an axis of the batch",
@@ -53,11 +54,8 @@ def lines(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
-    return printed(
-        tmp_path_factory.mktemp("sharded"),
-        (*MORE_DENSE, *MORE_MIXTURES, *BFLOAT16, "training, tokens travel"),
-        timeout=1800,
-    )
+    names = (*MORE_DENSE, *MORE_MIXTURES, *BFLOAT16, *MORE_TRAINING)
+    return printed(tmp_path_factory.mktemp("sharded"), names, timeout=1800)
 
 
 def assert_the_same(line, error=FLOAT32_ERROR):
@@ -85,9 +83,13 @@ ADDED = 2 * LAYERS + 1  # after o_proj and after the MLP of each layer, and the 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tensor parallel", "experts by width"])
-def test_a_decoding_step_adds_up_twice_in_a_layer_and_gathers_no_weights(lines, name):
-    assert lines[name]["collectives"] == {"f32 all-reduce": ADDED}
+def test_a_decoding_step_adds_up_twice_in_a_layer_and_gathers_no_weights(lines):
+    assert lines["experts by width"]["collectives"] == {"f32 all-reduce": ADDED}
+
+
+@pytest.mark.thorough
+def test_so_it_is_without_experts(more):
+    assert more["tensor parallel"]["collectives"] == {"f32 all-reduce": ADDED}
 
 
 def assert_trained_and_audited_alike(line):
@@ -104,8 +106,9 @@ def test_a_loss_its_gradients_and_an_audit_are_those_of_one_device(lines, name):
 
 
 @pytest.mark.thorough
-def test_so_it_is_where_tokens_travel(more):
-    assert_trained_and_audited_alike(more["training, tokens travel"])
+@pytest.mark.parametrize("name", MORE_TRAINING)
+def test_so_it_is_for_other_layouts_in_training(more, name):
+    assert_trained_and_audited_alike(more[name])
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def kill_savers(folder, kills, seed, way):
 @pytest.mark.parametrize(
     ("kills", "way"),
     [
-        pytest.param(150, "exchange", marks=pytest.mark.slow),
+        pytest.param(60, "exchange", marks=pytest.mark.slow),
         pytest.param(150, "renamings", marks=pytest.mark.thorough),
     ],
 )

@@ -115,8 +115,7 @@ def test_fp8_kernels_are_kept_and_saved_byte_for_byte(case, tmp_path):
 # Qwen3's commands are tested by test_command_line.py.
 @pytest.mark.parametrize(
     "family",
-    [pytest.param("llama", marks=pytest.mark.slow)]
-    + [pytest.param(each, marks=pytest.mark.thorough) for each in ("qwen2", "qwen3_moe")],
+    [pytest.param(each, marks=pytest.mark.thorough) for each in ("llama", "qwen2", "qwen3_moe")],
 )
 def test_every_command_runs(family, tmp_path, capsys, monkeypatch):
     _, folder = written(tmp_path, family)

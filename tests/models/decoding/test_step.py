@@ -166,10 +166,12 @@ since a value that falls on the other side of a tie differs by 2**-3."""
 
 
 @required
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "family"),
-    [("fp8_weight_only", (Qwen3, Qwen3Config)), ("fp8_dynamic", (Llama, LlamaConfig))],
+    [
+        pytest.param("fp8_weight_only", (Qwen3, Qwen3Config), marks=pytest.mark.slow),
+        pytest.param("fp8_dynamic", (Llama, LlamaConfig), marks=pytest.mark.thorough),
+    ],
     ids=["W8A16 with norms of heads", "W8A8 without"],
 )
 def test_the_layers_are_the_same(mode, family):
@@ -190,8 +192,13 @@ def test_the_layers_are_the_same(mode, family):
     assert decoding._fused_layer._cache_size() <= 2  # the first layer has no sums before it
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(lambda f: f, id="eager", marks=pytest.mark.thorough),
+        pytest.param(jax.jit, id="jit", marks=pytest.mark.slow),
+    ],
+)
 def test_derivatives_and_batches_are_those_of_the_layers(run):
     model = built()
     _, cache = model.hidden(np.arange(1, 7).reshape(2, 3), None, model.empty_cache(2, 64))

@@ -139,10 +139,8 @@ class TestAModelOfThePublishedSize:
     def test_decoding(self):
         assert temporary(compiled(self.model(), 1, 16, 8)) <= 16
 
-    @pytest.mark.parametrize(
-        "kv_cache",
-        [pytest.param("f8_e4m3fn", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.thorough)],
-    )
+    @pytest.mark.thorough
+    @pytest.mark.parametrize("kv_cache", ["f8_e4m3fn", "int8"])
     def test_decoding_with_a_narrow_cache(self, kv_cache):
         """4096 slots: what is widened is widened where it is used, a layer's keys at most at a time."""
         policy = Policy({"kernel": "f8_e4m3fn", "default": "bf16"}, "bf16", kv_cache=kv_cache)

@@ -187,7 +187,8 @@ class TestGrouped:
 
     RAGGED = (1, 0, 13, 2, 0, 8)
 
-    @pytest.mark.parametrize("x", [FP8, *slow("bfloat16", "float16")])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("x", [FP8, "bfloat16"])
     def test_tiles_of_several_groups(self, x):
         assert_products(grouped_products(self.RAGGED, [256], 256, x, processors=3))
 
@@ -195,7 +196,7 @@ class TestGrouped:
     def test_several_kernels_in_one_launch(self, x):
         assert_products(grouped_products(self.RAGGED, [128, 256], 128, x, "bfloat16", processors=5), "bfloat16")
 
-    @pytest.mark.slow
+    @pytest.mark.thorough
     @pytest.mark.parametrize("x", ["bfloat16", FP8])
     @pytest.mark.parametrize("height", [16, 32, 64, 128])
     def test_tiles_of_every_height(self, x, height):

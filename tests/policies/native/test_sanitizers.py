@@ -16,7 +16,7 @@ from native_builds import CXX, ROOT, build
 pytestmark = pytest.mark.skipif(
     CXX is None or not sys.platform.startswith("linux"), reason="needs a C++ compiler and ELF"
 )
-slow = pytest.mark.slow
+slow, thorough = pytest.mark.slow, pytest.mark.thorough
 
 SANITIZE = "address,undefined"
 
@@ -82,7 +82,7 @@ def test_so_do_products_of_groups(library):
     assert_clean(library, "", "tests/policies/matmul/test_grouped_native.py", "-k", "not unreadable")
 
 
-@slow
+@thorough
 def test_so_does_attention(library):
     assert_clean(library, "", "-k", "errors or any_shape or bits", "tests/models/test_cpu_attention.py")
 
