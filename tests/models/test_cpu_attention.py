@@ -290,7 +290,8 @@ def test_bits_do_not_depend_on_threads(threads):
 def test_every_instruction_set(name):
     if library.instructions() == name:
         pytest.skip("it is the one of the other tests")
-    code = f"import pytest; raise SystemExit(pytest.main(['-q', '-n', '0', '-m', 'not slow', {__file__!r}]))"
+    options = ["-q", "-n", "0", "-m", "not slow and not thorough", __file__]
+    code = f"import pytest; raise SystemExit(pytest.main({options!r}))"
     assert "passed" in python(code, PERPARAM_CPU=name)
 
 
