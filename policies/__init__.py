@@ -29,7 +29,7 @@ from .resolved import Resolved, ResolvedParam, resolve
 from .rules import Rule, SlotRules
 from .scope import ParamSpec, Scope
 from .slots import SLOTS, Slot
-from .training import combine, partition, refuse_narrow
+from .training.partition import combine, partition, refuse_narrow
 from .trees import ArrayInfo, Narrow, describe, parameters
 from .wrappers import apply, init
 

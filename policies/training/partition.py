@@ -13,11 +13,11 @@ import jax
 import optax
 from flax import nnx
 
-from . import dtypes
-from .errors import UnmatchedRule, UnsupportedCast, count
-from .paths import is_scale, scale_path
-from .patterns import Pattern
-from .trees import is_leaf, map_parameters, parameters, rebox, unbox
+from .. import dtypes
+from ..errors import UnmatchedRule, UnsupportedCast, count
+from ..paths import is_scale, scale_path
+from ..patterns import Pattern
+from ..trees import is_leaf, map_parameters, parameters, rebox, unbox
 
 
 def partition(variables: Any, trainable: str | Iterable[str] | Callable[[str], bool] = "**") -> tuple[Any, Any]:
