@@ -12,10 +12,8 @@ GIGABYTES = 0.3
 BEYOND = 100 * 2**20
 """Slabs, compiled programs and what the allocator keeps: a third of the smaller checkpoint, a sixth of the other."""
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+slow, thorough = pytest.mark.slow, pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,13 @@ def folders(load, tmp_path_factory):
     shutil.rmtree(folder)  # pytest would keep it for the next three runs
 
 
-@pytest.mark.parametrize("name", ["kept", "dequantised", "requantised", "sharded", "quantised", "converted", "saved"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=slow) for name in ("kept", "dequantised", "quantised", "saved")),
+        *(pytest.param(name, marks=thorough) for name in ("requantised", "sharded", "converted")),
+    ],
+)
 def test_no_more_than_one_parameter_and_a_few_slabs_beyond_the_model(load, folders, name):
     folder = folders[load.CONTENDERS[name][0]]
     measured = load.measure(name, folder)
@@ -45,6 +49,7 @@ def test_no_more_than_one_parameter_and_a_few_slabs_beyond_the_model(load, folde
         assert 0.9 * smaller < measured["model"] < 1.1 * times * smaller  # so that it is the model that was left out
 
 
+@slow
 def test_what_is_read_into_memory_is_seen(load, folders):
     measured = load.measure("read fp8", folders["fp8"])
     size = sum(file.stat().st_size for file in folders["fp8"].glob("*.safetensors"))

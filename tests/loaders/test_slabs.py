@@ -31,6 +31,8 @@ POLICIES = {
     "quantised": {"params": {"embedding": "f8_e4m3fn", "default": "f32"}, "block": (5, 9)},
 }
 
+SLOW = ("dequantised to float32", "requantised to another dtype", "int8")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -47,7 +49,9 @@ def info(array, block=None) -> ArrayInfo:
     return ArrayInfo(array.shape, Format(np.dtype(array.dtype), block))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in POLICIES]
+)
 def test_slabs_give_what_the_whole_tree_gives(folder, small_slabs, name):
     policy = perparam.get_policy(POLICIES[name])
     found = perparam.load_params(folder, policy)

@@ -158,7 +158,7 @@ def bits(q, cache, queries, slots, window):
 
 
 @pytest.mark.parametrize(("dtype", "stored"), BITS)
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window", [100, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_query_alone_has_the_bits_of_a_prefill(dtype, stored, window):
     """Also where the prefill has blocks of several queries, and chunks that only some of them see."""
     q, cache = inputs((2, 130, 2, 2, 64, 1300), dtype, stored)
@@ -172,7 +172,7 @@ def test_a_query_alone_has_the_bits_of_a_prefill(dtype, stored, window):
 
 
 @pytest.mark.parametrize(("dtype", "stored"), BITS)
-@pytest.mark.parametrize("t", [1, 20])
+@pytest.mark.parametrize("t", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_row_alone_has_the_bits_of_a_batch(dtype, stored, t):
     q, cache = inputs((3, t, 2, 2, 64, 200), dtype, stored)
     queries, slots = in_order(3, t, 200)
@@ -186,7 +186,7 @@ def test_a_row_alone_has_the_bits_of_a_batch(dtype, stored, t):
 
 
 @pytest.mark.parametrize(("dtype", "stored"), BITS)
-@pytest.mark.parametrize("t", [1, 40])
+@pytest.mark.parametrize("t", [1, pytest.param(40, marks=pytest.mark.slow)])
 def test_empty_slots_change_no_bits(dtype, stored, t):
     q, cache = inputs((1, t, 2, 2, 64, 3000), dtype, stored)
     found = []
@@ -280,13 +280,8 @@ def test_bits_do_not_depend_on_threads(threads):
     assert found.splitlines()[-1] == digest()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("scalar", marks=pytest.mark.slow),
-        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("avx512", "avx2")),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["scalar", "avx512", "avx2"])
 def test_every_instruction_set(name):
     if library.instructions() == name:
         pytest.skip("it is the one of the other tests")

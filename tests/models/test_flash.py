@@ -36,6 +36,7 @@ def inputs(dtype):
     return [jnp.asarray(rng.normal(size=(2, LENGTH, heads, D)).astype(dtype)) for heads in (HEADS, KV, KV)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 1, 7, LENGTH])
 @pytest.mark.parametrize("padding", MASKS)
 def test_it_is_attention_over_slots(padding, window):

@@ -102,6 +102,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("family", "policy"), [("qwen3", None), ("qwen3", "fp8_dynamic"), ("qwen3_moe", None), ("llama", "bf16")]

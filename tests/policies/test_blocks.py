@@ -38,6 +38,7 @@ def matrices(draw, shapes=SHAPES, smallest=-6, largest=6):
 
 
 class TestAgainstNumpy:
+    @pytest.mark.slow
     @pytest.mark.parametrize("narrow", NARROW)
     @given(weight=matrices(shapes=SHAPES[::2]), block=st.sampled_from(BLOCKS[:2]))
     def test_every_narrow_type_is_bit_for_bit(self, narrow, weight, block):

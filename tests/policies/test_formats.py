@@ -250,6 +250,7 @@ class TestBlocksByRule:
             kernel, scale_inv = reference_quantize(WEIGHT, "int8" if name == "b" else F8, block, scale)
             np.testing.assert_array_equal(back[name]["kernel"], reference_dequantize(kernel, scale_inv, block, F32))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("block", [(1, -1), (-1, 1), (-1, -1), (8, -1)])
     @pytest.mark.parametrize("shape", [(5, 9), (3, 4, 6), (4, 0), (0, 4)])
     def test_a_whole_axis_is_its_length(self, block, shape):
@@ -333,6 +334,7 @@ class TestExtremes:
         with pytest.raises(UnsupportedCast, match=r"the format f8_e4m3fn of a ScaledArray has no block. Make it with"):
             call(dataclasses.replace(array, format=Format(array.dtype)))
 
+    @pytest.mark.slow
     @combined(NARROW, ["float32", "bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn"], quick_values=(F8,))
     def test_weights_near_the_largest_float32_never_become_infinite(self, values, scale):
         random = np.random.default_rng(0)

@@ -181,6 +181,7 @@ class TestMatmuls:
         names = {one.values[0] for one in takers()}
         assert names == {ON_CPU, "slabs", "fused reduction", "dot by block", "widen, then dot", "oracle"}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("name", "rows", "compute"), list(takers()))
     def test_every_implementation_that_takes_it_is_the_product(self, name, rows, compute):
         x, weight = matrix(5, (rows, 96), 2), matrix(6, (24, 96), 2)

@@ -82,6 +82,7 @@ def narrow():
     return program(NARROW)
 
 
+@pytest.mark.slow
 def test_no_wide_copy_of_a_narrow_kernel_lasts(narrow):
     assert " while(" in narrow
     assert re.search(r"f8e4m3fn\[768,512\]\S* parameter\(", narrow)

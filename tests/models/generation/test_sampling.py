@@ -242,6 +242,7 @@ def drawn(sampling, keys):
     return np.asarray(jax.jit(draw, static_argnums=0)(sampling.kind, jnp.broadcast_to(logits, (len(keys), 9)), keys))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_draws_are_of_the_distribution(name):
     sampling, expected = FORMS[name]

@@ -102,6 +102,7 @@ class TestEveryImplementation:
         assert y.dtype == dtype(case.x)
         assert relative_error(y, exact(*operands, case.sides)) <= W8A8_ERROR
 
+    @pytest.mark.slow
     @takers(*GAUSSIAN["other kernels"], *GAUSSIAN["plain"])
     def test_other_dtypes_and_blocks(self, name, case):
         operands = case.operands()
@@ -120,6 +121,7 @@ class TestEveryImplementation:
         assert found.dtype == want.dtype == np.float32
         assert relative_error(found, want) <= ORACLE_ERROR
 
+    @pytest.mark.slow
     @takers(Case(1), Case(8), Case(8, compute=FP8), Case(70, compute=FP8))
     def test_scales_from_2_to_the_minus_20_to_2_to_the_20(self, name, case):
         x, kernel, scale_inv = case.operands()
@@ -212,6 +214,7 @@ class TestEveryImplementation:
             assert y.shape == (case.rows, case.shape[0])
             assert (np.abs(y.astype(np.float64) - exact(*operands, case.sides)) <= bound).all()
 
+    @pytest.mark.slow
     @EVERYONE
     @pytest.mark.parametrize(("rows", "shape"), [(2, (5, 0)), (2, (0, 9)), (0, (5, 9)), (0, (256, 384))])
     def test_without_columns_zeros_and_without_rows_nothing(self, name, rows, shape):
@@ -221,6 +224,7 @@ class TestEveryImplementation:
             assert y.shape == (rows, shape[0])
             assert (y == 0).all()
 
+    @pytest.mark.slow
     @EVERYONE
     def test_a_refusal_says_why_and_reaches_the_caller(self, name):
         for case in CASES:

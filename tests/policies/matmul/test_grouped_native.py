@@ -69,6 +69,11 @@ def group_by_group(function, kernel, sizes, *rows):
                 (FP8, "bfloat16", FP8),
                 ("mxfp8", "bfloat16", None),
                 (FP8, "float32", "bfloat16"),
+            ]
+        ),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in [
                 ("int8", "float16", None),
                 ("float16", "float32", None),
                 ("float32", "bfloat16", None),

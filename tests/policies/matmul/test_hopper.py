@@ -91,6 +91,7 @@ class TestRows:
     def test_results_in_16_bits(self, result):
         self.check(128, 256, 256, result)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("block", [(256, 256), *slow((256, 128), (128, 256), (512, 512))])
     def test_blocks_of_several_tiles(self, block):
         self.check(128, 512, 512, block=block)
@@ -147,14 +148,17 @@ class TestColumns:
         monkeypatch.setattr(hopper_columns, "splits", lambda *_: 2)
         self.check(200, [128, 128], 512, FP8, "bfloat16")
 
+    @pytest.mark.slow
     def test_more_steps_than_stages(self, monkeypatch):
         monkeypatch.setattr(hopper_columns, "splits", lambda *_: 1)
         self.check(8, [128], 14 * 128)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("block", [(256, 256), *slow((256, 128), (128, 256), (512, 512))])
     def test_blocks_of_several_tiles(self, block):
         self.check(8, [256], 512, block=block)
 
+    @pytest.mark.slow
     def test_kernels_with_different_blocks(self):
         x = wide_rows(8, 256, "bfloat16")
         pairs = [kernel_of(256, 256, (256, 256)), kernel_of(128, 256, (128, 128))]
@@ -196,6 +200,7 @@ class TestGrouped:
     def test_several_kernels_in_one_launch(self, x):
         assert_products(grouped_products(self.RAGGED, [128, 256], 128, x, "bfloat16", processors=5), "bfloat16")
 
+    @pytest.mark.slow
     @pytest.mark.thorough
     @pytest.mark.parametrize("x", ["bfloat16", FP8])
     @pytest.mark.parametrize("height", [16, 32, 64, 128])

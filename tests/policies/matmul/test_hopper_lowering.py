@@ -139,13 +139,13 @@ class TestSeveralKernels:
         linear = linears("0.6B")
         assert self.lowered(2048, [linear["gate_proj"], linear["up_proj"]], FP8) == 3
 
-    @pytest.mark.slow
+    @pytest.mark.thorough
     @pytest.mark.parametrize(("compute", "launches"), [(None, 1), (FP8, 2)])
     def test_and_one_launch_of_a_few_hundred_rows(self, compute, launches):
         linear = linears("0.6B")
         assert self.lowered(200, [linear[name] for name in ("q_proj", "k_proj", "v_proj")], compute) == launches
 
-    @pytest.mark.slow
+    @pytest.mark.thorough
     @pytest.mark.parametrize(("compute", "launches"), [(None, 2), (FP8, 3)])
     def test_and_several_launches_of_thousands(self, compute, launches):
         linear = linears("8B")

@@ -7,7 +7,7 @@ import sys
 import pytest
 from native_matmuls import required
 
-pytestmark = [pytest.mark.slow, required]
+pytestmark = [pytest.mark.thorough, required]
 
 SECONDS = 180
 """A hang fails the test; measured: 10 seconds on two busy cores."""

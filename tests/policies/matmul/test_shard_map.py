@@ -32,7 +32,7 @@ def lines():
     return {line["name"]: line for line in map(json.loads, run.stdout.splitlines())}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("mode", ["W8A16", "W8A8"])
 def test_narrow_kernels_give_what_they_give_without_shards(lines, mode, shards):
@@ -41,7 +41,7 @@ def test_narrow_kernels_give_what_they_give_without_shards(lines, mode, shards):
     assert line["error"] <= (FLOAT32_ERROR if shards in ("out", "rows", "several kernels") else BFLOAT16_ERROR)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("shards", [shards for shards in SHARDS if shards != "several kernels"])
 def test_plain_kernels_too(lines, shards):
     line = lines[f"plain, {shards}"]
@@ -49,14 +49,14 @@ def test_plain_kernels_too(lines, shards):
     assert line["error"] <= FLOAT32_ERROR
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_groups_of_rows_are_multiplied_with_the_experts_of_their_shard(lines):
     line = lines["experts"]
     assert "raised" not in line, line["raised"]
     assert line["error"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("mode", ["W8A16", "W8A8"])
 def test_each_shard_is_one_kernel_on_hopper(lines, mode, shards):

@@ -13,10 +13,10 @@ import sys
 import pytest
 from native_builds import CXX, ROOT, build
 
-pytestmark = pytest.mark.skipif(
-    CXX is None or not sys.platform.startswith("linux"), reason="needs a C++ compiler and ELF"
-)
-slow, thorough = pytest.mark.slow, pytest.mark.thorough
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(CXX is None or not sys.platform.startswith("linux"), reason="needs a C++ compiler and ELF"),
+]
 
 SANITIZE = "address,undefined"
 
@@ -62,10 +62,7 @@ def assert_clean(library: pathlib.Path, instructions: str, *tests: str) -> None:
 
 @pytest.mark.parametrize(
     "instructions",
-    [
-        pytest.param("", id="the best that there are", marks=slow),
-        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("avx512", "avx2", "neon", "scalar")),
-    ],
+    [pytest.param("", id="the best that there are"), "avx512", "avx2", "neon", "scalar"],
 )
 def test_the_kernels_stay_within_their_operands_and_the_language(library, instructions):
     """Each operand and result of a call outside of `jit` is an allocation of its own."""
@@ -77,12 +74,10 @@ def test_the_kernels_stay_within_their_operands_and_the_language(library, instru
     assert_clean(library, instructions, "-k", "native", *files)
 
 
-@slow
 def test_so_do_products_of_groups(library):
     assert_clean(library, "", "tests/policies/matmul/test_grouped_native.py", "-k", "not unreadable")
 
 
-@thorough
 def test_so_does_attention(library):
     assert_clean(library, "", "-k", "errors or any_shape or bits", "tests/models/test_cpu_attention.py")
 
@@ -122,7 +117,6 @@ def careless(tmp_path_factory) -> pathlib.Path:
     return folder / "careless.so"
 
 
-@slow
 @pytest.mark.parametrize(
     ("fault", "report"),
     [
