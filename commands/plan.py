@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     checkpoint = _open(options)
     if layout is not None and isinstance(checkpoint, BareCheckpoint):
         raise OptionError(f"--mesh: needs a model, and there is none, since {checkpoint.reason}.")
-    resolved = resolve(get_policy(options.policy), checkpoint.tree)
+    resolved = resolve(get_policy(options.policy), checkpoint.tree, slots=SLOTS)
     if layout is None or isinstance(checkpoint, BareCheckpoint):
         _print(plan(resolved, options.target), None, options)
     else:

@@ -23,14 +23,20 @@ from .store import store
 class Policy(PolicyRules):
     """A mixed-precision policy: the storage and compute format of each parameter, and the dtype of the model's result.
 
-    params    storage: None, one dtype, or a map from names and path patterns to formats; the first rule that matches
-              wins
-    compute   the format for arithmetic, in the same form
-    output    the dtype of the model's result, or None
-    kv_cache  the dtype of keys and values that perparam's models cache: f32, bf16, f16, or f8_e4m3fn or int8 with one
-              scale for each head and token; None: the activations' dtype
-    block     (rows, columns) for rules without a block, -1 for a whole axis; None means (128, 128) for quantisation,
-              and no change of the block of a stored pair
+    params      storage: None, one dtype, or a map from names and path patterns to formats; the first rule that matches
+                wins
+    compute     the format for arithmetic, in the same form
+    output      the dtype of the model's result, or None
+    kv_cache    the dtype of keys and values that perparam's models cache: f32, bf16, f16, or f8_e4m3fn or int8 with one
+                scale for each head and token; None: the activations' dtype
+    grads       the dtype in which the optimizer receives gradients: f32, bf16 or f16; None: as they are
+    opt_state   the format in which `perparam.training.with_policy` stores the optimizer's state: f32, bf16, f16,
+                dynamic8 or f8_e4m3fn. A key without a slash is a field of the state (`mu`), others begin with one
+                (`mu/**/embedding`); None: as the optimizer makes it from float32 parameters
+    master      the dtype of the values that training adds up, where storage has fewer bits: f32, bf16 or f16; None:
+                the stored values
+    block       (rows, columns) for rules without a block, -1 for a whole axis; None means (128, 128) for quantisation,
+                and no change of the block of a stored pair
 
     A format is a dtype, the name of a registered format, or a mapping of `dtype`, `block` and `scale`.
     A policy is an immutable value: equal policies have equal hashes, so a policy can be a static argument of `jax.jit`.
@@ -50,12 +56,14 @@ class Policy(PolicyRules):
         output: Any = None,
         *,
         kv_cache: Any = None,
+        grads: SlotLike | SlotRules = None,
+        opt_state: SlotLike | SlotRules = None,
+        master: SlotLike | SlotRules = None,
         block: Any = None,
         **others: Any,
     ):
-        super().__init__(
-            {"params": params, "compute": compute, "output": output, "kv_cache": kv_cache, **others}, block
-        )
+        slots = {"params": params, "compute": compute, "output": output, "kv_cache": kv_cache}
+        super().__init__({**slots, "grads": grads, "opt_state": opt_state, "master": master, **others}, block)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Policy:
@@ -147,7 +155,7 @@ class Policy(PolicyRules):
           InvalidSharding: for an array without a sharding.
           UnpairedScale, InvalidScale: for a narrow kernel without scales that fit it.
         """
-        return plan(resolve(self, tree), target, sharding)
+        return plan(resolve(self, tree, slots=SLOTS), target, sharding)
 
     def store(self, tree: Any, *, scaled: bool = False) -> Any:
         """Returns `tree` with its parameters in their storage format; parameters already in it do not change a bit.
