@@ -27,9 +27,9 @@ import numpy as np
 
 from .. import dtypes
 from ..blocks import Block, block_amax, expand
-from ..errors import InvalidPolicy, UnknownDtype
+from ..errors import UnknownDtype
 from ..formats import Format, as_format
-from ..scales import E4M3, F32
+from ..scales import E4M3, F32, amax_rule
 
 BLOCK = 256
 """Consecutive values of the flattened array that share one scale, as in bitsandbytes and torchao."""
@@ -109,7 +109,9 @@ def as_state_format(value: Any) -> Format:
     return state_format
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["format", "unsigned"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["format", "unsigned"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class StateArray:
     """An array of an optimizer's state in an 8-bit format: a pytree of codes and scales.
@@ -151,15 +153,14 @@ def encode_state(values: jax.Array, format: StateFormat, *, unsigned: bool = Fal
 def _encode(values: jax.Array, format: StateFormat, unsigned: bool) -> StateArray:
     flat = values.astype(jnp.float32).reshape(1, -1)
     amax = block_amax(flat, _FLAT)
-    # At least the smallest normal number: a block of zeros divides by it, and CPUs flush smaller scales to zero.
-    largest = 1.0 if format.dynamic else dtypes.largest(format.values)
-    scales = jnp.maximum(amax / largest, dtypes.smallest_normal(F32))
+    # A scale of zero would make the quotients NaN, and CPUs flush subnormal ones to zero.
+    least = dtypes.smallest_normal(F32)
+    scales = jnp.maximum(amax, least) if format.dynamic else amax_rule(amax, format.values, F32, True)
     scales = jnp.where(jnp.isfinite(scales), scales, jnp.nan)
     quotients = flat / expand(scales, flat.shape, _FLAT)
     codes = _dynamic_codes(quotients, unsigned) if format.dynamic else dtypes.saturating_cast(quotients, format.values)
     if unsigned:
-        least = _smallest_code(format)
-        code = jnp.asarray(least, format.values)
+        code = jnp.asarray(_smallest_code(format), format.values)
         codes = jnp.where((flat > 0) & (quotients < _midpoint(format)), code, codes)
     return StateArray(codes.reshape(values.shape), scales.reshape(-1), format, unsigned)
 
