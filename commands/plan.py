@@ -14,7 +14,7 @@ from ..loaders import BareCheckpoint, Checkpoint, ConfigOnly, open_config, open_
 from ..loaders.from_config import config_file
 from ..models import ModelSharding, expert_parallel, fsdp, fsdp_tensor_parallel, shardings, tensor_parallel
 from ..models.sharding.roofline import MeshPlan, mesh_plan
-from ..policies import get_policy
+from ..policies import SLOTS, get_policy
 from ..policies.plan import Plan, plan
 from ..policies.resolved import Resolved, resolve
 from ..policies.tables import json_lines

@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import optax
+
 from . import cast, compute, dtypes, yaml
 from .errors import InvalidPolicy, UnknownDtype
 from .matmul import Target
@@ -17,6 +19,8 @@ from .rules import PolicyRules, SlotLike, SlotRules, read_slot
 from .scope import Scope
 from .slots import SLOTS
 from .store import store
+from .training.memory import training_memory
+from .training.partition import Trainable
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
@@ -138,7 +142,13 @@ class Policy(PolicyRules):
         return Scope(self, self.activations).at(*names)
 
     def explain(
-        self, tree: Any, target: str | Target | None = None, sharding: Shardings | ToShardings | None = None
+        self,
+        tree: Any,
+        target: str | Target | None = None,
+        sharding: Shardings | ToShardings | None = None,
+        *,
+        optimizer: optax.GradientTransformation | None = None,
+        trainable: Trainable = "**",
     ) -> Plan:
         """Returns the plan: current format, requested format and rules of every parameter of `tree`.
 
@@ -149,13 +159,26 @@ class Policy(PolicyRules):
         sharding  {path: sharding} of every parameter and all scales after storage, or a function that returns it for
                 {path: shape and format}: adds the bytes on each device.  `perparam.models.shardings` is one, given a
                 layout and the model's config; the mesh may be a `jax.sharding.AbstractMesh`, without devices
+        optimizer  `perparam.training.with_policy(tx, policy)`, or any optax transformation: adds the bytes of
+                gradients, of the optimizer's state and of masters, which are those of the arrays of `optimizer.init`
+        trainable  which parameters the optimizer trains: patterns of paths, or a function of the path
+
+        >>> import jax, optax, perparam
+        >>> policy = Policy("bf16", master="f32", opt_state={"mu": "bf16", "nu": "f32"})
+        >>> optimizer = perparam.training.with_policy(optax.adam(1e-3), policy)
+        >>> shapes = {"kernel": jax.ShapeDtypeStruct((512, 512), "float32")}
+        >>> training = policy.explain(shapes, optimizer=optimizer).training
+        >>> training.gradient_bytes, training.state_bytes, training.master_bytes
+        (524288, {'mu': 524288, 'nu': 1048576}, 1048576)
 
         Raises:
           UnmatchedRule, ShadowedRule: for a rule without effect, with its file and line.
           InvalidSharding: for an array without a sharding.
           UnpairedScale, InvalidScale: for a narrow kernel without scales that fit it.
         """
-        return plan(resolve(self, tree, slots=SLOTS), target, sharding)
+        resolved = resolve(self, tree, slots=SLOTS)
+        training = None if optimizer is None else training_memory(resolved, tree, optimizer, trainable)
+        return plan(resolved, target, sharding, training)
 
     def store(self, tree: Any, *, scaled: bool = False) -> Any:
         """Returns `tree` with its parameters in their storage format; parameters already in it do not change a bit.
