@@ -323,6 +323,16 @@ class TestOthersApplyTheUpdates:
         twice, _ = step(with_policy(inner, FP8), params, state, GRADIENT)
         assert not np.array_equal(bits(_pair_of(twice)[0]), bits(_pair_of(params)[0]))
 
+    def test_a_step_that_is_not_finite_is_skipped_inside(self):
+        policy = FP8.replace(master={"bias": "f32"}, opt_state={"mu": "bf16", "nu": "f32"})
+        tx = with_policy(optax.apply_if_finite(optax.adam(0.1), 5), policy)
+        params, state = after(tx, policy.store(WIDE), [GRADIENT])
+        gradient = GRADIENT | {"norm": {"scale": jnp.full(40, jnp.inf)}}
+        moved, skipped = step(tx, params, state, gradient)
+        assert_same_bits(moved, params)
+        assert_same_bits((skipped.inner.inner_state, skipped.master), (state.inner.inner_state, state.master))
+        assert int(skipped.inner.total_notfinite) == 1
+
     def test_groups_outside(self):
         tx = optax.multi_transform(
             {"a": with_policy(optax.adam(0.5), Policy(master={"w": "f32", "b": "f32"})), "b": optax.set_to_zero()},
