@@ -87,6 +87,7 @@ class TestMasters:
         assert_same_bits(stalled, params)
         np.testing.assert_array_equal(moved["w"], jnp.full(8, 1 - 6e-3).astype("bfloat16"))
 
+    @pytest.mark.slow
     def test_a_master_in_bf16_is_rounded_stochastically_and_its_copy_to_nearest(self):
         policy = FP8.replace(master={"kernel": "bf16"})
         params, state = after(
@@ -212,6 +213,7 @@ class TestStochasticRounding:
         assert abs(mean - steps * rate) < 6 * deviation
         assert len(np.unique(np.asarray(moved["w"], np.float32))) > 1
 
+    @pytest.mark.slow
     def test_random_numbers_depend_on_seed_step_and_parameter_alone(self):
         tx = with_policy(optax.sgd(1e-3), FP8.replace(opt_state=None), rounding="stochastic", seed=3)
         params, state = after(tx, FP8.store(WIDE), [GRADIENT] * 2)
@@ -305,6 +307,7 @@ class TestOthersApplyTheUpdates:
         chex.assert_trees_all_equal(jax.tree.leaves(bits(found)), jax.tree.leaves(bits(state)))
         assert found.inner[0].mu["first"]["kernel"].codes.dtype == jnp.uint8
 
+    @pytest.mark.slow
     def test_an_optimizer_of_nnx_with_narrow_variables(self):
         class Dense(nnx.Module):
             def __init__(self):
@@ -333,6 +336,7 @@ class TestOthersApplyTheUpdates:
         assert seen == [1.0, 0.875, 0.875, 0.75]
         assert int(state.inner_opt_state.step) == 2
 
+    @pytest.mark.slow
     def test_accumulation_inside_of_scaled_pairs(self):
         inner = optax.MultiSteps(optax.sgd(0.5), 2).gradient_transformation()
         params, state = after(with_policy(inner, FP8), FP8.store(WIDE), [GRADIENT])
@@ -340,6 +344,7 @@ class TestOthersApplyTheUpdates:
         twice, _ = step(with_policy(inner, FP8), params, state, GRADIENT)
         assert not np.array_equal(bits(_pair_of(twice)[0]), bits(_pair_of(params)[0]))
 
+    @pytest.mark.slow
     def test_a_step_that_is_not_finite_is_skipped_inside(self):
         policy = FP8.replace(master={"bias": "f32"}, opt_state={"mu": "bf16", "nu": "f32"})
         tx = with_policy(optax.apply_if_finite(optax.adam(0.1), 5), policy)
