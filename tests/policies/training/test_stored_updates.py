@@ -103,7 +103,10 @@ def _pair_of(params):
 
 
 class TestWithoutMasters:
-    @pytest.mark.parametrize("format", ["f8_e4m3fn", "int8", "mxfp8"])
+    @pytest.mark.parametrize(
+        "format",
+        ["f8_e4m3fn", pytest.param("int8", marks=pytest.mark.slow), pytest.param("mxfp8", marks=pytest.mark.slow)],
+    )
     def test_the_value_after_a_step_is_quantised_again(self, format):
         policy = Policy({"kernel": format}, block=None if format == "mxfp8" else BLOCK)
         stored = policy.store(WIDE, scaled=True)
@@ -141,6 +144,7 @@ class TestWithoutMasters:
         moved, _ = step(tx, pure, tx.init(state), gradient)
         assert_same_bits(nnx.to_pure_dict(moved), in_mapping)
 
+    @pytest.mark.slow
     def test_boxes_are_kept(self):
         def boxed(x):
             return nn.Partitioned(x, names=(None,) * x.ndim)
@@ -173,7 +177,7 @@ class TestWhatStays:
             assert moved[name].dtype == params[name].dtype
             assert (moved[name] == params[name]).all()
 
-    @pytest.mark.parametrize("master", [None, "f32"])
+    @pytest.mark.parametrize("master", [pytest.param(None, marks=pytest.mark.slow), "f32"])
     def test_a_parameter_without_a_gradient_and_its_state_keep_their_bits(self, master):
         tx = with_policy(optax.adamw(0.1), FP8.replace(master=master, opt_state={"*/**/kernel": "dynamic8"}))
         params, state = after(tx, FP8.store(WIDE), [GRADIENT])
@@ -184,7 +188,7 @@ class TestWhatStays:
             assert_same_bits(now, before)
         assert not np.array_equal(moved["dense"]["bias"], params["dense"]["bias"])
 
-    @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+    @pytest.mark.parametrize("rounding", ["nearest", pytest.param("stochastic", marks=pytest.mark.slow)])
     def test_an_update_of_zero_keeps_the_bits(self, rounding):
         policy = FP8.replace(master={"norm/scale": "f32"})
         tx = optax.multi_transform({"a": optax.sgd(0.1), "b": optax.set_to_zero()}, {"dense": "b", "norm": "a"})

@@ -193,6 +193,7 @@ def test_gradients_overflow_visibly_in_their_dtype():
     np.testing.assert_array_equal(params["dense"]["bias"], np.asarray(PARAMS["dense"]["bias"]) - rounded)
 
 
+@pytest.mark.slow
 def test_a_step_in_a_loop_keeps_structure_and_dtypes():
     tx = with_policy(optax.adam(1e-2), Policy("bf16", master="f32", opt_state={"mu": "bf16", "nu": "dynamic8"}))
     params = drawn(0, "bfloat16")
