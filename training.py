@@ -1,5 +1,6 @@
-"""Training under a policy: trainable and frozen halves of a tree, and a guard for optimizers."""
+"""Training under a policy: trainable and frozen halves of a tree, choices by path, and a guard for optimizers."""
 
+from .policies.training.by_path import path_labels, path_mask, trainable
 from .policies.training.partition import combine, partition, refuse_narrow
 
-__all__ = ["combine", "partition", "refuse_narrow"]
+__all__ = ["combine", "partition", "path_labels", "path_mask", "refuse_narrow", "trainable"]
