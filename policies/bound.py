@@ -138,7 +138,7 @@ def _check(module: Any, methods: tuple[str, ...]) -> None:
             f"bind expects an NNX module object, found {name}. Pass the object, such as Net(rngs=nnx.Rngs(0)); Linen "
             "modules and callables run with perparam.init and perparam.apply."
         )
-    for keys, part in nnx.iter_modules(module):
+    for keys, part in [((), module), *nnx.iter_modules(module)]:
         where = f"{'/'.join(map(str, keys))}: " if keys else ""
         if is_bound(part) or takes_policy(type(part)):
             raise UnsupportedCast(
