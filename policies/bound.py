@@ -76,7 +76,7 @@ def bind(module: AnyModule, policy: PolicyLike, *, methods: Iterable[str] = ("__
             param = resolved.params[path]
             _store(node, name, variable, param, stored, variables)
             if _is_computed(param):
-                reads[name] = Read(param.compute, policy.activations)
+                reads[name] = Read(param.compute, policy.activations, param.backward)
             if param.compute is not None and param.compute.narrow:
                 for field, value in product_fields(node, name, path, param.compute).items():
                     setattr(node, field, value)

@@ -22,7 +22,7 @@ from .compute import as_computed
 from .errors import UnsupportedCast
 from .formats import Format, ScaledArray, stored_format
 from .modules import activations_of
-from .paths import scale_path
+from .paths import proxy_path, scale_path
 from .policy import Policy
 from .products import NarrowKernel
 from .scales import F32
@@ -40,10 +40,12 @@ class Read:
 
     compute      the format in the compute slot
     activations  the policy's dtype of activations, or None
+    backward     the format in the backward slot
     """
 
     compute: Format | None
     activations: np.dtype | None
+    backward: Format | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +97,8 @@ def bound_class(kind: type, reads: Reads, call: Call | None) -> type:
         how = reads.get(name)
         if how is None or not isinstance(value, nnx.Variable):
             return value
-        scales = vars(self).get(scale_path(name))
-        return _view(value, scales if isinstance(scales, Narrow) else None, how)
+        scales, proxy = vars(self).get(scale_path(name)), vars(self).get(proxy_path(name))
+        return _view(value, scales if isinstance(scales, Narrow) else None, proxy, how)
 
     # Without another base class: Python only changes the class of an object to one whose first base is its own.
     fields: dict[str, Any] = {
@@ -167,14 +169,15 @@ def _view_class(kind: type[nnx.Variable[Any]]) -> type[nnx.Variable[Any]]:
     return view
 
 
-def _view(variable: nnx.Variable[Any], scales: Narrow | None, read: Read) -> nnx.Variable[Any]:
+def _view(variable: nnx.Variable[Any], scales: Narrow | None, proxy: Any, read: Read) -> nnx.Variable[Any]:
     """Returns a parameter as its module reads it; of a scaled pair an `nnx.Param` with the weight."""
     value = variable.get_raw_value()
     if scales is not None and dtypes.is_narrow(value.dtype):
         scale_inv = scales.get_raw_value()
         format = stored_format(np.dtype(value.dtype), variable.block, np.dtype(scale_inv.dtype))
-        value = ScaledArray(value, scale_inv, format)
-    computed = as_computed(value, read.compute, read.activations or _call.value[1] or F32)
+        # While a narrow kernel is trained, a variable beside it receives its gradient: see `training.value_and_grad`.
+        value = ScaledArray(value, scale_inv, format, None if proxy is None else proxy.get_raw_value())
+    computed = as_computed(value, read.compute, read.activations or _call.value[1] or F32, backward=read.backward)
     kind = nnx.Param if isinstance(variable, Narrow) else type(variable)
     metadata = {key: item for key, item in variable.get_metadata().items() if key != "block"}
     view = _view_class(kind).from_metadata(computed, metadata)  # unlike the constructor, it does not shard again

@@ -25,7 +25,7 @@ def to_compute(policy: PolicyRules, tree: Any, activations: np.dtype, *, narrow:
     Raises:
       UnsupportedCast: for a narrow compute format, unless `narrow`.
     """
-    flat, resolved = arrays(tree), resolve(policy, tree, slots=("compute",))
+    flat, resolved = arrays(tree), resolve(policy, tree, slots=("compute", "backward") if narrow else ("compute",))
     computed = {}
     for path, param in resolved.params.items():
         rule = param.rules.get("compute")
@@ -39,12 +39,16 @@ def to_compute(policy: PolicyRules, tree: Any, activations: np.dtype, *, narrow:
         value = flat[path]
         if param.has_scales:
             value = ScaledArray(value, flat[param.scale_path], param.current.format)
-        computed[path] = as_computed(value, format, policy.activations or activations, path)
+        computed[path] = as_computed(value, format, policy.activations or activations, path, param.backward)
     return replace_parameters(tree, computed, {})
 
 
 def as_computed(
-    value: jax.Array | ScaledArray, format: Format | None, activations: np.dtype, path: str = ""
+    value: jax.Array | ScaledArray,
+    format: Format | None,
+    activations: np.dtype,
+    path: str = "",
+    backward: Format | None = None,
 ) -> jax.Array | NarrowKernel:
     """Returns a parameter as the code of a module reads it: the only place where modules get weights of stored pairs.
 
@@ -52,9 +56,16 @@ def as_computed(
     format       its format in the compute slot; None: not cast, and dequantised to `activations`
     activations  the dtype of activations
     path         of the parameter, for errors of a `NarrowKernel`, which the result is for a narrow format
+    backward     the format of the products that give its gradients
     """
     if format is not None and format.narrow:
-        return NarrowKernel(value, format, path)
+        return NarrowKernel(value, format, path, backward)
+    if backward is not None and backward.narrow:
+        raise UnsupportedCast(
+            f"{path or 'parameter'}: gradients of products in {backward} (slot backward) need a layer that quantises "
+            f"its activations. Compute this kernel in a narrow format too, as in compute: {{kernel: {backward}}}, or write "
+            "null for it in backward."
+        )
     if isinstance(value, ScaledArray):
         return value.dequantize(activations if format is None else format.values)
     return value if format is None else dtypes.saturating_cast(value, format.values)

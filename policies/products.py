@@ -22,14 +22,15 @@ from .formats import Format, ScaledArray
 from .matmul import scaled_matmul
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["compute", "path"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["compute", "path", "backward"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class NarrowKernel:
     """A kernel that its layer multiplies in the narrow format `compute`; `scaled_dot_general` accepts it.
 
-    array    the kernel as it is stored: (in, out), or (*in, *out) with several axes
-    compute  the format of both operands of the product
-    path     of the kernel, for errors
+    array     the kernel as it is stored: (in, out), or (*in, *out) with several axes
+    compute   the format of both operands of the product
+    path      of the kernel, for errors
+    backward  the format of the products that give gradients; None: not narrow
 
     It is no array, since its weight in a wide dtype is what the policy excludes: any other use is an error.
     """
@@ -37,6 +38,7 @@ class NarrowKernel:
     array: jax.Array | ScaledArray
     compute: Format
     path: str
+    backward: Format | None = None
 
     def __getitem__(self, index: Any) -> NarrowKernel:
         """Returns the kernel for the index `...`, with which Flax's layers read a variable."""
@@ -72,7 +74,8 @@ class NarrowKernel:
             )
         format = dataclasses.replace(self.array.format, block=block[::-1])
         grid = grid_shape((rows, columns), block)
-        return ScaledArray(values.reshape(rows, columns).T, scale_inv.reshape(grid).T, format)
+        proxy = None if self.array.proxy is None else self.array.proxy.reshape(rows, columns).T
+        return ScaledArray(values.reshape(rows, columns).T, scale_inv.reshape(grid).T, format, proxy)
 
 
 def flat_block(block: Block, shape: tuple[int, ...], contracted: int) -> Block | None:
@@ -129,7 +132,7 @@ def scaled_dot_general(
     rows = rows.reshape(*rows.shape[: rows.ndim - contracted], math.prod(rows.shape[rows.ndim - contracted :]))
     weight = kernel.matrix(contracted)
     result = None if preferred_element_type is None else np.dtype(preferred_element_type)
-    y = scaled_matmul(rows, weight, compute=kernel.compute, result=result)
+    y = scaled_matmul(rows, weight, compute=kernel.compute, result=result, backward=kernel.backward)
     return y.reshape(*y.shape[:-1], *kernel.array.shape[contracted:])
 
 

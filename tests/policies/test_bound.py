@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import perparam
 from perparam import Linear, Policy, apply, bind, get_policy
 from perparam.policies import Narrow, ShadowedRule, UnmatchedRule, UnsupportedCast, parameters
+from perparam.training import grad, value_and_grad, with_policy
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
@@ -354,6 +355,46 @@ class TestNarrowCompute:
         assert last < first
         assert {x.dtype.name for x in parameters(gradient).values()} == {"float32"}
         assert np.abs(gradient["up"]["kernel"][...]).max() > 0
+
+
+class TestNarrowGradients:
+    """Narrow kernels of bound modules are trained through proxies, as `perparam.training` gives them."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("compute", ["bf16", {"kernel": "f8_e4m3fn", "default": "bf16"}], ids=["wide", "narrow"])
+    def test_they_are_those_through_apply(self, compute):
+        policy, module = FP8.replace(compute=compute), Small(nnx.Rngs(0))
+        found = nnx.jit(grad(lambda bound: (bound(X) ** 2).sum()))(bind(module, policy))
+        through_apply = jax.jit(grad(lambda state: (apply(module, policy, state, X) ** 2).sum()))
+        expected = parameters(through_apply(policy.store(nnx.state(module))))
+        assert {path: x.dtype.name for path, x in expected.items()}["up/kernel"] == "float32"
+        chex.assert_trees_all_equal(parameters(found), expected)
+        assert all(np.abs(x).max() > 0 for x in expected.values())
+
+    @pytest.mark.slow
+    def test_an_optimizer_with_a_policy_trains_them(self):
+        bound = bind(Small(nnx.Rngs(0)), FP8)
+        optimizer = nnx.Optimizer(bound, with_policy(optax.adam(1e-2), FP8), wrt=nnx.Any(nnx.Param, Narrow))
+
+        @nnx.jit
+        def step(bound, optimizer):
+            loss, gradient = value_and_grad(lambda bound: ((bound(X) - 1.0) ** 2).mean())(bound)
+            optimizer.update(bound, gradient)
+            return loss
+
+        losses, before = [], bits(bound.up.kernel[...])
+        for _ in range(10):
+            losses.append(step(bound, optimizer))
+        assert losses[-1] < losses[0]
+        assert bits(bound.up.kernel[...]) != before
+        assert FP8.explain(bound).to_json() == FP8.explain(bind(Small(nnx.Rngs(0)), FP8)).to_json()
+
+    def test_a_narrow_backward_needs_narrow_compute(self):
+        bound = bind(Small(nnx.Rngs(0)), FP8.replace(backward={"kernel": "f8_e5m2"}))
+        with pytest.raises(
+            UnsupportedCast, match=r"gradients of products in f8_e5m2 \(slot backward\) need a layer that"
+        ):
+            bound(X)
 
 
 class ListOfArrays(nnx.Module):
