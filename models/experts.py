@@ -23,7 +23,9 @@ MLPs = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["gate", "up", "down"], meta_fields=["computes", "activations"]
+    jax.tree_util.register_dataclass,
+    data_fields=["gate", "up", "down"],
+    meta_fields=["computes", "activations", "backwards"],
 )
 @dataclasses.dataclass(frozen=True)
 class ExpertKernels:
@@ -33,6 +35,7 @@ class ExpertKernels:
     down         (experts, hidden, width)
     computes     the format of each in products; see `scaled_matmul`
     activations  the dtype of activations; None: that of x
+    backwards    the format of each in the products that give gradients; see `scaled_matmul`
     """
 
     gate: Kernel
@@ -40,6 +43,7 @@ class ExpertKernels:
     down: Kernel
     computes: tuple[Format | None, ...]
     activations: np.dtype | None
+    backwards: tuple[Format | None, ...] = (None, None, None)
 
     def mlps(
         self,
@@ -65,9 +69,14 @@ class ExpertKernels:
             compute, rounding = self.computes[chosen][0], roundings[chosen][0]
             if rounding is not None:
                 x, compute = rounded_part(x, names, rounding), None
-            return grouped_matmuls(x, stacks[chosen], group_sizes, compute=compute, result=result)
+            backward = self.backwards[chosen][0]
+            return grouped_matmuls(x, stacks[chosen], group_sizes, compute=compute, result=result, backward=backward)
 
-        if self.computes[0] == self.computes[1] and roundings[0] == roundings[1]:
+        if (
+            self.computes[0] == self.computes[1]
+            and self.backwards[0] == self.backwards[1]
+            and roundings[0] == roundings[1]
+        ):
             gate, up = products(x, slice(0, 2), hidden, result)
         else:
             gate, up = (products(x, slice(i, i + 1), hidden, result)[0] for i in (0, 1))

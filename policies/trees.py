@@ -22,6 +22,7 @@ from .blocks import Block
 from .errors import UnsupportedCast
 from .formats import Format, ScaledArray
 from .paths import is_scale, scale_path
+from .trainable import TrainableValues
 from .training.states import PolicyState
 
 
@@ -64,7 +65,7 @@ def is_leaf(node: Any) -> bool:
     """Returns whether `node` is one leaf here: an NNX variable, a Linen box, a ScaledArray, state of an optimizer."""
     # Moments have the names of their parameters.
     is_state = type(node).__module__.partition(".")[0] == "optax" or isinstance(node, PolicyState)
-    return is_state or isinstance(node, (nnx.Variable, meta.AxisMetadata, ScaledArray))
+    return is_state or isinstance(node, (nnx.Variable, meta.AxisMetadata, ScaledArray, TrainableValues))
 
 
 def unbox(leaf: Any) -> Any:
@@ -123,6 +124,12 @@ def component(key: Any) -> str:
     return str(key)
 
 
+def path_of(keys: tuple[Any, ...], tree: Any) -> str:
+    """Returns the path of the leaf of `tree` that JAX's tree functions find at `keys`."""
+    names = [component(key) for key in keys]
+    return "/".join(names[1:] if is_linen(tree) else names)
+
+
 def map_parameters(function: Callable[[str, Any], Any], tree: Any, prefix: str = "") -> Any:
     """Returns `tree` with every parameter replaced by `function(path, leaf)`; a leaf can be a variable or box."""
     if is_train_state(tree) and not prefix:
@@ -167,7 +174,9 @@ def parameters(tree: Any) -> dict[str, Any]:
     for path, leaf in _leaves(tree).items():
         value = unbox(leaf)
         if isinstance(value, ScaledArray):
-            flat[path], flat[scale_path(path)] = value
+            values, scales = value
+            flat[path] = values if value.proxy is None else TrainableValues(values, value.proxy)
+            flat[scale_path(path)] = scales
         else:
             flat[path] = value
     return flat
@@ -183,7 +192,7 @@ def arrays(tree: Any) -> dict[str, Any]:
 
 def check_array(path: str, value: Any) -> None:
     """Raises UnsupportedCast for a shape in place of an array."""
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, TrainableValues)):
         raise UnsupportedCast(
             f"{path}: found {type(value).__name__}, expected an array. `explain` shows the effect of a policy on "
             "shapes, and jax.eval_shape(policy.store, tree) gives the shapes after storage."
@@ -330,21 +339,19 @@ def _replace_state(
         elif is_scale(path):
             continue  # added after its kernel, or removed
         elif path in flat and scales in flat:
-            leaves.append((keys, _with_type(leaf, Narrow, flat[path], block=formats[path].block)))
+            leaves.append((keys, with_type(leaf, Narrow, flat[path], block=formats[path].block)))
             if scales in variables:
                 sibling, scale_leaf = variables[scales]
-                leaves.append((sibling, _with_type(scale_leaf, Narrow, flat[scales], block=formats[path].block)))
+                leaves.append((sibling, with_type(scale_leaf, Narrow, flat[scales], block=formats[path].block)))
             else:  # replicated, as in `_box_of_scales`
                 sibling = (*keys[:-1], scale_path(str(keys[-1])))
                 leaves.append((sibling, Narrow(flat[scales], block=formats[path].block)))
         elif path in flat:
-            leaves.append((keys, _with_type(leaf, nnx.Param if isinstance(leaf, Narrow) else type(leaf), flat[path])))
+            leaves.append((keys, with_type(leaf, nnx.Param if isinstance(leaf, Narrow) else type(leaf), flat[path])))
     return nnx.from_flat_state(leaves)
 
 
-def _with_type(
-    leaf: nnx.Variable[Any], kind: type[nnx.Variable[Any]], value: Any, **metadata: Any
-) -> nnx.Variable[Any]:
+def with_type(leaf: nnx.Variable[Any], kind: type[nnx.Variable[Any]], value: Any, **metadata: Any) -> nnx.Variable[Any]:
     """Returns a variable of type `kind` with `value`, the metadata of `leaf` except its block, and `metadata`."""
     if type(leaf) is kind and not metadata:
         return leaf.replace(value)

@@ -26,6 +26,7 @@ from ...policies.matmul.sharded import (
     over_devices,
     product_plan,
     spec,
+    together,
 )
 from ...policies.matmul.shards import vary
 from ..experts import ExpertKernels, MLPs, by_expert, inverse, weighted_sum
@@ -64,7 +65,7 @@ def sharded_mixture(
         weights, experts = choose(logits)
         # Without the barrier XLA may gather kernels once before a decoding loop, and keep them whole in memory.
         if width.gathered or hidden.gathered:
-            x, arrays = jax.lax.optimization_barrier((x, arrays))
+            x, arrays = together(x, arrays)
         mine = [local(array, each, shape) for array, each, shape in zip(arrays, parts, shapes, strict=True)]
         mlps = functools.partial(
             dataclasses.replace(kernels, gate=mine[0], up=mine[1], down=mine[2]).mlps,
@@ -86,7 +87,7 @@ def sharded_mixture(
         return sums.astype(x.dtype).reshape(x.shape)
 
     if any(map(needs_more, parts, found)):
-        x, arrays = jax.lax.optimization_barrier((x, arrays))  # likewise
+        x, arrays = together(x, arrays)  # likewise
     between = ((),) * (x.ndim - 2)
     of_x = spec(batch, *between, hidden.kept)
     of_arrays = [array_specs(array, each) for array, each in zip(arrays, parts, strict=True)]
