@@ -1,5 +1,18 @@
-"""Training under a policy: trainable and frozen halves of a tree, and a guard for optimizers."""
+"""Training under a policy: trainable and frozen halves of a tree, a guard for optimizers, and low-rank adapters."""
 
+from .loaders.peft import load_lora, save_lora
+from .models.lora import add_lora
+from .models.lora_merge import MergedLayer, MergeReport, merge_lora
 from .policies.training.partition import combine, partition, refuse_narrow
 
-__all__ = ["combine", "partition", "refuse_narrow"]
+__all__ = [
+    "MergeReport",
+    "MergedLayer",
+    "add_lora",
+    "combine",
+    "load_lora",
+    "merge_lora",
+    "partition",
+    "refuse_narrow",
+    "save_lora",
+]
