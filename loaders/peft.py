@@ -31,6 +31,7 @@ from .together import writing
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_MOST_PROBLEMS = 20  # that an error lists
 
 M = TypeVar("M", bound=Decoder)
 
@@ -145,12 +146,12 @@ class _Reader:
                 experts[module.path][module.expert] = one
         found |= {path: each for path, ones in experts.items() if (each := self._stack(path, ones)) is not None}
         if self.problems:
-            listed = "\n  ".join(
-                self.problems[:20] + [f"and {len(self.problems) - 20} more"] * (len(self.problems) > 20)
-            )
+            more = len(self.problems) - _MOST_PROBLEMS
+            listed = [*self.problems[:_MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
             raise InvalidCheckpoint(
-                f"{self.file}: {count(len(self.problems), 'problem')} with its tensors for this model:\n  {listed}\n"
-                "Load the adapter into the model that it was trained on."
+                f"{self.file}: {count(len(self.problems), 'problem')} with its tensors for this model:\n"
+                + "".join(f"  {line}\n" for line in listed)
+                + "Load the adapter into the model that it was trained on."
             )
         return {path: found[path] for path in self.shapes if path in found}
 
@@ -183,7 +184,8 @@ class _Reader:
         experts  the number of experts that a flat adapter has
         key      name by which the settings name it; by default `name`
         """
-        adapter = self.settings.adapter(key or name)
+        # The kernel of a router is a parameter in transformers 5, and a module's in files from before.
+        adapter = self.settings.adapter(key or name, *([] if key else [f"{name}.weight"]))
         expected = (adapter.rank * experts, shape[1]), (shape[0], adapter.rank * experts)
         for tensor, each in zip((lora_a, lora_b), expected, strict=True):
             if tensor.shape != each:
@@ -219,10 +221,8 @@ class _Reader:
             for each in ones.values()
         )
         if len(ones) < experts or not alike:
-            what = f"{len(ones)} of {experts} experts" if alike else "experts of different ranks, alphas or dtypes"
-            self.problems.append(
-                f"{path}: adapters of {what}; expected adapters of all experts, with the same settings"
-            )
+            what = f"{len(ones)} of {experts} experts" if alike else "experts with different ranks, alphas or dtypes"
+            self.problems.append(f"{path}: adapters of {what}; expected those of all experts, with the same settings")
             return None
         ordered = [ones[i] for i in range(experts)]
         return AdapterArrays(

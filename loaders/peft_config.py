@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..models.adapters import Adapter
@@ -56,16 +56,16 @@ class PeftConfig:
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
 
-    def adapter(self, name: str) -> Adapter:
-        """The settings of the module or parameter with this name in the checkpoint."""
-        return Adapter(
-            _by_pattern(self.ranks, name, self.rank), _by_pattern(self.alphas, name, self.alpha), self.rslora
-        )
+    def adapter(self, *names: str) -> Adapter:
+        """The settings of the module or parameter with one of these names in the checkpoint."""
+        rank, alpha = _by_pattern(self.ranks, names, self.rank), _by_pattern(self.alphas, names, self.alpha)
+        return Adapter(rank, alpha, self.rslora)
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of the name, as peft's `get_pattern_key` finds it."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+def _by_pattern(patterns: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
+    """The value of the first pattern that matches the end of a name, as peft's `get_pattern_key` finds it."""
+    found = (each for key, each in patterns.items() if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
+    return next(found, default)
 
 
 def read_config(fields: Fields) -> PeftConfig:
