@@ -24,11 +24,13 @@ from ..policies.store import store
 from ..policies.targets import here
 from ..policies.trees import variables_by_path
 from . import rope, taps
+from .adapters import Adapter
 from .config import DecoderConfig
 from .decoding import step as decoding
 from .heads import check_causal_lm, last_token
 from .kv_cache import EMPTY, KVCache, LayerCache, token_positions
 from .layers import Embedding, Linear, RMSNorm, scope_of
+from .lora_layers import adapters_of, insert_adapters
 from .sharding.arrays import splits
 from .sharding.model_sharding import ModelSharding
 from .summary import ModelSummary, summarise
@@ -295,7 +297,7 @@ class Decoder(nnx.Module):
     def as_resolved(self, resolved: Resolved) -> Self:
         """The same parameters, stored and computed as `resolved`, the policy resolved on this model, says."""
         parameters = variables_by_path(store(resolved, nnx.state(self)))
-        return assemble(type(self), self.config, resolved, parameters, self.linear, self.sharding)
+        return assemble(type(self), self.config, resolved, parameters, self.linear, self.sharding, adapters_of(self))
 
 
 Model = TypeVar("Model", bound=Decoder)
@@ -308,10 +310,12 @@ def assemble(
     parameters: Mapping[str, Any],
     linear: LinearFactory = Linear,
     sharding: ModelSharding | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> Model:
     """A model of class `model` with these parameters, by path, stored and computed as `resolved` says.
 
     sharding  how the parameters are divided over a mesh; None: on one device, or in a way that XLA handles
+    adapters  the settings of low-rank adapters, by the path of their layer
     """
     found = None if sharding is None else splits(sharding, config, resolved.stored)
     scope = Scope(resolved.policy, resolved.policy.activations, stored=resolved.specs, splits=found)
@@ -319,6 +323,7 @@ def assemble(
         shapes = model(config, policy=scope, rngs=None)
     else:
         shapes = nnx.eval_shape(lambda: model(config, policy=scope, linear=linear, rngs=nnx.Rngs(0)))
+    insert_adapters(shapes, adapters or {}, scope)
     filled = fill(shapes, parameters)
     filled.sharding = sharding
     return filled

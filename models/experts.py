@@ -16,6 +16,7 @@ from ..policies.matmul import grouped_matmuls
 from ..policies.matmul.sharded import Names, rounded_part
 from ..policies.matmul.shards import vary_alike
 from ..policies.scales import F32
+from .adapters import ExpertAdapters
 
 Kernel = jax.Array | ScaledArray
 MLPs = Callable[[jax.Array, jax.Array], jax.Array]
@@ -23,7 +24,9 @@ MLPs = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["gate", "up", "down"], meta_fields=["computes", "activations"]
+    jax.tree_util.register_dataclass,
+    data_fields=["gate", "up", "down", "adapters"],
+    meta_fields=["computes", "activations"],
 )
 @dataclasses.dataclass(frozen=True)
 class ExpertKernels:
@@ -33,6 +36,7 @@ class ExpertKernels:
     down         (experts, hidden, width)
     computes     the format of each in products; see `scaled_matmul`
     activations  the dtype of activations; None: that of x
+    adapters     the low-rank adapters of each
     """
 
     gate: Kernel
@@ -40,6 +44,7 @@ class ExpertKernels:
     down: Kernel
     computes: tuple[Format | None, ...]
     activations: np.dtype | None
+    adapters: tuple[ExpertAdapters | None, ...] = (None, None, None)
 
     def mlps(
         self,
@@ -62,10 +67,15 @@ class ExpertKernels:
         stacks: tuple[Any, ...] = (self.gate, self.up, self.down)
 
         def products(x: jax.Array, chosen: slice, names: Names, result: np.dtype | None) -> tuple[jax.Array, ...]:
-            compute, rounding = self.computes[chosen][0], roundings[chosen][0]
+            compute, rounding, rounded = self.computes[chosen][0], roundings[chosen][0], x
             if rounding is not None:
-                x, compute = rounded_part(x, names, rounding), None
-            return grouped_matmuls(x, stacks[chosen], group_sizes, compute=compute, result=result)
+                rounded, compute = rounded_part(x, names, rounding), None
+            sums = grouped_matmuls(rounded, stacks[chosen], group_sizes, compute=compute, result=result)
+            # Parts of sums too, since adapters are linear in x.
+            return tuple(
+                y if adapters is None else adapters.added(y, x, group_sizes)
+                for y, adapters in zip(sums, self.adapters[chosen], strict=True)
+            )
 
         if self.computes[0] == self.computes[1] and roundings[0] == roundings[1]:
             gate, up = products(x, slice(0, 2), hidden, result)

@@ -24,6 +24,7 @@ from ..policies.resolved import too_flat
 from ..policies.scales import F32
 from ..policies.scope import Scope
 from ..policies.trees import Narrow
+from .adapters import Adapter
 from .lookup import lookup, sharded_lookup
 
 
@@ -88,6 +89,11 @@ class Linear(nnx.Module):
     ('float8_e4m3fn', (3, 4), 'bfloat16')
     """
 
+    adapter: Adapter | None = None
+    """The settings of a low-rank adapter; then the layer has `lora_a` (rank, in) and `lora_b` (out, rank) as well."""
+    lora_a: nnx.LoRAParam
+    lora_b: nnx.LoRAParam
+
     def __init__(
         self,
         in_features: int,
@@ -112,13 +118,17 @@ class Linear(nnx.Module):
         """y (..., out) of x (..., in), in the activations' dtype: the policy's, or else that of x."""
         x = x.astype(self.activations or x.dtype)
         result = None if self.bias is None else F32
-        return self._biased(block_matmul(x, self.kernel, self.scale_inv, self.compute, result, self.split), x.dtype)
+        return self._finished(block_matmul(x, self.kernel, self.scale_inv, self.compute, result, self.split), x)
 
-    def _biased(self, y: jax.Array, dtype: np.dtype) -> jax.Array:
-        """The product y plus any bias, in `dtype`; y is float32 with a bias, so that only the sum is rounded."""
-        if self.bias is None:
-            return y.astype(dtype)
-        return (y + saturating_cast(self.bias[...], self.bias_compute or dtype).astype(y.dtype)).astype(dtype)
+    def _finished(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """The product y of x, in x's dtype, with any bias and adapter added.
+
+        y is float32 with a bias, so that only the sum is rounded.
+        """
+        if self.bias is not None:
+            y = y + saturating_cast(self.bias[...], self.bias_compute or x.dtype).astype(y.dtype)
+        y = y.astype(x.dtype)
+        return y if self.adapter is None else self.adapter.added(y, x, self.lora_a[...], self.lora_b[...])
 
     def launch_key(self) -> tuple[Any, ...] | None:
         """Equal for projections of the same x that one kernel launch can compute; None for a layer that cannot join."""
@@ -142,7 +152,7 @@ def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
         products = sharded_matmuls(x, kernels, splits, compute=first.compute, result=result)
     else:
         products = scaled_matmuls(x, kernels, compute=first.compute, result=result)
-    return tuple(layer._biased(y, x.dtype) for layer, y in zip(linears, products, strict=True))
+    return tuple(layer._finished(y, x) for layer, y in zip(linears, products, strict=True))
 
 
 def pair(kernel: nnx.Variable, scale_inv: nnx.Variable) -> ScaledArray:

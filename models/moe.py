@@ -14,6 +14,7 @@ from jax.nn import initializers
 from ..policies.formats import ScaledArray
 from ..policies.matmul.sharded import Split
 from ..policies.scope import Scope
+from .adapters import Adapter, ExpertAdapters
 from .experts import ExpertKernels, mixture
 from .layers import Linear, new_parameter, pair
 from .sharding.experts import sharded_mixture
@@ -25,6 +26,12 @@ class ExpertLinear(nnx.Module):
     kernel     (experts, out, in)                     the policy's storage dtype
     scale_inv  (experts, ceil(out/bo), ceil(in/bi))   multiplier of each block; None for a kernel that is not narrow
     """
+
+    adapter: Adapter | None = None
+    """The settings of low-rank adapters; then the layer has `lora_a` (experts, rank, in) and `lora_b` (experts, out,
+    rank) as well."""
+    lora_a: nnx.LoRAParam
+    lora_b: nnx.LoRAParam
 
     def __init__(self, experts: int, in_features: int, out_features: int, *, policy: Scope, rngs: nnx.Rngs | None):
         self.activations = policy.activations
@@ -44,6 +51,10 @@ class ExpertLinear(nnx.Module):
         """The kernels, with any scales."""
         return self.kernel[...] if self.scale_inv is None else pair(self.kernel, self.scale_inv)
 
+    def adapters(self) -> ExpertAdapters | None:
+        """The adapters of the kernels, if there are any."""
+        return None if self.adapter is None else ExpertAdapters(self.lora_a[...], self.lora_b[...], self.adapter)
+
 
 class Experts(nnx.Module):
     """The MLPs of all experts, down(silu(gate(x)) * up(x)), with their kernels stacked along a first axis."""
@@ -62,6 +73,7 @@ class Experts(nnx.Module):
             self.down_proj.weights(),
             computes=tuple(layer.compute for layer in layers),
             activations=self.gate_proj.activations,
+            adapters=tuple(layer.adapters() for layer in layers),
         )
 
     def splits(self) -> list[Split | None]:

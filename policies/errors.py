@@ -111,6 +111,10 @@ class InvalidSharding(PerparamError, ValueError):
     """A parameter cannot have the requested sharding."""
 
 
+class InvalidAdapter(PerparamError, ValueError):
+    """A low-rank adapter cannot be added to the layers of a model, or merged into them."""
+
+
 class UnsupportedExport(PerparamError, ValueError):
     """A file format cannot represent the parameters."""
 

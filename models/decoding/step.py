@@ -86,6 +86,8 @@ def _refuses_layer(layer: Layer, dtype: np.dtype, slots: int) -> str | None:
     for linears in _products(layer):
         if any(type(linear) is not Linear or linear.scale_inv is None for linear in linears):
             return "a projection has a kernel that is not narrow, or is of another class"
+        if any(linear.adapter is not None for linear in linears):
+            return "a projection has an adapter"
         if any(linear.split is not None for linear in linears):
             return "the model is divided over a mesh"
         if any(linear.bias is not None or linear.activations not in (None, dtype) for linear in linears):

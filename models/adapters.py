@@ -1,0 +1,92 @@
+"""Low-rank adapters (LoRA): the product that an adapter adds to that of a linear layer, or of all experts' layers.
+
+The weight of a layer with an adapter is `kernel + scaling * lora_b @ lora_a` (Hu et al. 2021, arXiv:2106.09685), and it
+is never formed: the layer computes `x @ kernel.T + scaling * (x @ lora_a.T) @ lora_b.T`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..policies.dtypes import saturating_cast
+from ..policies.matmul import grouped_matmul
+from ..policies.scales import F32
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The settings of one layer's adapter; its arrays are `lora_a` (rank, in) and `lora_b` (out, rank) of the layer.
+
+    rank      rows of `lora_a`
+    alpha     numerator of the scaling
+    rslora    whether the scaling is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732), and not alpha / rank
+    computes  dtypes in which the products with `lora_a` and `lora_b` take their operands; None: the activations' dtype.
+              Their sums are float32
+
+    >>> Adapter(rank=4, alpha=8.0).scaling, Adapter(rank=4, alpha=8.0, rslora=True).scaling
+    (2.0, 4.0)
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    computes: tuple[np.dtype | None, np.dtype | None] = (None, None)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of `lora_b @ lora_a`."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def added(self, y: jax.Array, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+        """The layer's result y (..., out) for x (..., in) with the adapter's product, in y's dtype.
+
+        As in peft, the product is added in float32 to the rounded result of the base layer. A `lora_b` of zeros
+        changes no value.
+        """
+        narrowed = _product(x, lora_a, self.computes[0] or x.dtype)
+        product = _product(narrowed.astype(x.dtype), lora_b, self.computes[1] or x.dtype)
+        return _sum(y, product, self.scaling)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["lora_a", "lora_b"], meta_fields=["adapter"])
+@dataclasses.dataclass(frozen=True)
+class ExpertAdapters:
+    """The adapters of one linear layer of all experts.
+
+    lora_a   (experts, rank, in)
+    lora_b   (experts, out, rank)
+    adapter  their settings
+    """
+
+    lora_a: jax.Array
+    lora_b: jax.Array
+    adapter: Adapter
+
+    def added(self, y: jax.Array, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """The results y (rows, out) for rows x (rows, in), sorted by expert, with the adapters' products.
+
+        group_sizes  (experts,) int32  rows of each expert
+        """
+        first, second = (compute or x.dtype for compute in self.adapter.computes)
+        lora_a, lora_b = saturating_cast(self.lora_a, first), saturating_cast(self.lora_b, second)
+        narrowed = grouped_matmul(x.astype(first), lora_a, group_sizes, result=F32).astype(x.dtype)
+        product = grouped_matmul(narrowed.astype(second), lora_b, group_sizes, result=F32)
+        return _sum(y, product, self.adapter.scaling)
+
+
+def _product(x: jax.Array, kernel: jax.Array, dtype: np.dtype) -> jax.Array:
+    """x (..., in) @ kernel (out, in).T in float32, of operands in `dtype`."""
+    operands = x.astype(dtype), saturating_cast(kernel, dtype)
+    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+    # A plain product, which XLA can partition: adapters of models over a mesh need no code of their own.
+    return jax.lax.dot_general(*operands, dimensions, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _sum(y: jax.Array, product: jax.Array, scaling: float) -> jax.Array:
+    return (y.astype(jnp.float32) + jnp.float32(scaling) * product).astype(y.dtype)
