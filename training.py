@@ -3,18 +3,29 @@
 from .loaders.peft import load_lora, save_lora
 from .models.lora import add_lora
 from .models.lora_merge import MergedLayer, MergeReport, merge_lora
+from .policies.training.finite import all_finite, select_tree
+from .policies.training.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
 from .policies.training.optimizer import with_policy
 from .policies.training.partition import combine, partition, refuse_narrow
+from .policies.training.skipping import LossScaleState, with_loss_scale
 
 __all__ = [
+    "DynamicLossScale",
+    "LossScale",
+    "LossScaleState",
     "MergeReport",
     "MergedLayer",
+    "NoOpLossScale",
+    "StaticLossScale",
     "add_lora",
+    "all_finite",
     "combine",
     "load_lora",
     "merge_lora",
     "partition",
     "refuse_narrow",
     "save_lora",
+    "select_tree",
+    "with_loss_scale",
     "with_policy",
 ]

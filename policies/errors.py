@@ -127,6 +127,10 @@ class InvalidSize(PerparamError, ValueError):
     """A size is not a number of bytes."""
 
 
+class InvalidLossScale(PerparamError, ValueError):
+    """A loss scale, its minimum, its period or its factor is out of range."""
+
+
 class InvalidSampling(PerparamError, ValueError):
     """A sampling parameter is out of range."""
 
