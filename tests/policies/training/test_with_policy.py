@@ -198,13 +198,13 @@ class TestRules:
     def test_state_rules_are_checked_by_init(self):
         policy = Policy.loads("opt_state:\n  mu: bf16\n  nue: f32\n", "p.yaml")
         with pytest.raises(
-            UnmatchedRule, match=r"p.yaml:3: 'nue' \(opt_state\) matches none of 6 array.*\n  nearest: nu"
+            UnmatchedRule, match=r"p.yaml:3: 'nue' \(opt_state\) matches none of 6 state arrays.*\n  nearest: nu"
         ):
             with_policy(optax.adam(1.0), policy).init(PARAMS)
         policy = Policy(opt_state={"mu": "bf16", "mu/**/bias": "f32"})
         with pytest.raises(ShadowedRule, match=r"'mu/\*\*/bias' \(opt_state\) decides nothing.*'mu'"):
             with_policy(optax.adam(1.0), policy).init(PARAMS)
-        with pytest.raises(UnmatchedRule, match="matches none of 0 array"):
+        with pytest.raises(UnmatchedRule, match="matches none of 0 state arrays"):
             with_policy(optax.sgd(1.0), Policy(opt_state={"mu": "bf16"})).init(PARAMS)
 
     @pytest.mark.parametrize("slot", ["grads", "master"])
