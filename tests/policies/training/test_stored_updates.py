@@ -305,6 +305,23 @@ class TestOthersApplyTheUpdates:
         chex.assert_trees_all_equal(jax.tree.leaves(bits(found)), jax.tree.leaves(bits(state)))
         assert found.inner[0].mu["first"]["kernel"].codes.dtype == jnp.uint8
 
+    def test_an_optimizer_of_nnx_with_narrow_variables(self):
+        class Dense(nnx.Module):
+            def __init__(self):
+                values, scale_inv = quantize(WIDE["dense"]["kernel"], "f8_e4m3fn", BLOCK)
+                self.kernel, self.scale_inv = Narrow(values, block=BLOCK), Narrow(scale_inv, block=BLOCK)
+                self.bias = nnx.Param(jnp.ones(40, jnp.bfloat16))
+
+        model, policy = Dense(), FP8.replace(master={"kernel": "f32"})
+        tx = with_policy(optax.adam(0.1), policy)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Any(nnx.Param, Narrow))
+        gradient = nnx.State(jax.tree.map(nnx.Param, GRADIENT["dense"]))
+        nnx.jit(lambda model, optimizer: optimizer.update(model, gradient) and None)(model, optimizer)
+        params = FP8.store(WIDE)["dense"]
+        expected, _ = after(tx, params, [GRADIENT["dense"]])
+        assert_same_bits(nnx.to_pure_dict(nnx.state(model)), expected)
+        assert isinstance(model.kernel, Narrow)
+
     def test_accumulation_outside_skips_steps_between(self):
         tx = optax.MultiSteps(with_policy(optax.sgd(0.5), Policy(master="f32")), 2)
         params, seen = {"w": jnp.ones(3, "bfloat16")}, []
