@@ -29,7 +29,7 @@ from ...policies.matmul.sharded import (
     together,
 )
 from ...policies.matmul.shards import vary
-from ..experts import ExpertKernels, MLPs, by_expert, inverse, weighted_sum
+from ..experts import ExpertKernels, Kernel, MLPs, by_expert, inverse, weighted_sum
 
 
 def sharded_mixture(
@@ -49,7 +49,7 @@ def sharded_mixture(
     """
     found = [split for split in splits if split is not None]
     batch = found[0].batch_of(x.shape[0])
-    arrays = kernels.gate, kernels.up, kernels.down
+    arrays: Sequence[Kernel] = (kernels.gate, kernels.up, kernels.down)
     dtype = np.dtype(kernels.activations or x.dtype)
     plans = [
         product_plan(dtype, array, split, batch, compute)
@@ -60,7 +60,7 @@ def sharded_mixture(
     parts = (here, width, hidden), (here, width, hidden), (here, hidden, width)
     shapes = [array.shape for array in arrays]
 
-    def function(arrays: Sequence[jax.Array], x: jax.Array, logits: jax.Array) -> jax.Array:
+    def function(arrays: Sequence[Kernel], x: jax.Array, logits: jax.Array) -> jax.Array:
         # Here, since XLA gathers the operand of a top-k that it partitions.
         weights, experts = choose(logits)
         # Without the barrier XLA may gather kernels once before a decoding loop, and keep them whole in memory.
