@@ -4,9 +4,12 @@ from .loaders.peft import load_lora, save_lora
 from .models.lora import add_lora
 from .models.lora_merge import MergedLayer, MergeReport, merge_lora
 from .policies.training.finite import all_finite, select_tree
+from .policies.training.gradients import grad, value_and_grad
 from .policies.training.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
 from .policies.training.optimizer import with_policy
 from .policies.training.partition import combine, partition, refuse_narrow
+from .policies.training.proxies import Proxy, add_proxies, remove_proxies
+from .policies.training.rounding import requantize, stochastic_cast
 from .policies.training.skipping import LossScaleState, with_loss_scale
 
 __all__ = [
@@ -16,16 +19,23 @@ __all__ = [
     "MergeReport",
     "MergedLayer",
     "NoOpLossScale",
+    "Proxy",
     "StaticLossScale",
     "add_lora",
+    "add_proxies",
     "all_finite",
     "combine",
+    "grad",
     "load_lora",
     "merge_lora",
     "partition",
     "refuse_narrow",
+    "remove_proxies",
+    "requantize",
     "save_lora",
     "select_tree",
+    "stochastic_cast",
+    "value_and_grad",
     "with_loss_scale",
     "with_policy",
 ]

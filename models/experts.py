@@ -26,7 +26,7 @@ MLPs = Callable[[jax.Array, jax.Array], jax.Array]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["gate", "up", "down", "adapters"],
-    meta_fields=["computes", "activations"],
+    meta_fields=["computes", "activations", "backwards"],
 )
 @dataclasses.dataclass(frozen=True)
 class ExpertKernels:
@@ -37,6 +37,7 @@ class ExpertKernels:
     computes     the format of each in products; see `scaled_matmul`
     activations  the dtype of activations; None: that of x
     adapters     the low-rank adapters of each
+    backwards    the format of each in the products that give gradients; see `scaled_matmul`
     """
 
     gate: Kernel
@@ -45,6 +46,7 @@ class ExpertKernels:
     computes: tuple[Format | None, ...]
     activations: np.dtype | None
     adapters: tuple[ExpertAdapters | None, ...] = (None, None, None)
+    backwards: tuple[Format | None, ...] = (None, None, None)
 
     def mlps(
         self,
@@ -70,14 +72,21 @@ class ExpertKernels:
             compute, rounding, rounded = self.computes[chosen][0], roundings[chosen][0], x
             if rounding is not None:
                 rounded, compute = rounded_part(x, names, rounding), None
-            sums = grouped_matmuls(rounded, stacks[chosen], group_sizes, compute=compute, result=result)
+            backward = self.backwards[chosen][0]
+            sums = grouped_matmuls(
+                rounded, stacks[chosen], group_sizes, compute=compute, result=result, backward=backward
+            )
             # Parts of sums too, since adapters are linear in x.
             return tuple(
                 y if adapters is None else adapters.added(y, x, group_sizes)
                 for y, adapters in zip(sums, self.adapters[chosen], strict=True)
             )
 
-        if self.computes[0] == self.computes[1] and roundings[0] == roundings[1]:
+        if (
+            self.computes[0] == self.computes[1]
+            and self.backwards[0] == self.backwards[1]
+            and roundings[0] == roundings[1]
+        ):
             gate, up = products(x, slice(0, 2), hidden, result)
         else:
             gate, up = (products(x, slice(i, i + 1), hidden, result)[0] for i in (0, 1))

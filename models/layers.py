@@ -6,6 +6,7 @@ both operands of a matmul are contiguous along the summed axis, as FP8 tensor co
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..policies.dtypes import saturating_cast
 from ..policies.formats import Format, ScaledArray, quantize, stored_format
 from ..policies.matmul import scaled_matmul, scaled_matmuls
 from ..policies.matmul.sharded import Split, sharded_matmuls
+from ..policies.paths import proxy_path, scale_path
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import too_flat
 from ..policies.scales import F32
@@ -105,7 +107,7 @@ class Linear(nnx.Module):
     ):
         scope = scope_of(policy)
         self.activations = scope.activations
-        self.compute = scope.spec("kernel").compute
+        self.compute, self.backward = scope.spec("kernel").compute, scope.spec("kernel").backward
         self.split = scope.split("kernel")
         draw = _random(initializers.lecun_normal(in_axis=-1, out_axis=-2))
         self.kernel, scale_inv = new_parameter((out_features, in_features), draw, rngs, scope, "kernel")
@@ -118,7 +120,8 @@ class Linear(nnx.Module):
         """y (..., out) of x (..., in), in the activations' dtype: the policy's, or else that of x."""
         x = x.astype(self.activations or x.dtype)
         result = None if self.bias is None else F32
-        return self._finished(block_matmul(x, self.kernel, self.scale_inv, self.compute, result, self.split), x)
+        y = block_matmul(x, weights(self, "kernel"), self.compute, result, self.split, self.backward)
+        return self._finished(y, x)
 
     def _finished(self, y: jax.Array, x: jax.Array) -> jax.Array:
         """The product y of x, in x's dtype, with any bias and adapter added.
@@ -134,7 +137,7 @@ class Linear(nnx.Module):
         """Equal for projections of the same x that one kernel launch can compute; None for a layer that cannot join."""
         if type(self) is not Linear or self.scale_inv is None:
             return None
-        return self.activations, self.compute, pair(self.kernel, self.scale_inv).format
+        return self.activations, self.compute, self.backward, pair(self.kernel, self.scale_inv).format
 
 
 def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
@@ -144,36 +147,44 @@ def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
     if len(linears) < len(layers) or len(keys) > 1 or None in keys:
         return tuple(layer(x) for layer in layers)
     first = linears[0]
-    kernels = [pair(layer.kernel, layer.scale_inv) for layer in linears if layer.scale_inv is not None]
+    kernels = [weights(layer, "kernel") for layer in linears]
     x = x.astype(first.activations or x.dtype)
     result = None if all(layer.bias is None for layer in linears) else F32
     splits = [layer.split for layer in linears if layer.split is not None]
     if splits:
-        products = sharded_matmuls(x, kernels, splits, compute=first.compute, result=result)
+        products = sharded_matmuls(x, kernels, splits, compute=first.compute, result=result, backward=first.backward)
     else:
-        products = scaled_matmuls(x, kernels, compute=first.compute, result=result)
+        products = scaled_matmuls(x, kernels, compute=first.compute, result=result, backward=first.backward)
     return tuple(layer._finished(y, x) for layer, y in zip(linears, products, strict=True))
 
 
-def pair(kernel: nnx.Variable, scale_inv: nnx.Variable) -> ScaledArray:
-    """The ScaledArray of a narrow kernel's variables."""
+def pair(kernel: nnx.Variable, scale_inv: nnx.Variable, proxy: nnx.Variable | None = None) -> ScaledArray:
+    """The ScaledArray of a narrow kernel's variables; a kernel that is trained may have a proxy."""
     format = stored_format(np.dtype(kernel.dtype), kernel.block, np.dtype(scale_inv.dtype))
-    return ScaledArray(kernel[...], scale_inv[...], format)
+    scaled = ScaledArray(kernel[...], scale_inv[...], format)
+    return scaled if proxy is None else dataclasses.replace(scaled, proxy=proxy[...])
+
+
+def weights(module: nnx.Module, name: str) -> jax.Array | ScaledArray:
+    """The module's parameter `name`, with its scales if it is narrow, and the proxy of one that is trained."""
+    kernel, scale_inv = getattr(module, name), getattr(module, scale_path(name))
+    if scale_inv is None:
+        return kernel[...]
+    return pair(kernel, scale_inv, getattr(module, proxy_path(name), None))
 
 
 def block_matmul(
     x: jax.Array,
-    kernel: nnx.Variable,
-    scale_inv: Narrow | None,
+    kernel: jax.Array | ScaledArray,
     compute: Format | None,
     result: np.dtype | None = None,
     split: Split | None = None,
+    backward: Format | None = None,
 ) -> jax.Array:
-    """`scaled_matmul` of x and a kernel's variables, which may be divided over a mesh."""
-    array = kernel[...] if scale_inv is None else pair(kernel, scale_inv)
+    """`scaled_matmul` of x and a kernel, which may be divided over a mesh."""
     if split is not None:
-        return sharded_matmuls(x, [array], [split], compute=compute, result=result)[0]
-    return scaled_matmul(x, array, compute=compute, result=result)
+        return sharded_matmuls(x, [kernel], [split], compute=compute, result=result, backward=backward)[0]
+    return scaled_matmul(x, kernel, compute=compute, result=result, backward=backward)
 
 
 class Embedding(nnx.Module):
@@ -188,7 +199,7 @@ class Embedding(nnx.Module):
     def __init__(self, vocabulary: int, features: int, *, policy: PolicyLike | Scope = None, rngs: nnx.Rngs | None):
         scope = scope_of(policy)
         self.activations = scope.activations
-        self.compute = scope.spec("embedding").compute
+        self.compute, self.backward = scope.spec("embedding").compute, scope.spec("embedding").backward
         self.split = scope.split("embedding")
         draw = _random(initializers.normal(0.02))
         self.embedding, scale_inv = new_parameter((vocabulary, features), draw, rngs, scope, "embedding")
@@ -196,21 +207,17 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Embeddings (..., features) of ids (...), in the activations' dtype; NaN for an id outside the table."""
-        table = self._table()
+        table = weights(self, "embedding")
         wide = self.activations or (jnp.float32 if isinstance(table, ScaledArray) else table.dtype)
         compute = wide if self.compute is None or self.compute.narrow else self.compute.values
         rows = lookup(table, ids) if self.split is None else sharded_lookup(table, ids, self.split)
         inside = (ids >= 0) & (ids < self.embedding.shape[0])
         return jnp.where(inside[..., None], saturating_cast(rows, compute).astype(wide), jnp.nan)
 
-    def _table(self) -> jax.Array | ScaledArray:
-        if self.embedding_scale_inv is None:
-            return self.embedding[...]
-        return pair(self.embedding, self.embedding_scale_inv)
-
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits (..., vocabulary) of x (..., features), computed under the policy's rule for `embedding`."""
-        return block_matmul(x, self.embedding, self.embedding_scale_inv, self.compute, split=self.split)
+        table = weights(self, "embedding")
+        return block_matmul(x, table, self.compute, split=self.split, backward=self.backward)
 
 
 class RMSNorm(nnx.Module):

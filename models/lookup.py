@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ..policies.formats import ScaledArray
 from ..policies.matmul.sharded import Part, Split, array_specs, local, over_devices, spec
 from ..policies.scales import decode_scales
+from ..policies.trainable import straight_through
 
 Table = jax.Array | ScaledArray
 
@@ -21,7 +22,8 @@ def lookup(table: Table, ids: jax.Array) -> jax.Array:
     rows = _rows(table.values, ids).astype(jnp.float32)
     height, width = table.block[0], min(table.block[1], table.shape[1])
     scales = jnp.take(decode_scales(table.scale_inv), ids // height, axis=0, mode="clip")
-    return rows * jnp.repeat(scales, width, axis=-1)[..., : rows.shape[-1]]
+    rows = rows * jnp.repeat(scales, width, axis=-1)[..., : rows.shape[-1]]
+    return rows if table.proxy is None else straight_through(rows, jnp.take(table.proxy, ids, axis=0, mode="clip"))
 
 
 def sharded_lookup(table: Table, ids: jax.Array, split: Split) -> jax.Array:

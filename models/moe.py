@@ -16,7 +16,7 @@ from ..policies.matmul.sharded import Split
 from ..policies.scope import Scope
 from .adapters import Adapter, ExpertAdapters
 from .experts import ExpertKernels, mixture
-from .layers import Linear, new_parameter, pair
+from .layers import Linear, new_parameter, weights
 from .sharding.experts import sharded_mixture
 
 
@@ -35,7 +35,7 @@ class ExpertLinear(nnx.Module):
 
     def __init__(self, experts: int, in_features: int, out_features: int, *, policy: Scope, rngs: nnx.Rngs | None):
         self.activations = policy.activations
-        self.compute = policy.spec("kernel").compute
+        self.compute, self.backward = policy.spec("kernel").compute, policy.spec("kernel").backward
         self.split = policy.split("kernel")
         lecun = initializers.lecun_normal(in_axis=-1, out_axis=-2, batch_axis=0)
         self.kernel, scale_inv = new_parameter(
@@ -49,7 +49,7 @@ class ExpertLinear(nnx.Module):
 
     def weights(self) -> jax.Array | ScaledArray:
         """The kernels, with any scales."""
-        return self.kernel[...] if self.scale_inv is None else pair(self.kernel, self.scale_inv)
+        return weights(self, "kernel")
 
     def adapters(self) -> ExpertAdapters | None:
         """The adapters of the kernels, if there are any."""
@@ -72,6 +72,7 @@ class Experts(nnx.Module):
             self.up_proj.weights(),
             self.down_proj.weights(),
             computes=tuple(layer.compute for layer in layers),
+            backwards=tuple(layer.backward for layer in layers),
             activations=self.gate_proj.activations,
             adapters=tuple(layer.adapters() for layer in layers),
         )

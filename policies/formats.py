@@ -30,6 +30,7 @@ from . import dtypes
 from .blocks import DEFAULT_BLOCK, Block, as_block, block_amax, block_sides, check_grid, expand, grid_shape
 from .errors import InvalidPolicy, UnknownDtype, UnsupportedCast
 from .scales import E4M3, E8M0, F32, ScaleRule, amax_rule, can_scale, decode_scales, encode_scales, shared_exponent_rule
+from .trainable import TrainableValues, straight_through
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -226,7 +227,9 @@ def as_format(value: Any) -> Format:
     return Format(values, block, scale)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale_inv"], meta_fields=["format"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "scale_inv", "proxy"], meta_fields=["format"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScaledArray:
     """An array in a narrow format: a pytree of its values and scales, with the format as static metadata.
@@ -234,9 +237,11 @@ class ScaledArray:
     values     (*batch, rows, columns)                                format.values
     scale_inv  (*batch, ceil(rows/block[0]), ceil(columns/block[1]))  format.scale
     format     complete, with a block and a scale dtype
+    proxy      (*batch, rows, columns)  f32, bf16 or f16; it receives the gradient of the weight, and is not read.
+               None: the array is frozen.  See `perparam.training.value_and_grad`
 
-    Trees whose containers have fixed fields hold a ScaledArray in place of the kernel.  `values, scale_inv = array`
-    unpacks it.
+    `TrainableValues` in place of the values are the values and a proxy.  Trees whose containers have fixed fields hold
+    a ScaledArray in place of the kernel.  `values, scale_inv = array` unpacks it.
 
     >>> scaled = quantize(jnp.ones((2, 4)), "int8", (1, 4))
     >>> scaled.shape, scaled.scale_inv.shape, scaled.dequantize().dtype.name
@@ -246,6 +251,12 @@ class ScaledArray:
     values: jax.Array
     scale_inv: jax.Array
     format: Format
+    proxy: jax.Array | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.values, TrainableValues):
+            object.__setattr__(self, "proxy", self.values.proxy)
+            object.__setattr__(self, "values", self.values.values)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -284,6 +295,10 @@ class ScaledArray:
     def __iter__(self) -> Iterator[jax.Array]:
         return iter((self.values, self.scale_inv))
 
+    def frozen(self) -> ScaledArray:
+        """Returns the array without its proxy."""
+        return self if self.proxy is None else dataclasses.replace(self, proxy=None)
+
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Returns the weight: `values * scale_inv` in float32, then cast to `dtype`, saturating.
 
@@ -291,19 +306,22 @@ class ScaledArray:
           InvalidScale: if the shape of the scales does not fit the shape of the values in the format's block.
         """
         check_grid(self.shape, self.scale_inv.shape, self._block)
-        result: jax.Array = _dequantize(self, dtypes.as_dtype(dtype))
-        return result
+        result: jax.Array = _dequantize(self.frozen(), dtypes.as_dtype(dtype))
+        return result if self.proxy is None else straight_through(result, self.proxy)
 
 
-def scaled_array(values: ArrayLike, scale_inv: ArrayLike, block: Block = DEFAULT_BLOCK) -> ScaledArray:
+def scaled_array(
+    values: ArrayLike | TrainableValues, scale_inv: ArrayLike, block: Block = DEFAULT_BLOCK
+) -> ScaledArray:
     """Returns the ScaledArray of values and scales that are stored as two arrays.
 
     Raises:
       InvalidScale: if the shape of the scales does not fit the shape of the values in this block.
     """
-    values, scale_inv, block = jnp.asarray(values), jnp.asarray(scale_inv), as_block(block)
+    values = values if isinstance(values, TrainableValues) else jnp.asarray(values)
+    scale_inv, block = jnp.asarray(scale_inv), as_block(block)
     check_grid(values.shape, scale_inv.shape, block)
-    return ScaledArray(values, scale_inv, stored_format(values.dtype, block, scale_inv.dtype))
+    return ScaledArray(values, scale_inv, stored_format(values.dtype, block, scale_inv.dtype))  # type: ignore[arg-type]
 
 
 def quantize(
@@ -375,8 +393,8 @@ def as_scales(scale_inv: ArrayLike, shape: tuple[int, ...], format: Format) -> j
     check_grid(shape, scales.shape, format.block)
     if scales.dtype != format.scale:
         raise UnsupportedCast(
-            f"scale_inv: found {dtypes.dtype_name(scales.dtype)}, expected {dtypes.dtype_name(format.scale)}, the dtype "
-            f"of scales of the format {format}. Cast the scales, or name their dtype in the format."
+            f"scale_inv: found {dtypes.dtype_name(scales.dtype)}, expected {dtypes.dtype_name(format.scale)}, the "
+            f"dtype of scales of the format {format}. Cast the scales, or name their dtype in the format."
         )
     return scales
 
@@ -435,7 +453,7 @@ def quantize_in_one_pass(x: Float[Array, "*b columns"], format: Format) -> Scale
 
 
 def dequantize(
-    kernel: ArrayLike | ScaledArray,
+    kernel: ArrayLike | ScaledArray | TrainableValues,
     scale_inv: ArrayLike | None = None,
     block: Block = DEFAULT_BLOCK,
     dtype: DTypeLike = jnp.float32,

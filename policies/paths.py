@@ -1,4 +1,4 @@
-"""Paths of scales: the path under which the scales of a parameter are stored, next to the parameter."""
+"""Paths of scales and proxies, which are stored next to their parameter."""
 
 from __future__ import annotations
 
@@ -17,3 +17,12 @@ def scale_path(path: str) -> str:
     """
     parent, slash, name = path.rpartition("/")
     return parent + slash + ("scale_inv" if name == "kernel" else f"{name}_scale_inv")
+
+
+def proxy_path(path: str) -> str:
+    """Returns the path of the proxy of the parameter at `path`; see `perparam.training.add_proxies`.
+
+    >>> proxy_path("layers/0/up/kernel")
+    'layers/0/up/kernel_proxy'
+    """
+    return f"{path}_proxy"

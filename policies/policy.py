@@ -33,6 +33,8 @@ class Policy(PolicyRules):
     output      the dtype of the model's result, or None
     kv_cache    the dtype of keys and values that perparam's models cache: f32, bf16, f16, or f8_e4m3fn or int8 with one
                 scale for each head and token; None: the activations' dtype
+    backward    the format of the products that give the gradients of a linear layer, by kernel: a float8 type for both
+                operands (W8A8); None: the activations' dtype
     grads       the dtype in which the optimizer receives gradients: f32, bf16 or f16; None: as they are
     opt_state   the format in which `perparam.training.with_policy` stores the optimizer's state: f32, bf16, f16,
                 dynamic8 or f8_e4m3fn. A key without a slash is a field of the state (`mu`), others begin with one
@@ -60,6 +62,7 @@ class Policy(PolicyRules):
         output: Any = None,
         *,
         kv_cache: Any = None,
+        backward: SlotLike | SlotRules = None,
         grads: SlotLike | SlotRules = None,
         opt_state: SlotLike | SlotRules = None,
         master: SlotLike | SlotRules = None,
@@ -67,7 +70,8 @@ class Policy(PolicyRules):
         **others: Any,
     ):
         slots = {"params": params, "compute": compute, "output": output, "kv_cache": kv_cache}
-        super().__init__({**slots, "grads": grads, "opt_state": opt_state, "master": master, **others}, block)
+        slots |= {"backward": backward, "grads": grads}
+        super().__init__({**slots, "opt_state": opt_state, "master": master, **others}, block)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Policy:

@@ -91,7 +91,15 @@ class ResolvedParam:
     @property
     def compute(self) -> Format | None:
         """The format in the compute slot; None: a narrow parameter as stored, another in the activations' dtype."""
-        rule = self.rules.get("compute")
+        return self._format("compute")
+
+    @property
+    def backward(self) -> Format | None:
+        """The format in the backward slot: that of products in gradients; None: not narrow."""
+        return self._format("backward")
+
+    def _format(self, slot: str) -> Format | None:
+        rule = self.rules.get(slot)
         return None if rule is None else rule.format
 
 
@@ -135,8 +143,8 @@ class Resolved:
 
     @property
     def specs(self) -> dict[str, ParamSpec]:
-        """The storage and compute format of every parameter, by path."""
-        return {path: ParamSpec(param.format, param.compute) for path, param in self.params.items()}
+        """The formats with which modules store and multiply every parameter, by path."""
+        return {path: ParamSpec(param.format, param.compute, param.backward) for path, param in self.params.items()}
 
     @property
     def formats(self) -> dict[str, Format]:

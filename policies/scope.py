@@ -15,14 +15,16 @@ from .rules import PolicyRules
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """The storage and compute format of one parameter of a module.
+    """The storage format of one parameter of a module, and the formats in which it is multiplied.
 
-    storage  format in which the parameter is stored; None: in its own dtype
-    compute  format for arithmetic; None: a narrow parameter as stored, another in the activations' dtype
+    storage   format in which the parameter is stored; None: in its own dtype
+    compute   format for arithmetic; None: a narrow parameter as stored, another in the activations' dtype
+    backward  format of the products that give gradients; None: not narrow
     """
 
     storage: Format | None = None
     compute: Format | None = None
+    backward: Format | None = None
 
     @property
     def compute_dtype(self) -> np.dtype | None:
@@ -61,14 +63,15 @@ class Scope:
         return "/".join((*self.prefix, name))
 
     def spec(self, name: str) -> ParamSpec:
-        """Returns the storage and compute format of the module's own parameter `name`.
+        """Returns the formats of the module's own parameter `name`.
 
         Raises:
           InvalidPolicy: for a parameter that is not among the stored parameters.
         """
         path = self.path(name)
         if self.stored is None:
-            return ParamSpec(self.policy.storage(path), self.policy.compute.format(path))
+            compute, backward = (self.policy.slot(name).format(path) for name in ("compute", "backward"))
+            return ParamSpec(self.policy.storage(path), compute, backward)
         if path not in self.stored:
             raise InvalidPolicy(
                 f"{path}: the module has this parameter, but it is not among the stored variables. "

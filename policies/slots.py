@@ -142,6 +142,23 @@ def _check_kv_cache(where: str, format: Format, kind: str) -> None:
         )
 
 
+def _check_backward(where: str, format: Format, kind: str) -> None:
+    if kind == "default":
+        _refuse_narrow_default(where, format)
+    if kind == "scales":
+        raise InvalidPolicy(f"{where}: scales have no products of their own. Write null, or leave the rule out.")
+    if format.name is None and (format.block is not None or format.scale is not None):
+        raise InvalidPolicy(
+            f"{where}: the blocks of gradients are rows of 128 columns, or those of a named format. Write a dtype or "
+            "the name of a format."
+        )
+    if not format.narrow or format.values.kind == "i":
+        raise UnknownDtype(
+            f"{where}: {format} is not a float8 type. Write null for products in the activations' dtype, f8_e4m3fn or "
+            "f8_e5m2."
+        )
+
+
 def _check_wide(what: str) -> Callable[[str, Format, str], None]:
     """Returns the check of a slot for training whose formats are f32, bf16 and f16."""
 
@@ -177,6 +194,7 @@ SLOTS: dict[str, Slot] = {
         Slot("compute", True, _check_compute),
         Slot("output", False, _check_output),
         Slot("kv_cache", False, _check_kv_cache),
+        Slot("backward", True, _check_backward),
         Slot("grads", True, _check_wide("gradients"), training=True),
         Slot("opt_state", True, _check_opt_state, training=True, by_field=True, parse=as_state_format),
         Slot("master", True, _check_wide("master"), training=True),

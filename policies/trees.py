@@ -22,6 +22,7 @@ from .blocks import Block
 from .errors import UnsupportedCast
 from .formats import Format, ScaledArray
 from .paths import is_scale, scale_path
+from .trainable import TrainableValues
 from .training.states import PolicyState
 
 
@@ -64,7 +65,7 @@ def is_leaf(node: Any) -> bool:
     """Returns whether `node` is one leaf here: an NNX variable, a Linen box, a ScaledArray, state of an optimizer."""
     # Moments have the names of their parameters.
     is_state = type(node).__module__.partition(".")[0] == "optax" or isinstance(node, PolicyState)
-    return is_state or isinstance(node, (nnx.Variable, meta.AxisMetadata, ScaledArray))
+    return is_state or isinstance(node, (nnx.Variable, meta.AxisMetadata, ScaledArray, TrainableValues))
 
 
 def unbox(leaf: Any) -> Any:
@@ -167,7 +168,9 @@ def parameters(tree: Any) -> dict[str, Any]:
     for path, leaf in _leaves(tree).items():
         value = unbox(leaf)
         if isinstance(value, ScaledArray):
-            flat[path], flat[scale_path(path)] = value
+            values, scales = value
+            flat[path] = values if value.proxy is None else TrainableValues(values, value.proxy)
+            flat[scale_path(path)] = scales
         else:
             flat[path] = value
     return flat
@@ -183,7 +186,7 @@ def arrays(tree: Any) -> dict[str, Any]:
 
 def check_array(path: str, value: Any) -> None:
     """Raises UnsupportedCast for a shape in place of an array."""
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, TrainableValues)):
         raise UnsupportedCast(
             f"{path}: found {type(value).__name__}, expected an array. `explain` shows the effect of a policy on "
             "shapes, and jax.eval_shape(policy.store, tree) gives the shapes after storage."

@@ -174,7 +174,7 @@ def _apply_nnx(
                 f"this {type(module).__name__} was built with a policy, which cannot be replaced. Pass the class, or a "
                 "callable with an argument `policy`; or call the module itself."
             )
-        resolved = resolve(policy, variables, slots=("compute",))
+        resolved = resolve(policy, variables, slots=("compute", "backward"))
         scope = Scope(policy, policy.activations, stored=resolved.specs)
         make = functools.partial(build, module, policy=scope)
     else:

@@ -27,9 +27,10 @@ from ...policies.matmul.sharded import (
     over_devices,
     product_plan,
     spec,
+    together,
 )
 from ...policies.matmul.shards import vary
-from ..experts import ExpertKernels, MLPs, by_expert, inverse, weighted_sum
+from ..experts import ExpertKernels, Kernel, MLPs, by_expert, inverse, weighted_sum
 
 
 def sharded_mixture(
@@ -49,7 +50,7 @@ def sharded_mixture(
     """
     found = [split for split in splits if split is not None]
     batch = found[0].batch_of(x.shape[0])
-    arrays = [kernels.gate, kernels.up, kernels.down]
+    arrays: list[Any] = [kernels.gate, kernels.up, kernels.down]
     dtype = np.dtype(kernels.activations or x.dtype)
     plans = [
         product_plan(dtype, array, split, batch, compute)
@@ -63,12 +64,12 @@ def sharded_mixture(
     parts += [each for i in adapted for each in ((here, WHOLE, parts[i][2]), (here, parts[i][1], WHOLE))]
     shapes = [array.shape for array in arrays]
 
-    def function(arrays: Sequence[jax.Array], x: jax.Array, logits: jax.Array) -> jax.Array:
+    def function(arrays: Sequence[Kernel], x: jax.Array, logits: jax.Array) -> jax.Array:
         # Here, since XLA gathers the operand of a top-k that it partitions.
         weights, experts = choose(logits)
         # Without the barrier XLA may gather kernels once before a decoding loop, and keep them whole in memory.
         if width.gathered or hidden.gathered:
-            x, arrays = jax.lax.optimization_barrier((x, arrays))
+            x, arrays = together(x, arrays)
         mine: list[Any] = [local(array, each, shape) for array, each, shape in zip(arrays, parts, shapes, strict=True)]
         rest = iter(mine[3:])
         adapters = tuple(
@@ -94,7 +95,7 @@ def sharded_mixture(
         return sums.astype(x.dtype).reshape(x.shape)
 
     if any(map(needs_more, parts, found)):
-        x, arrays = jax.lax.optimization_barrier((x, arrays))  # likewise
+        x, arrays = together(x, arrays)  # likewise
     between = ((),) * (x.ndim - 2)
     of_x = spec(batch, *between, hidden.kept)
     of_arrays = [array_specs(array, each) for array, each in zip(arrays, parts, strict=True)]

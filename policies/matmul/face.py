@@ -20,7 +20,17 @@ from ..errors import UnsupportedCast
 from ..formats import Format, ScaledArray, as_format, quantize, scaled_array, stored_format
 from ..scales import F32
 from ..targets import Target, here
+from ..trainable import TrainableValues
 from . import oracle
+from .backward import (
+    check_backward,
+    columns,
+    cotangent,
+    frozen,
+    gradient_of_kernel,
+    transposed,
+    with_empty_proxy,
+)
 from .calls import BY_XLA, Call, Implementation, Operands, Quantizer
 from .dispatch import choose, describe, portable
 from .gradients import gradient_of_x
@@ -39,6 +49,7 @@ def scaled_matmul(
     block: Block = DEFAULT_BLOCK,
     compute: Any = None,
     result: DTypeLike | None = None,
+    backward: Any = None,
 ) -> jax.Array:
     """Returns `x @ (kernel * scale_inv).T` in x's dtype, accumulated in float32.
 
@@ -47,6 +58,8 @@ def scaled_matmul(
                            its scales and block
     scale_inv  (ceil(out/block[0]), ceil(in/block[1]))  multipliers of the blocks; None means 1
     result     dtype of the product (..., out); None: x's dtype. float32 leaves the sums unrounded
+    backward   format of the products that give the gradients; None: those of x in x's dtype, those of the kernel in
+               that and float32. A float8 type: both operands narrow (W8A8), see `narrow_backward`
 
     `compute` is the format of the operands in the product:
 
@@ -68,10 +81,11 @@ def scaled_matmul(
       UnsupportedCast: if shapes do not match or a dtype is not supported.
     """
     if not isinstance(kernel, ScaledArray):
-        return scaled_matmuls(x, [(kernel, scale_inv)], block=block, compute=compute, result=result)[0]
+        pairs = [(kernel, scale_inv)]
+        return scaled_matmuls(x, pairs, block=block, compute=compute, result=result, backward=backward)[0]
     if scale_inv is not None or as_block(block) not in (DEFAULT_BLOCK, kernel.format.block):
         raise UnsupportedCast("a ScaledArray includes its scales and its block. Pass neither beside it.")
-    return scaled_matmuls(x, [kernel], compute=compute, result=result)[0]
+    return scaled_matmuls(x, [kernel], compute=compute, result=result, backward=backward)[0]
 
 
 def scaled_matmuls(
@@ -81,6 +95,7 @@ def scaled_matmuls(
     block: Block = DEFAULT_BLOCK,
     compute: Any = None,
     result: DTypeLike | None = None,
+    backward: Any = None,
 ) -> tuple[jax.Array, ...]:
     """Returns the `scaled_matmul` of one x with each of several kernels, which some devices compute in one launch.
 
@@ -92,11 +107,13 @@ def scaled_matmuls(
     x, block = jnp.asarray(x), as_block(block)
     format = None if compute is None else as_format(compute)
     _check_compute(format)
+    of_gradients = None if backward is None else as_format(backward)
+    check_backward(of_gradients)
     kernels = tuple(_kernel(x, pair, block) for pair in pairs)
     dtype = np.dtype(x.dtype) if result is None else dtypes.as_dtype(result)
     if not dtypes.is_activation(dtype):
         raise UnsupportedCast(f"result: expected f32, bf16 or f16, found {dtypes.dtype_name(dtype)}.")
-    return _matmuls(x, kernels, block, format, dtype, here()) if kernels else ()
+    return _matmuls(x, kernels, block, format, dtype, here(), of_gradients) if kernels else ()
 
 
 def _kernel(x: jax.Array, pair: Pair | Any, block: Block) -> Kernel:
@@ -104,12 +121,17 @@ def _kernel(x: jax.Array, pair: Pair | Any, block: Block) -> Kernel:
     if isinstance(pair, ScaledArray):
         _check(x, pair.values, pair.scale_inv, pair.block)
         return pair
-    kernel, scale_inv = jnp.asarray(pair[0]), pair[1]
-    _check(x, kernel, scale_inv, block)
-    return kernel if scale_inv is None else scaled_array(kernel, scale_inv, block)
+    kernel, scale_inv = pair
+    if isinstance(kernel, TrainableValues):
+        scale_inv = jnp.ones(grid_shape(kernel.shape, block), jnp.float32) if scale_inv is None else scale_inv
+        _check(x, kernel.values, scale_inv, block)
+        return scaled_array(kernel, scale_inv, block)
+    array = jnp.asarray(kernel)
+    _check(x, array, scale_inv, block)
+    return array if scale_inv is None else scaled_array(array, scale_inv, block)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "compute", "result", "target"))
+@functools.partial(jax.jit, static_argnames=("block", "compute", "result", "target", "backward"))
 def _matmuls(
     x: jax.Array,
     kernels: tuple[Kernel, ...],
@@ -117,6 +139,7 @@ def _matmuls(
     compute: Format | None,
     result: np.dtype,
     target: Target,
+    backward: Format | None = None,
 ) -> tuple[jax.Array, ...]:
     """Returns the products for checked operands; compiled, so that calls with equal shapes are traced once."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -131,8 +154,8 @@ def _matmuls(
         beside = tuple(other.shape[0] for j, other in enumerate(kernels) if j != i)
         calls.append(describe(_static(rows.shape[0]), kernel.shape, x.dtype, format, compute, result, beside))
         arrays.append(kernel)
-    group = _Group(tuple(calls), target)
-    if all(call.weight is not None and not call.kernel.narrow for call in calls):
+    group = _Group(tuple(calls), target, backward)
+    if backward is None and all(call.weight is not None and not call.kernel.narrow for call in calls):
         results = _plain(group, rows, tuple(arrays))
     else:
         results = _scaled(group, *vary_alike((rows, tuple(arrays))))
@@ -146,10 +169,11 @@ def _static(rows: Any) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Calls that share x, and the target for which they are traced."""
+    """Calls that share x, the target for which they are traced, and the format of the products in their gradients."""
 
     calls: tuple[Call, ...]
     target: Target
+    backward: Format | None = None
 
     def run(self, x: jax.Array, kernels: tuple[Kernel, ...]) -> list[jax.Array]:
         """Returns the products, computed by the implementations for the platform of the lowering.
@@ -189,6 +213,11 @@ class _Group:
 
         results: list[jax.Array] = products(x, kernels)
         return results
+
+    def gradient_product(self, gradient: jax.Array, kernel: ScaledArray) -> jax.Array:
+        """Returns gradient @ kernel.T in float32, with the gradient quantised to the format of `backward`."""
+        results: tuple[jax.Array, ...] = _matmuls(gradient, (kernel,), DEFAULT_BLOCK, self.backward, F32, self.target)
+        return results[0]
 
     def _on(self, target: Target, x: np.dtype) -> Callable[..., list[jax.Array]]:
         """Returns a function that computes the products of activations of dtype `x` as is best for `target`."""
@@ -262,18 +291,21 @@ def _plain_jvp(group: _Group, primals: Any, tangents: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scaled(group: _Group, x: jax.Array, kernels: tuple[Kernel, ...]) -> tuple[jax.Array, ...]:
-    """Returns products with narrow kernels, or with kernels and activations that the calls quantise."""
-    return tuple(group.run(x, kernels))
+    """Returns products with narrow kernels, with kernels and activations that the calls quantise, or with narrow
+    products in the gradients."""
+    return tuple(group.run(x, tuple(map(frozen, kernels))))
 
 
 def _scaled_forward(group: _Group, x: jax.Array, kernels: tuple[Kernel, ...]) -> Any:
-    # The gradient of a frozen kernel is not computed: of x only the dtype is needed.
-    frozen = all(isinstance(kernel, ScaledArray) for kernel in kernels)
-    return _scaled(group, x, kernels), (x[:, :0] if frozen else x, kernels)
+    # The gradient of a frozen kernel is not computed: of x only the dtype is needed. So it is of a proxy.
+    is_frozen = all(isinstance(kernel, ScaledArray) and kernel.proxy is None for kernel in kernels)
+    return _scaled(group, x, kernels), (x[:, :0] if is_frozen else x, tuple(map(with_empty_proxy, kernels)))
 
 
 def _scaled_backward(group: _Group, residuals: Any, gradients: Any) -> Any:
-    """Returns the gradients of x and of the kernels: dx = gradient @ weight, and None for narrow kernels.
+    """Returns the gradients of x and of the kernels: dx = gradient @ weight, dw = gradient.T @ x as it was multiplied.
+
+    A narrow kernel has a gradient at its proxy, and None without one.
 
     The derivative of rounding, which is zero almost everywhere, is replaced by 1 (straight-through estimator).
     """
@@ -281,17 +313,25 @@ def _scaled_backward(group: _Group, residuals: Any, gradients: Any) -> Any:
     rows = gradients[0].shape[0]
     like = jnp.zeros((rows, group.calls[0].in_features), x.dtype) if x.shape[1] == 0 else x
     dx = jnp.zeros(like.shape, jnp.float32)
-    dkernels: list[jax.Array | None] = []
+    dkernels: list[Kernel | None] = []
     for call, gradient, kernel, operands in zip(
-        group.calls, gradients, kernels, group.operands(like, kernels), strict=True
+        group.calls, gradients, kernels, group.operands(like, tuple(map(frozen, kernels))), strict=True
     ):
-        # Of a float32 result of 16-bit activations too: dx is rounded to their dtype in any case.
-        dx = dx + gradient_of_x(call, gradient.astype(x.dtype), operands)
-        if isinstance(kernel, ScaledArray):
+        if group.backward is None:
+            # Of a float32 result of 16-bit activations too: dx is rounded to their dtype in any case.
+            dx = dx + gradient_of_x(call, gradient.astype(x.dtype), operands)
+        else:
+            dx = dx + group.gradient_product(gradient, transposed(operands.kernel, group.backward))
+        kernel_proxy = kernel.proxy if isinstance(kernel, ScaledArray) else None
+        if isinstance(kernel, ScaledArray) and kernel_proxy is None:
             dkernels.append(None)
             continue
-        rounded = oracle.wide_rows(operands.x).astype(jnp.float32)
-        dkernels.append(oracle.dot(gradient.astype(jnp.float32).T, rounded.T).astype(kernel.dtype))
+        if group.backward is None:
+            dkernel = gradient_of_kernel(call, gradient, operands)
+        else:
+            dkernel = group.gradient_product(gradient.T, columns(like, group.backward))
+        wide = kernel if kernel_proxy is None else kernel_proxy
+        dkernels.append(cotangent(kernel, dkernel.astype(wide.dtype)))
     return dx.astype(x.dtype), tuple(dkernels)
 
 

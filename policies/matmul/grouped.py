@@ -16,6 +16,7 @@ from ..errors import UnsupportedCast
 from ..formats import Format, ScaledArray, as_format
 from ..targets import here
 from . import grouped_dispatch
+from .backward import check_backward, frozen, with_empty_proxy
 from .dispatch import describe
 from .grouped_calls import GroupedCall, Kernel
 from .shards import vary_alike
@@ -28,6 +29,7 @@ def grouped_matmul(
     *,
     compute: Any = None,
     result: DTypeLike | None = None,
+    backward: Any = None,
 ) -> jax.Array:
     """Returns the `scaled_matmul` (rows, out) of each group of rows of x with the group's own kernel.
 
@@ -36,6 +38,7 @@ def grouped_matmul(
     group_sizes  (groups,) integers   rows of each group; their sum is `rows`
     compute      as for `scaled_matmul`
     result       likewise
+    backward     likewise
 
     It is `jax.lax.ragged_dot` for kernels with scales, in the layout of checkpoints, and has gradients.
 
@@ -47,7 +50,7 @@ def grouped_matmul(
       InvalidScale: if the shape of the scales does not fit the kernel.
       UnsupportedCast: if shapes or sizes do not match, or a dtype is not supported.
     """
-    return grouped_matmuls(x, [kernel], group_sizes, compute=compute, result=result)[0]
+    return grouped_matmuls(x, [kernel], group_sizes, compute=compute, result=result, backward=backward)[0]
 
 
 def grouped_matmuls(
@@ -57,6 +60,7 @@ def grouped_matmuls(
     *,
     compute: Any = None,
     result: DTypeLike | None = None,
+    backward: Any = None,
 ) -> tuple[jax.Array, ...]:
     """Returns the `grouped_matmul` of one x with each of several kernels of the same groups; out may differ."""
     x, sizes = jnp.asarray(x), jnp.asarray(group_sizes)
@@ -66,12 +70,20 @@ def grouped_matmuls(
     if not arrays:
         return ()
     format, dtype = None if compute is None else as_format(compute), None if result is None else dtypes.as_dtype(result)
-    call = _described(x, arrays, format, dtype)
+    of_gradients = None if backward is None else as_format(backward)
+    check_backward(of_gradients)
+    call = _described(x, arrays, format, dtype, of_gradients)
     results: tuple[jax.Array, ...] = _compiled(call, x, arrays, sizes.astype(jnp.int32))
     return results
 
 
-def _described(x: jax.Array, kernels: Sequence[Kernel], compute: Format | None, result: np.dtype | None) -> GroupedCall:
+def _described(
+    x: jax.Array,
+    kernels: Sequence[Kernel],
+    compute: Format | None,
+    result: np.dtype | None,
+    backward: Format | None,
+) -> GroupedCall:
     """Returns the call of these operands."""
     rows = x.shape[0] if isinstance(x.shape[0], int) else None
     formats = tuple(k.format if isinstance(k, ScaledArray) else Format(np.dtype(k.dtype)) for k in kernels)
@@ -80,7 +92,7 @@ def _described(x: jax.Array, kernels: Sequence[Kernel], compute: Format | None, 
         describe(rows, kernel.shape[1:], x.dtype, format, compute, result, (*outs[:i], *outs[i + 1 :]))
         for i, (kernel, format) in enumerate(zip(kernels, formats, strict=True))
     )
-    return GroupedCall(kernels[0].shape[0], calls, formats, np.dtype(x.dtype), compute, here())
+    return GroupedCall(kernels[0].shape[0], calls, formats, np.dtype(x.dtype), compute, here(), backward)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -92,16 +104,16 @@ def _compiled(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], size
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], sizes: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the products for checked operands."""
-    results: tuple[jax.Array, ...] = grouped_dispatch.products(call, x, kernels, sizes)
+    results: tuple[jax.Array, ...] = grouped_dispatch.products(call, x, tuple(map(frozen, kernels)), sizes)
     return results
 
 
 def _forward(call: GroupedCall, x: jax.Array, kernels: tuple[Kernel, ...], sizes: jax.Array) -> Any:
-    return _grouped(call, x, kernels, sizes), (x, kernels, sizes)
+    return _grouped(call, x, kernels, sizes), (x, tuple(map(with_empty_proxy, kernels)), sizes)
 
 
 def _backward(call: GroupedCall, residuals: Any, gradients: tuple[jax.Array, ...]) -> Any:
-    """Returns the gradients of x and of the kernels, None for a ScaledArray."""
+    """Returns the gradients of x and of the kernels: of a ScaledArray at its proxy, and None without one."""
     x, kernels, sizes = residuals
     return *grouped_dispatch.gradients(call, x, kernels, sizes, gradients), None
 

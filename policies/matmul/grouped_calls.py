@@ -21,12 +21,13 @@ Kernel = jax.Array | ScaledArray
 class GroupedCall:
     """Static description of the products of groups of rows with kernels of their groups.
 
-    groups   number of groups, which is that of the kernels in each stack
-    calls    for each stack the product of all rows with one of its kernels; its `rows` are those of all groups
-    formats  format of each stack as it is passed, before the call widens or quantises it
-    x        dtype of the activations before any quantisation
-    compute  format of `grouped_matmuls`' argument `compute`
-    target   target for which the program is traced
+    groups    number of groups, which is that of the kernels in each stack
+    calls     for each stack the product of all rows with one of its kernels; its `rows` are those of all groups
+    formats   format of each stack as it is passed, before the call widens or quantises it
+    x         dtype of the activations before any quantisation
+    compute   format of `grouped_matmuls`' argument `compute`
+    target    target for which the program is traced
+    backward  format of `grouped_matmuls`' argument `backward`
     """
 
     groups: int
@@ -35,6 +36,7 @@ class GroupedCall:
     x: np.dtype
     compute: Format | None
     target: Target
+    backward: Format | None = None
 
 
 @dataclasses.dataclass(frozen=True)

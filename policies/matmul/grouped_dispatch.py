@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ..checks import Check, check
-from ..formats import Format, ScaledArray
+from ..formats import Format
 from ..targets import Target
 from . import dispatch, grouped_loop, grouped_native, hopper_grouped
 from .dispatch import Choice, describe, override
@@ -102,9 +102,9 @@ def gradients(
     kernels: tuple[Kernel, ...],
     group_sizes: jax.Array,
     gradients: tuple[jax.Array, ...],
-) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
-    """Returns the gradients of x and of the kernels, None for a ScaledArray, given those of the products."""
-    if not all(isinstance(kernel, ScaledArray) for kernel in kernels):
+) -> tuple[jax.Array, tuple[Kernel | None, ...]]:
+    """Returns the gradients of x and of the kernels, None for one that is frozen, given those of the products."""
+    if call.backward is not None or any(map(grouped_loop.is_trained, kernels)):
         return grouped_loop.gradients(call, x, kernels, group_sizes, gradients)
     operands = x, kernels, group_sizes, gradients
     dx: jax.Array = _by_platform(call, lambda one: one.gradient_of_x, _gradient_of_x, operands)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..formats import ScaledArray
 from ..targets import targeting
+from .backward import cotangent, frozen
 from .face import scaled_matmuls
 from .grouped_calls import GroupedCall, GroupedImplementation, Kernel
 from .shards import vary
@@ -93,6 +94,7 @@ def _products(call: GroupedCall, x: jax.Array, kernels: Sequence[Kernel]) -> tup
             [kernel if isinstance(kernel, ScaledArray) else (kernel, None) for kernel in kernels],
             compute=call.compute,
             result=call.calls[0].result,
+            backward=call.backward,
         )
 
 
@@ -149,22 +151,31 @@ def gradients(
     kernels: Sequence[Kernel],
     group_sizes: jax.Array,
     gradients: Sequence[jax.Array],
-) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
-    """Returns the gradients of x and of the kernels, None for a ScaledArray: those of `scaled_matmul`, tile by tile."""
+) -> tuple[jax.Array, tuple[Kernel | None, ...]]:
+    """Returns the gradients of x and of the kernels, None for one that is frozen: those of `scaled_matmul`, by tile.
+
+    That of a ScaledArray is a ScaledArray with a gradient as its proxy.
+    """
     tiles = _Tiles.of(x.shape[0], group_sizes)
     padded, padded_gradients = tiles.padded(x), tuple(map(tiles.padded, gradients))
-    trained = [i for i, kernel in enumerate(kernels) if not isinstance(kernel, ScaledArray)]
+    trained = [i for i, kernel in enumerate(kernels) if is_trained(kernel)]
+    arrays = tuple(map(frozen, kernels))
+    dtypes = {i: _wide_dtype(kernels[i]) for i in trained}
 
     def body(tile: jax.Array, sums: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
         dx, dkernels = sums
         group, start = tiles.place(tile)
-        of_group = _of_group(kernels, group)
+        of_group = _of_group(arrays, group)
 
-        def products(rows: jax.Array, wide: list[Kernel]) -> tuple[jax.Array, ...]:
+        def products(rows: jax.Array, wide: list[jax.Array]) -> tuple[jax.Array, ...]:
             chosen = dict(zip(trained, wide, strict=True))
-            return _products(call, rows, [chosen.get(i, kernel) for i, kernel in enumerate(of_group)])
+            return _products(call, rows, [_with(kernel, chosen.get(i)) for i, kernel in enumerate(of_group)])
 
-        _, pull_back = jax.vjp(products, tiles.rows(padded, start), [of_group[i] for i in trained])
+        wide = [
+            jnp.zeros(kernel.shape, dtypes[i]) if isinstance(kernel := of_group[i], ScaledArray) else kernel
+            for i in trained
+        ]
+        _, pull_back = jax.vjp(products, tiles.rows(padded, start), wide)
         in_group = (start + jnp.arange(tiles.height) < tiles.ends[group])[:, None]
         rows = tuple(tiles.rows(gradient, start) for gradient in padded_gradients)
         d_rows, d_wide = pull_back(tuple(jnp.where(in_group, each, jnp.zeros_like(each)) for each in rows))
@@ -172,14 +183,31 @@ def gradients(
         # In float32, since a group may have many tiles.
         return dx, [total.at[group].add(one.astype(total.dtype)) for total, one in zip(dkernels, d_wide, strict=True)]
 
-    zeros = [
-        jnp.zeros(kernels[i].shape, jnp.float64 if kernels[i].dtype == jnp.float64 else jnp.float32) for i in trained
-    ]
+    zeros = [jnp.zeros(kernels[i].shape, jnp.promote_types(dtypes[i], jnp.float32)) for i in trained]
     begin = vary((_no_bits(padded.shape, x.dtype), zeros), (x, kernels, group_sizes, gradients))
     dx, dkernels = jax.lax.fori_loop(0, tiles.counts[-1], body, begin)
-    found = {i: total.astype(kernels[i].dtype) for i, total in zip(trained, dkernels, strict=True)}
+    found = {i: total.astype(dtypes[i]) for i, total in zip(trained, dkernels, strict=True)}
     gradient = jax.lax.bitcast_convert_type(dx[: x.shape[0]], x.dtype)
-    return gradient, tuple(found.get(i) for i in range(len(kernels)))
+    return gradient, tuple(cotangent(kernel, found.get(i)) for i, kernel in enumerate(kernels))
+
+
+def is_trained(kernel: Kernel) -> bool:
+    """Returns whether a kernel has a gradient."""
+    return not isinstance(kernel, ScaledArray) or kernel.proxy is not None
+
+
+def _wide_dtype(kernel: Kernel) -> np.dtype:
+    """Returns the dtype of the gradient of a kernel."""
+    array = kernel.proxy if isinstance(kernel, ScaledArray) else kernel
+    assert array is not None
+    return np.dtype(array.dtype)
+
+
+def _with(kernel: Kernel, wide: jax.Array | None) -> Kernel:
+    """Returns a kernel with a wide array that receives its gradient: its proxy, or the kernel itself."""
+    if wide is None:
+        return kernel
+    return dataclasses.replace(kernel, proxy=wide) if isinstance(kernel, ScaledArray) else wide
 
 
 LOOP = GroupedImplementation("loop", "a loop over tiles of rows of one group each", lambda call: None, products)

@@ -26,6 +26,7 @@ from .. import dtypes
 from ..blocks import DEFAULT_BLOCK, block_sides
 from ..errors import InvalidSharding
 from ..formats import Format, ScaledArray, quantize_rows
+from .backward import frozen
 from .dispatch import describe
 from .face import scaled_matmuls
 
@@ -124,7 +125,7 @@ def array_specs(array: Kernel, parts: Sequence[Part]) -> Any:
     )
     scales: Any = spec(*(part.names if whole else () for part, whole in zip(parts, has_whole_blocks, strict=True)))
     values: Any = spec(*(part.names for part in parts))
-    return ScaledArray(values, scales, array.format)
+    return ScaledArray(values, scales, array.format, None if array.proxy is None else values)
 
 
 def local(array: Kernel, parts: Sequence[Part], shape: tuple[int, ...]) -> Kernel:
@@ -136,6 +137,7 @@ def local(array: Kernel, parts: Sequence[Part], shape: tuple[int, ...]) -> Kerne
     if not isinstance(array, ScaledArray):
         return _gathered(array, parts)
     values, scales = _gathered(array.values, parts), array.scale_inv
+    proxy = None if array.proxy is None else _gathered(array.proxy, parts)
     block = []
     for dim, (part, size, side) in enumerate(zip(parts, shape, _sides(array, shape), strict=True)):
         length = size // part.count
@@ -151,7 +153,7 @@ def local(array: Kernel, parts: Sequence[Part], shape: tuple[int, ...]) -> Kerne
     format = dataclasses.replace(
         array.format, block=(block[-2], block[-1]), activations=array.format.of_rows(array.format.values)
     )
-    return ScaledArray(values, scales, format)
+    return ScaledArray(values, scales, format, proxy)
 
 
 def _sides(array: ScaledArray, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -183,6 +185,7 @@ def sharded_matmuls(
     *,
     compute: Format | None = None,
     result: DTypeLike | None = None,
+    backward: Format | None = None,
 ) -> tuple[jax.Array, ...]:
     """Returns the `scaled_matmuls` of x with kernels that are divided over a mesh, as one of a Linear is.
 
@@ -197,7 +200,8 @@ def sharded_matmuls(
     plans = [product_plan(np.dtype(x.dtype), k, s, batch, compute) for k, s in zip(kernels, splits, strict=True)]
     if len({(plan.parts[1], plan.rounding) for plan in plans}) > 1:
         pairs = zip(kernels, splits, strict=True)
-        return tuple(sharded_matmuls(x, [k], [s], compute=compute, result=result)[0] for k, s in pairs)
+        one = functools.partial(sharded_matmuls, x, compute=compute, result=result, backward=backward)
+        return tuple(one([k], [s])[0] for k, s in pairs)
     parts, rounding, summed = [plan.parts for plan in plans], plans[0].rounding, plans[0].parts[1].kept
     shapes = [kernel.shape for kernel in kernels]
 
@@ -215,22 +219,30 @@ def sharded_matmuls(
     def multiplied(x: jax.Array, kernels: Sequence[Kernel], chosen: Sequence[int]) -> Sequence[jax.Array]:
         if any(part.gathered for i in chosen for part in parts[i]):
             # Without the barrier XLA may gather kernels once before a decoding loop, and keep them whole in memory.
-            x, kernels = jax.lax.optimization_barrier((x, kernels))
+            x, kernels = together(x, kernels)
         mine = [local(kernel, parts[i], shapes[i]) for kernel, i in zip(kernels, chosen, strict=True)]
         pairs: list[Any] = [kernel if isinstance(kernel, ScaledArray) else (kernel, None) for kernel in mine]
         format = compute if rounding is None else None
-        products = scaled_matmuls(x, pairs, compute=format, result=jnp.float32 if summed else dtype)
+        products = scaled_matmuls(x, pairs, compute=format, result=jnp.float32 if summed else dtype, backward=backward)
         return jax.lax.psum(products, summed) if summed else products
 
     if any(map(needs_more, parts, splits)):
         # The same barrier for what XLA gathers.
-        x, kernels = jax.lax.optimization_barrier((x, list(kernels)))
+        x, kernels = together(x, list(kernels))
     between = ((),) * (x.ndim - 2)
     x_spec = spec(batch, *between, summed) if x.ndim > 1 else spec(summed)
     in_specs = x_spec, [array_specs(kernel, each) for kernel, each in zip(kernels, parts, strict=True)]
     out_specs = tuple(spec(batch, *between, each[0].kept) if x.ndim > 1 else spec(each[0].kept) for each in parts)
     results: tuple[jax.Array, ...] = over_devices(splits[0], function, in_specs, out_specs)(x, list(kernels))
     return results
+
+
+def together(x: jax.Array, kernels: Sequence[Kernel]) -> tuple[jax.Array, list[Kernel]]:
+    """Returns x and kernels behind an optimization barrier, but not proxies, which XLA is to remove."""
+    proxies = [kernel.proxy if isinstance(kernel, ScaledArray) else None for kernel in kernels]
+    x, arrays = jax.lax.optimization_barrier((x, list(map(frozen, kernels))))
+    pairs = zip(arrays, proxies, strict=True)
+    return x, [array if proxy is None else dataclasses.replace(array, proxy=proxy) for array, proxy in pairs]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,8 +107,8 @@ def requantize(
     weight     (..., rows, columns)  floating point
     format     a Format, its name, or a dtype, completed as by `quantize`
     key        a key of `jax.random`; None: to nearest
-    scale_inv  (..., ceil(rows/block[0]), ceil(columns/block[1]))  scales to use, in the format's dtype of scales, as for
-               delayed scaling; None: those of the format's rule. Values beyond the largest are clipped
+    scale_inv  (..., ceil(rows/block[0]), ceil(columns/block[1]))  scales to use, in the format's dtype of scales, as
+               for delayed scaling; None: those of the format's rule. Values beyond the largest are clipped
 
     The mean of stochastic results is the weight, except of values that are clipped: under given scales, in mxfp8 whose
     rule clips the largest values of a block, and by an ulp of float32 under scales that were rounded down.
