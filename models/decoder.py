@@ -99,7 +99,7 @@ class Decoder(nnx.Module):
 
     config  its shape and its task
     policy  anything `get_policy` accepts; None stores parameters in float32 and computes in the config's dtype
-    linear  class of all projections and of a head that is not tied, for LoRA and the like: called as
+    linear  class of all projections and of a head that is not tied: called as
             `linear(in_features, out_features, use_bias=…, policy=…, rngs=…)`
     rngs    random keys for the initial parameters; None: parameters are shapes, to be filled later
 

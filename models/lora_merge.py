@@ -30,6 +30,7 @@ class MergedLayer:
     format  of its kernel, before and after
     delta   |D| / |W|
     error   |stored - (W + D)| / |W + D|: what rounding to the format changes
+    noise   |stored - (W + D)| / |D|: the same beside the adapter, which is far smaller than the kernel
     kept    the part of D that the stored kernel has: <stored - W, D> / |D|², 1 without rounding; 1 where D is zero, for
             then the kernel keeps its bits
     """
@@ -38,6 +39,7 @@ class MergedLayer:
     format: Format
     delta: float
     error: float
+    noise: float
     kept: float
 
 
@@ -62,10 +64,12 @@ class MergeReport(Report):
             Column("format", colour=True, leave=1),
             Column("delta", right=True),
             Column("error", right=True),
+            Column("noise", right=True),
             Column("kept", right=True),
         )
         lines = [
-            (row.path, str(row.format), f"{row.delta:.2%}", f"{row.error:.2%}", f"{row.kept:.1%}") for row in self.rows
+            (row.path, str(row.format), *(f"{part:.2%}" for part in (row.delta, row.error, row.noise, row.kept)))
+            for row in self.rows
         ]
         return Table(columns, lines)
 
@@ -74,7 +78,8 @@ class MergeReport(Report):
         return [
             f"{count(len(self.rows), 'layer')} merged; the largest error is {worst.error:.2%}, in {worst.path}.",
             "delta: the adapter's norm relative to the kernel's. error: what rounding to the format changes, relative "
-            "to the merged kernel. kept: the part of the adapter that the stored kernel has.",
+            "to the merged kernel; noise: relative to the adapter. kept: the part of the adapter that the stored "
+            "kernel has.",
         ]
 
 
@@ -119,12 +124,12 @@ def _merge(path: str, layer: Linear | ExpertLinear) -> MergedLayer:
     if not math.isfinite(delta):
         raise InvalidAdapter(f"{path}: its lora_a or lora_b holds NaN or infinity. The training diverged: start again.")
     if delta == 0:  # of a kernel that was not quantised here, quantising again need not give the same bits
-        return MergedLayer(path, format, 0.0, 0.0, 1.0)
+        return MergedLayer(path, format, 0.0, 0.0, 0.0, 1.0)
     variables = [layer.kernel] if layer.scale_inv is None else [layer.kernel, layer.scale_inv]
     values = stored if isinstance(stored, ScaledArray) else (stored,)
     for variable, value in zip(variables, values, strict=True):
         variable.set_value(jax.device_put(value, variable.get_value().sharding))
-    return MergedLayer(path, format, _root(delta, weight), _root(error, exact), along / delta)
+    return MergedLayer(path, format, _root(delta, weight), _root(error, exact), _root(error, delta), along / delta)
 
 
 def _root(numerator: float, denominator: float) -> float:

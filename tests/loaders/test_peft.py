@@ -1,5 +1,6 @@
 """Adapters in peft's files: read and written as peft does, with the same logits, and refused by field or by tensor."""
 
+import contextlib
 import functools
 import json
 import os
@@ -295,6 +296,21 @@ def test_only_an_adapter_is_replaced_by_saving(tmp_path):
     with pytest.raises(SaveFailed, match=r"contains notes\.txt, which saving would delete"):
         save_lora(model, tmp_path / "saved")
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_damaged_files_are_refused_or_loaded(data, tmp_path_factory):
+    """With an error of perparam, whatever the bytes are."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        content = bytearray((PEFT / "experts" / name).read_bytes())
+        # The header of the tensors, of which most bytes decide.
+        for place in data.draw(st.lists(st.integers(0, min(len(content), 3000) - 1), max_size=3)):
+            content[place] = data.draw(st.sampled_from(b'"{}[],:0129.truefalsnl\\_AB\xff\x00') | st.integers(0, 255))
+        (folder / name).write_bytes(content)
+    with contextlib.suppress(perparam.PerparamError):
+        load_lora(base("qwen3_moe_plain_every_second"), folder)
 
 
 # peft itself.
