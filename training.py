@@ -3,6 +3,7 @@
 from .loaders.peft import load_lora, save_lora
 from .models.lora import add_lora
 from .models.lora_merge import MergedLayer, MergeReport, merge_lora
+from .policies.training.by_path import path_labels, path_mask, trainable
 from .policies.training.finite import all_finite, select_tree
 from .policies.training.gradients import grad, value_and_grad
 from .policies.training.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
@@ -29,12 +30,15 @@ __all__ = [
     "load_lora",
     "merge_lora",
     "partition",
+    "path_labels",
+    "path_mask",
     "refuse_narrow",
     "remove_proxies",
     "requantize",
     "save_lora",
     "select_tree",
     "stochastic_cast",
+    "trainable",
     "value_and_grad",
     "with_loss_scale",
     "with_policy",

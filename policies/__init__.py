@@ -1,6 +1,7 @@
 """Mixed-precision policies per parameter: rules, formats, plans, storage, casts, the matmul and the Flax wrappers."""
 
 from .blocks import DEFAULT_BLOCK
+from .bound import bind
 from .checks import Check
 from .dtypes import as_dtype, dtype_name, saturating_cast
 from .errors import (
@@ -30,6 +31,7 @@ from .resolved import Resolved, ResolvedParam, resolve
 from .rules import Rule, SlotRules
 from .scope import ParamSpec, Scope
 from .slots import SLOTS, Slot
+from .training.by_path import path_labels, path_mask, trainable
 from .training.partition import combine, partition, refuse_narrow
 from .trees import ArrayInfo, Narrow, describe, parameters
 from .wrappers import apply, init
@@ -74,6 +76,7 @@ __all__ = [
     "apply",
     "as_dtype",
     "as_format",
+    "bind",
     "combine",
     "dequantize",
     "describe",
@@ -84,6 +87,8 @@ __all__ = [
     "matmul_plan",
     "parameters",
     "partition",
+    "path_labels",
+    "path_mask",
     "preset_names",
     "quantize",
     "refuse_narrow",
@@ -92,4 +97,5 @@ __all__ = [
     "saturating_cast",
     "scaled_matmul",
     "scaled_matmuls",
+    "trainable",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from . import dtypes
 from .decisions import decide
@@ -60,10 +61,13 @@ def _cast_leaf(path: str, value: Any, rule: Rule | None, slot: str, paired: bool
 
 
 def cast_floats(tree: Any, dtype: np.dtype) -> Any:
-    """Returns `tree` with every floating-point array cast to `dtype` without saturation: overflow becomes infinity."""
+    """Returns `tree` with every floating-point array cast to `dtype` without saturation: overflow becomes infinity.
+
+    NNX objects in the tree, such as `nnx.Rngs`, are returned themselves: a copy would count its random numbers apart.
+    """
 
     def visit(leaf: Any) -> Any:
         floating = isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and dtypes.is_floating(leaf.dtype)
         return jnp.asarray(leaf, dtype) if floating else leaf
 
-    return jax.tree.map(visit, tree)
+    return jax.tree.map(visit, tree, is_leaf=lambda node: isinstance(node, (nnx.Pytree, nnx.Variable)))

@@ -1,4 +1,4 @@
-"""Rebuilds NNX modules around stored variables."""
+"""Modules: rebuilds NNX modules around stored variables, and checks what a policy asks of a module."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from .errors import UnsupportedCast
+from . import dtypes
+from .errors import UnmatchedRule, UnsupportedCast
+from .rules import PolicyRules
 
 
 def _tags(variables: nnx.State[Any, Any]) -> set[str]:
@@ -126,3 +129,22 @@ def fill(model: nnx.Module, variables: Mapping[str, Any]) -> Any:
         )
     leaves = [(keys, leaf.replace(variables[path]) if path in expected else leaf) for path, keys, leaf in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def refuse_kv_cache(policy: PolicyRules, module: Any) -> None:
+    """Raises UnmatchedRule for `kv_cache` and a module that has no keys and values."""
+    if policy.kv_cache is not None:
+        raise UnmatchedRule(
+            f"kv_cache: {dtypes.dtype_name(policy.kv_cache)} has no effect on {type(module).__name__}: only perparam's "
+            "models have such a cache. Use policy.replace(kv_cache=None)."
+        )
+
+
+def activations_of(policy: PolicyRules, inputs: Any) -> np.dtype:
+    """Returns the dtype of activations: the policy's, or else that of the first floating-point input, or float32."""
+    if policy.activations is not None:
+        return policy.activations
+    floats = [
+        leaf.dtype for leaf in jax.tree.leaves(inputs) if hasattr(leaf, "dtype") and dtypes.is_floating(leaf.dtype)
+    ]
+    return np.dtype(jax.dtypes.canonicalize_dtype(floats[0]) if floats else np.float32)

@@ -124,6 +124,12 @@ def component(key: Any) -> str:
     return str(key)
 
 
+def path_of(keys: tuple[Any, ...], tree: Any) -> str:
+    """Returns the path of the leaf of `tree` that JAX's tree functions find at `keys`."""
+    names = [component(key) for key in keys]
+    return "/".join(names[1:] if is_linen(tree) else names)
+
+
 def map_parameters(function: Callable[[str, Any], Any], tree: Any, prefix: str = "") -> Any:
     """Returns `tree` with every parameter replaced by `function(path, leaf)`; a leaf can be a variable or box."""
     if is_train_state(tree) and not prefix:
@@ -333,21 +339,19 @@ def _replace_state(
         elif is_scale(path):
             continue  # added after its kernel, or removed
         elif path in flat and scales in flat:
-            leaves.append((keys, _with_type(leaf, Narrow, flat[path], block=formats[path].block)))
+            leaves.append((keys, with_type(leaf, Narrow, flat[path], block=formats[path].block)))
             if scales in variables:
                 sibling, scale_leaf = variables[scales]
-                leaves.append((sibling, _with_type(scale_leaf, Narrow, flat[scales], block=formats[path].block)))
+                leaves.append((sibling, with_type(scale_leaf, Narrow, flat[scales], block=formats[path].block)))
             else:  # replicated, as in `_box_of_scales`
                 sibling = (*keys[:-1], scale_path(str(keys[-1])))
                 leaves.append((sibling, Narrow(flat[scales], block=formats[path].block)))
         elif path in flat:
-            leaves.append((keys, _with_type(leaf, nnx.Param if isinstance(leaf, Narrow) else type(leaf), flat[path])))
+            leaves.append((keys, with_type(leaf, nnx.Param if isinstance(leaf, Narrow) else type(leaf), flat[path])))
     return nnx.from_flat_state(leaves)
 
 
-def _with_type(
-    leaf: nnx.Variable[Any], kind: type[nnx.Variable[Any]], value: Any, **metadata: Any
-) -> nnx.Variable[Any]:
+def with_type(leaf: nnx.Variable[Any], kind: type[nnx.Variable[Any]], value: Any, **metadata: Any) -> nnx.Variable[Any]:
     """Returns a variable of type `kind` with `value`, the metadata of `leaf` except its block, and `metadata`."""
     if type(leaf) is kind and not metadata:
         return leaf.replace(value)

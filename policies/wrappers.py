@@ -10,21 +10,20 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict
 
-from . import dtypes
+from .bound_classes import is_bound
 from .cast import cast_floats
 from .compute import to_compute
-from .errors import UnmatchedRule, UnsupportedCast
-from .modules import build, check_callable, fill, reseeded, streams, takes_policy
+from .errors import UnsupportedCast
+from .modules import activations_of, build, check_callable, fill, refuse_kv_cache, reseeded, streams, takes_policy
 from .policy import Policy
 from .presets import PolicyLike, get_policy
 from .resolved import has_config, resolve
 from .scope import Scope
+from .stock import linen_products, prepare
 from .store import store
 from .trees import Narrow, variables_by_path
 
@@ -52,7 +51,7 @@ def init(module: AnyModule, policy: PolicyLike, key: Any, *inputs: Any, **kwargs
     """
     policy = get_policy(policy)
     if isinstance(module, nn.Module):
-        _refuse_kv_cache(policy, module)
+        refuse_kv_cache(policy, module)
         variables = module.init(key, *inputs, **kwargs)
         params = variables.get("params", {})
         return _with_params(variables, store(resolve(policy, params), params))
@@ -66,12 +65,12 @@ def init(module: AnyModule, policy: PolicyLike, key: Any, *inputs: Any, **kwargs
     if takes_policy(module):
         built = build(module, policy=policy, rngs=rngs)
         if not any(has_config(part) for _, part in nnx.iter_modules(built)):
-            _refuse_kv_cache(policy, built)
+            refuse_kv_cache(policy, built)
         state = nnx.state(built)
         resolve(policy, state)  # raises for rules without effect, which the lookups of single names cannot detect
         return state
     built = build(module, rngs=rngs)
-    _refuse_kv_cache(policy, built)
+    refuse_kv_cache(policy, built)
     state = nnx.state(built)
     return store(resolve(policy, state), state)
 
@@ -101,13 +100,18 @@ def apply(
     method   a method of the module other than `__call__`, by name or as a function
 
     Raises:
-      UnsupportedCast: for a narrow compute dtype and a module without an argument `policy`; for a module that is not
-        Flax's, or `variables` of another module.
+      UnsupportedCast: for a narrow compute dtype and a module without an argument `policy`, unless the kernel is that
+        of a linear layer of Flax; for a module that is not Flax's, or `variables` of another module.
       UnmatchedRule, ShadowedRule, UnpairedScale, InvalidScale: see `Policy.explain`.
     """
     policy = get_policy(policy)
     if not isinstance(module, (nn.Module, nnx.Module)):
         check_callable(module)
+    if isinstance(module, nnx.Module) and is_bound(module):
+        raise UnsupportedCast(
+            f"this {type(module).__name__} is bound to a policy, which cannot be replaced. Call the module itself, or "
+            "pass the module that was bound."
+        )
     run, kind = (_apply_linen, Mapping) if isinstance(module, nn.Module) else (_apply_nnx, nnx.State)
     if not isinstance(variables, kind):
         raise UnsupportedCast(
@@ -117,15 +121,6 @@ def apply(
     if policy.activations is not None:
         inputs, kwargs = cast_floats((inputs, kwargs), policy.activations)
     return run(module, policy, variables, inputs, rngs, mutable, method, kwargs)
-
-
-def _refuse_kv_cache(policy: Policy, module: Any) -> None:
-    """Raises UnmatchedRule for `kv_cache` and a module that has no keys and values."""
-    if policy.kv_cache is not None:
-        raise UnmatchedRule(
-            f"kv_cache: {dtypes.dtype_name(policy.kv_cache)} has no effect on {type(module).__name__}: only perparam's "
-            "models have such a cache. Use policy.replace(kv_cache=None)."
-        )
 
 
 def _apply_linen(
@@ -141,7 +136,8 @@ def _apply_linen(
     # Only the collection `params`: `batch_stats` are not parameters.
     params = _computed(policy, variables.get("params", {}), (inputs, kwargs))
     computed = _with_params(variables, params)
-    result = module.apply(computed, *inputs, rngs=rngs, mutable=mutable, method=method, **kwargs)
+    with linen_products():
+        result = module.apply(computed, *inputs, rngs=rngs, mutable=mutable, method=method, **kwargs)
     if mutable is False:
         return policy.cast_output(result)
     result, updated = result
@@ -181,6 +177,7 @@ def _apply_nnx(
         variables = _computed(policy, variables, (inputs, kwargs))
         make = functools.partial(build, module)
     model = fill(module if isinstance(module, nnx.Module) else _rebuilt(make, variables), variables_by_path(variables))
+    prepare(model)
     if rngs is not None:
         nnx.reseed(model, **reseeded(rngs, variables))
     if method is None:
@@ -202,8 +199,5 @@ def _rebuilt(make: Callable[..., nnx.Module], variables: Any) -> nnx.Module:
 
 
 def _computed(policy: Policy, variables: Any, inputs: Any) -> Any:
-    """Returns `to_compute` of the variables; the dtype of activations is that of the first floating-point input."""
-    floats = [
-        leaf.dtype for leaf in jax.tree.leaves(inputs) if hasattr(leaf, "dtype") and dtypes.is_floating(leaf.dtype)
-    ]
-    return to_compute(policy, variables, np.dtype(jax.dtypes.canonicalize_dtype(floats[0]) if floats else np.float32))
+    """Returns the variables with which a module that knows nothing of perparam runs for `inputs`."""
+    return to_compute(policy, variables, activations_of(policy, inputs), narrow=True)

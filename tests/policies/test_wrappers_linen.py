@@ -313,12 +313,13 @@ class TestErrors:
     @pytest.mark.parametrize("stored", [None, {"kernel": "f8_e4m3fn"}])
     def test_a_narrow_compute_dtype_is_refused_with_the_remedy(self, stored):
         policy = {"params": stored, "compute": {"kernel": "f8_e4m3fn", "default": "bf16"}}
+        module = nn.Sequential([nn.Conv(2, (3,)), nn.Dense(2)])
         with pytest.raises(UnsupportedCast) as caught:
-            apply(Net(), policy, init(Net(), {"params": stored}, KEY, X), X)
+            apply(module, policy, init(module, {"params": stored}, KEY, X), X)
         message = str(caught.value)
-        assert "kernel: computing in f8_e4m3fn (rule 'kernel') needs a layer that quantises its activations" in message
-        assert "and code without perparam multiplies wide arrays. Write bf16 or null in compute, " in message
-        assert "or use perparam.models.Linear or perparam.scaled_matmul." in message
+        assert "layers_0/kernel: computing in f8_e4m3fn needs a layer that quantises its activations, and " in message
+        assert "and Conv multiplies wide arrays. nnx.Linear, nnx.LinearGeneral, nn.Dense and nn.DenseGeneral" in message
+        assert "do so by policy. Write bf16 or null in compute, or use perparam.models.Linear or perparam.sc" in message
 
     def test_a_rule_that_decides_nothing_is_refused_by_both(self):
         with pytest.raises(UnmatchedRule, match="'up/kernal'"):

@@ -346,11 +346,12 @@ class TestModulesThatTakeThePolicy:
 
 class TestErrors:
     def test_a_narrow_compute_dtype_is_refused_with_the_remedy(self):
+        conv = functools.partial(nnx.Conv, 8, 5, (3,))
         with pytest.raises(
             UnsupportedCast,
-            match=r"computing in f8_e4m3fn .*quantises its activations.*Write bf16 or null in compute, or use perparam",
+            match=r"^kernel: computing in f8_e4m3fn .*quantises its activations, and Conv .*Write bf16 or null",
         ):
-            apply(Net, {"compute": {"kernel": "f8_e4m3fn", "default": "bf16"}}, init(Net, None, KEY), X)
+            apply(conv, {"compute": {"kernel": "f8_e4m3fn", "default": "bf16"}}, init(conv, None, KEY), X)
 
     def test_variables_of_another_module_are_refused(self):
         state = init(Net, None, KEY)
