@@ -20,7 +20,7 @@ SCORES = 2**26
 """Most bytes of attention scores held at once, all heads together, and of masks."""
 
 Places = jax.Array | tuple[jax.Array, jax.Array]
-"""Positions of tokens (b, n) int32, or `(positions, segments)`, both (b, n) int32, where rows hold several sequences."""
+"""Positions (b, n) int32 of tokens; where rows hold several sequences, `(positions, segments)`, both (b, n) int32."""
 
 Attend = Callable[[jax.Array, Places, LayerCache, Places], jax.Array]
 """A function of q (b, kv, h/kv, t, d), queries, cache and slots, which returns attention in q's shape."""
@@ -122,9 +122,7 @@ def _grouped(q: jax.Array, cache: LayerCache) -> jax.Array:
     return q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4)
 
 
-def _over_slots(
-    attend: Attend, row: int, q: jax.Array, cache: LayerCache, queries: Places, slots: Places
-) -> jax.Array:
+def _over_slots(attend: Attend, row: int, q: jax.Array, cache: LayerCache, queries: Places, slots: Places) -> jax.Array:
     """See `attend`; the function `attend` takes `row` bytes for one query and one slot."""
     b, t, heads, d = q.shape
     grouped = _grouped(q, cache)
@@ -172,9 +170,7 @@ def _attend(window: int | None, q: jax.Array, queries: Places, cache: LayerCache
     return (sums * largest_scale).astype(q.dtype)
 
 
-def _attend_by_flash(
-    window: int | None, q: jax.Array, queries: Places, cache: LayerCache, slots: Places
-) -> jax.Array:
+def _attend_by_flash(window: int | None, q: jax.Array, queries: Places, cache: LayerCache, slots: Places) -> jax.Array:
     """`_attend` by cuDNN."""
     b, kv, g, t, d = q.shape
     by_token = q.transpose(0, 3, 1, 2, 4).reshape(b, t, kv * g, d)

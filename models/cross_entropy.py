@@ -107,7 +107,9 @@ def slice_size(vocabulary: int, block: int, chunk: int) -> int:
       UnsupportedCast: a chunk that is not positive.
     """
     if not isinstance(chunk, int) or chunk < 1:
-        raise UnsupportedCast(f"chunk: expected a positive number of outputs, found {chunk!r}. Write 4096, for example.")
+        raise UnsupportedCast(
+            f"chunk: expected a positive number of outputs, found {chunk!r}. Write 4096, for example."
+        )
     return min(vocabulary, chunk if block >= vocabulary else -(-chunk // block) * block)
 
 
@@ -119,5 +121,5 @@ def rows(kernel: Kernel, start: ArrayLike, size: int) -> Kernel:
     if kernel.scale_inv.shape[0] == 1:  # one block for all rows
         return dataclasses.replace(kernel, values=values)
     down = kernel.block[0]
-    scales = jax.lax.dynamic_slice_in_dim(kernel.scale_inv, start // down, -(-size // down))
+    scales = jax.lax.dynamic_slice_in_dim(kernel.scale_inv, jnp.asarray(start) // down, -(-size // down))
     return ScaledArray(values, scales, kernel.format)

@@ -253,8 +253,8 @@ class Decoder(nnx.Module):
         if segment_ids is not None:
             if attention_mask is not None or cache is not None or first:
                 raise InvalidTokens("segment_ids: expected no attention_mask and no cache. Mark padding with 0.")
-            segment_ids = checked_segments(segment_ids, input_ids)
-            attention_mask = segment_ids > 0
+            checked = checked_segments(segment_ids, input_ids)
+            segment_ids, attention_mask = checked, checked > 0
         ids, mask = checked_tokens(input_ids, attention_mask, self.config.vocab_size)
         if first:
             # Once for all layers, since cuDNN supports padding at the end only.

@@ -103,10 +103,7 @@ def _targets(
     )
     if segment_ids is None:
         follows = mask[:, 1:] & mask[:, :-1]
-    if labels is None:
-        following = ids[:, 1:]
-    else:
-        following = _checked_labels(labels, ids.shape, vocabulary)[:, 1:]
+    following = ids[:, 1:] if labels is None else _checked_labels(labels, ids.shape, vocabulary)[:, 1:]
     # As many as tokens, so that the rows of a product are a multiple of what the batch has.
     return jnp.pad(jnp.where(follows, following, IGNORED), ((0, 0), (0, 1)), constant_values=IGNORED)
 

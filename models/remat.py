@@ -21,10 +21,12 @@ def remat(model: M, paths: str | Iterable[str]) -> M:
 
     paths  patterns of the paths of modules, such as "layers/*", or "layers/{0..7}/mlp"
 
-    Of such a module, a derivative keeps the arguments of the call and no other value, and computes it again. Results
-    and gradients have the same bits. The result shares its arrays with `model`, which is not changed, and has the same
-    parameters; observed values (`Decoder.observe`) and generation are those of `model`. The policy of the result can be
-    changed, and adapters can be added to it, as to any model.
+    Of the values in such a call, a derivative keeps the arguments only, and computes the others again, by the same
+    operations. The result shares its arrays with `model`, which is not changed, and has the same parameters. Generation
+    and observed values (`Decoder.observe`) are as before. Another policy (`with_policy`) leaves it where it is.
+
+    XLA's CPU backend merges the second computation with the first, so that a compiled program takes as much memory as
+    without it; its backends for GPUs and TPUs do not.
 
     >>> from perparam.models import Qwen3, Qwen3Config
     >>> config = Qwen3Config(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=2,

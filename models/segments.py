@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..policies.errors import InvalidTokens, count, shown
+from ..policies.errors import InvalidTokens, count
 from .kv_cache import EMPTY
 from .tokens import integers
 

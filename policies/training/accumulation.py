@@ -14,7 +14,7 @@ from ..errors import UnsupportedCast
 from ..trees import Narrow
 
 ValueAndGrad = Callable[..., tuple[Any, Any]]
-"""A function as `jax.value_and_grad` returns: of parameters and a batch; `(value, gradient)`, or with auxiliary data."""
+"""A function of parameters and a batch that returns `(value, gradient)`, such as `jax.value_and_grad` returns."""
 
 
 def accumulate(
@@ -64,7 +64,7 @@ def accumulate(
 
         first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), divided)
         _, results, _, _ = jax.eval_shape(run, state, first)
-        zeros = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in _summed(results)]
+        zeros = [jnp.zeros(x.shape, _wide(x.dtype)) for x in _summed(results)]
         carry = (state, zeros, jnp.float32(0))
         (state, sums, total), auxiliary = jax.lax.scan(body, carry, divided, length=int(steps))
         if isinstance(parameters, nnx.Module):
@@ -83,14 +83,16 @@ def _as_pure(value_and_grad: ValueAndGrad, parameters: Any) -> tuple[Callable[..
     """
     if not isinstance(parameters, nnx.Module):
         return lambda state, *batch, **keywords: (value_and_grad(parameters, *batch, **keywords), None), None
-    graphdef, constant, state = nnx.split(parameters, (nnx.Param, Narrow), ...)
+    parts: Any = nnx.split(parameters, (nnx.Param, Narrow), ...)
+    graphdef, constant, state = parts
 
     def function(state: Any, *batch: Any, **keywords: Any) -> Any:
         # Variables of this trace, since transformations of NNX update those of their arguments.
         own = jax.tree.map(lambda x: x, (constant, state))
         module = nnx.merge(graphdef, *own)
         results = value_and_grad(module, *batch, **keywords)
-        return results, nnx.split(module, (nnx.Param, Narrow), ...)[2]
+        after: Any = nnx.split(module, (nnx.Param, Narrow), ...)
+        return results, after[2]
 
     return function, state
 
@@ -108,8 +110,8 @@ def _divide(tree: Any, steps: int) -> tuple[list[Any], list[Any], Callable[[list
         if leaf.shape[0] % steps:
             path = jax.tree_util.keystr(keys[1:], simple=True, separator="/")
             raise UnsupportedCast(
-                f"accumulate: argument {path} of shape {leaf.shape} does not divide into {steps} microbatches along its "
-                "first axis. Pad the batch with rows that have no real tokens, or choose another number."
+                f"accumulate: argument {path} of shape {leaf.shape} does not divide into {steps} microbatches along "
+                "its first axis. Pad the batch with rows that have no real tokens, or choose another number."
             )
         divided.append(jnp.swapaxes(leaf.reshape(-1, steps, *leaf.shape[1:]), 0, 1))
 
@@ -122,6 +124,11 @@ def _divide(tree: Any, steps: int) -> tuple[list[Any], list[Any], Callable[[list
 
 def _is_summed(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+
+def _wide(dtype: np.dtype) -> np.dtype:
+    """Returns the dtype in which arrays of `dtype` are added: float32, or a dtype of 8 bytes itself."""
+    return np.dtype(np.float32) if dtype.itemsize < 8 else dtype
 
 
 def _summed(tree: Any) -> list[Any]:
