@@ -57,7 +57,7 @@ def select_tree(condition: ArrayLike, on_true: Any, on_false: Any) -> Any:
     """
     condition = boolean_scalar("select_tree: condition", condition)
     left, right = jax.tree.structure(on_true), jax.tree.structure(on_false)
-    if left != right:
+    if not (left == right):
         raise UnsupportedCast(
             f"select_tree: the trees differ in structure: {shown(left)} and {shown(right)}. Pass trees of one "
             "structure."
@@ -79,8 +79,8 @@ def _select(condition: jax.Array, keys: Any, left: Any, right: Any) -> Any:
     if bits is None:
         return jnp.where(condition, left, right)
     # XLA's CPU backend computes with 8-bit and 16-bit floats as float32, which may change the bits of NaN.
-    chosen = jnp.where(condition, *(jax.lax.bitcast_convert_type(x, bits) for x in (left, right)))
-    return jax.lax.bitcast_convert_type(chosen, left.dtype)
+    left_bits, right_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (left, right))
+    return jax.lax.bitcast_convert_type(jnp.where(condition, left_bits, right_bits), left.dtype)
 
 
 def boolean_scalar(name: str, value: ArrayLike) -> jax.Array:

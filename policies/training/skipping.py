@@ -103,7 +103,7 @@ def _check_dtypes(new: Any, old: Any) -> None:
     """Raises UnsupportedCast if the two states differ in a dtype."""
     before = dict(jax.tree_util.tree_leaves_with_path(old))
     for keys, leaf in jax.tree_util.tree_leaves_with_path(new):
-        dtypes = [getattr(x, "dtype", None) for x in (before.get(keys), leaf)]
+        dtypes: list[Any] = [getattr(x, "dtype", None) for x in (before.get(keys), leaf)]
         if None not in dtypes and dtypes[0] != dtypes[1]:
             path = jax.tree_util.keystr(keys, simple=True, separator="/")
             names = [dtype_name(dtype) for dtype in dtypes]

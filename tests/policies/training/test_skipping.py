@@ -110,8 +110,8 @@ def test_the_state_is_the_same_tree_after_every_step_and_can_be_donated():
     tx = with_loss_scale(CHAIN, DynamicLossScale(8.0))
     update = jax.jit(tx.update, donate_argnums=1)
     for _ in range(2):  # each `init` has arrays of its own
-        first = state = tx.init(PARAMS)
-        shapes = jax.eval_shape(lambda: first)
+        state = tx.init(PARAMS)
+        shapes = jax.eval_shape(tx.init, PARAMS)
         for gradients in (GRADS, BAD[0], GRADS):
             _, state = update(gradients, state, PARAMS)
             chex.assert_trees_all_equal_shapes_and_dtypes(state, shapes)
