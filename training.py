@@ -5,8 +5,10 @@ from .policies.training.optimizer import with_policy
 from .policies.training.partition import combine, partition, refuse_narrow
 from .policies.training.proxies import Proxy, add_proxies, remove_proxies
 from .policies.training.rounding import requantize, stochastic_cast
+from .policies.trees import Narrow
 
 __all__ = [
+    "Narrow",
     "Proxy",
     "add_proxies",
     "combine",
