@@ -17,6 +17,7 @@ from .policies.training.partition import combine, partition, refuse_narrow
 from .policies.training.proxies import Proxy, add_proxies, remove_proxies
 from .policies.training.rounding import requantize, stochastic_cast
 from .policies.training.skipping import LossScaleState, with_loss_scale
+from .policies.trees import Narrow
 
 __all__ = [
     "DynamicLossScale",
@@ -24,6 +25,7 @@ __all__ = [
     "LossScaleState",
     "MergeReport",
     "MergedLayer",
+    "Narrow",
     "NoOpLossScale",
     "PackedBatch",
     "Proxy",
