@@ -63,8 +63,8 @@ def as_computed(
     if backward is not None and backward.narrow:
         raise UnsupportedCast(
             f"{path or 'parameter'}: gradients of products in {backward} (slot backward) need a layer that quantises "
-            f"its activations. Compute this kernel in a narrow format too, as in compute: {{kernel: {backward}}}, or write "
-            "null for it in backward."
+            f"its activations. Compute this kernel in a narrow format too, as in compute: {{kernel: {backward}}}, or "
+            "write null for it in backward."
         )
     if isinstance(value, ScaledArray):
         return value.dequantize(activations if format is None else format.values)

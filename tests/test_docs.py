@@ -37,6 +37,7 @@ def test_the_page_on_your_own_model_runs(capsys):
         names = run_blocks(ROOT / "docs" / "your-own-model.md")
     printed = capsys.readouterr().out
     assert "nearest: Dense_0/kernel" in printed
+    assert "Conv multiplies wide arrays" in printed
     assert names["y"].dtype == "float32"
 
 

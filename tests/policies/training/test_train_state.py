@@ -1,4 +1,4 @@
-"""Flax's `TrainState` with parameters in storage formats, batch statistics and dropout: the recipe of the documentation."""
+"""The recipe for Flax's `TrainState` with parameters in storage formats, batch statistics and dropout."""
 
 from typing import Any
 
@@ -45,9 +45,10 @@ def loss(params, state):
 
 def run(step, state):
     losses = []
-    for _ in range(8):
-        state, value = step(state)
-        losses.append(float(value))
+    with jax.numpy_dtype_promotion("standard"):  # Flax's BatchNorm and optax promote
+        for _ in range(8):
+            state, value = step(state)
+            losses.append(float(value))
     return state, losses
 
 
@@ -89,8 +90,7 @@ def test_with_plain_optax_the_trainable_half_is_the_state():
         (value, batch_stats), gradient = jax.value_and_grad(
             lambda params: loss(combine(params, frozen), state), has_aux=True
         )(state.params)
-        with jax.numpy_dtype_promotion("standard"):
-            return state.apply_gradients(grads=gradient, batch_stats=batch_stats), value
+        return state.apply_gradients(grads=gradient, batch_stats=batch_stats), value
 
     trained, losses = run(step, state)
     assert losses[-1] < losses[0]
