@@ -50,13 +50,13 @@ def next_token_loss(
       UnsupportedTask: a model without a language-model head, or with a head whose outputs cannot be sliced.
     """
     check_causal_lm(model.config.task, "next_token_loss")
-    targets = _targets(model.config.vocab_size, input_ids, attention_mask, labels, segment_ids)
-    hidden, _ = model.hidden(input_ids, attention_mask, segment_ids=segment_ids)
-    x = taps.tap("norm", model.norm(hidden))
     head = model.embed_tokens if model.lm_head is None else model.lm_head
     path = "embed_tokens" if model.lm_head is None else "lm_head"
     block = _block(path, head)
     vocabulary = model.config.vocab_size
+    targets = _targets(vocabulary, input_ids, attention_mask, labels, segment_ids)
+    hidden, _ = model.hidden(input_ids, attention_mask, segment_ids=segment_ids)
+    x = taps.tap("norm", model.norm(hidden))
 
     def logits(x: jax.Array, start: ArrayLike, size: int) -> jax.Array:
         part: Any = _slice(head, start, size)

@@ -56,8 +56,9 @@ def select_tree(condition: ArrayLike, on_true: Any, on_false: Any) -> Any:
       UnsupportedCast: a condition that is not a boolean scalar; trees that differ in structure, shapes or dtypes.
     """
     condition = boolean_scalar("select_tree: condition", condition)
-    left, right = jax.tree.structure(on_true), jax.tree.structure(on_false)
-    if not (left == right):
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (on_true, on_false)]
+    left, right = structures
+    if left != right:
         raise UnsupportedCast(
             f"select_tree: the trees differ in structure: {shown(left)} and {shown(right)}. Pass trees of one "
             "structure."

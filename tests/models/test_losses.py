@@ -43,8 +43,17 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["lm_head", "tied"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "tied"),
+    [
+        ("FP8 weight-only", False),
+        pytest.param("f32", True, marks=pytest.mark.slow),
+        pytest.param("FP8 dynamic", True, marks=pytest.mark.slow),
+        pytest.param("f32", False, marks=pytest.mark.thorough),
+        pytest.param("FP8 weight-only", True, marks=pytest.mark.thorough),
+        pytest.param("FP8 dynamic", False, marks=pytest.mark.thorough),
+    ],
+)
 def test_loss_and_gradients_are_those_of_the_whole_logits(policy, tied):
     model = build(POLICIES[policy], tie_word_embeddings=tied)
 
@@ -60,6 +69,7 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(policy, tied):
         assert jnp.abs(one - other).max() <= FLOAT32_ERROR * max(jnp.abs(other).max(), 1e-3)
 
 
+@pytest.mark.slow
 def test_logits_are_rounded_to_the_output_dtype_first():
     model = build(Policy(compute="f32", output="bf16"))
     loss, exact = nnx.jit(lambda m: (next_token_loss(m, IDS, chunk=20), plain(m, IDS)))(model)
@@ -75,6 +85,7 @@ class WithBias(Linear):
         self.bias[...] = jnp.arange(self.bias.shape[0], dtype=jnp.float32) / 10
 
 
+@pytest.mark.slow
 def test_a_subclass_of_linear_is_sliced_with_its_bias():
     model = Qwen3(Qwen3Config(**SHAPE), linear=WithBias, rngs=nnx.Rngs(0))
     loss, exact = nnx.jit(lambda m: (next_token_loss(m, IDS, chunk=20), plain(m, IDS)))(model)
@@ -100,6 +111,7 @@ def test_the_target_is_the_next_token_of_the_same_sequence():
         assert int(label_count(ids, **call)) == np.sum(np.array(targets(ids, **call)) != -100)
 
 
+@pytest.mark.slow
 def test_the_loss_of_packed_rows_is_that_of_their_sequences():
     model, rng = build(), np.random.default_rng(1)
     sequences = [rng.integers(0, 61, length) for length in (6, 3, 4, 7)]
@@ -111,12 +123,14 @@ def test_the_loss_of_packed_rows_is_that_of_their_sequences():
     assert label_count(batch.input_ids, segment_ids=batch.segment_ids) == label_count(rows, mask) == 16
 
 
+@pytest.mark.thorough
 def test_without_a_token_that_counts_the_loss_is_zero():
     loss, gradients = nnx.jit(nnx.value_and_grad(lambda m: next_token_loss(m, IDS, np.zeros_like(IDS))))(build())
     assert loss == 0
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 def test_accumulated_by_the_number_of_labels_it_is_the_loss_of_the_whole_batch():
     model = build()
     ids = np.random.default_rng(2).integers(0, 61, (6, 7))
@@ -155,7 +169,7 @@ def test_a_head_whose_outputs_cannot_be_sliced_is_an_error():
             super().__init__(*sizes, **others)
             self.gate = nnx.Param(jnp.ones(sizes[1]))
 
-    model = Qwen3(Qwen3Config(**SHAPE), linear=Gated, rngs=nnx.Rngs(0))
+    model = Qwen3(Qwen3Config(**SHAPE), linear=Gated, rngs=None)
     with pytest.raises(
         UnsupportedTask, match=r"lm_head: a Gated with the parameters gate, kernel cannot be computed in"
     ):

@@ -37,7 +37,13 @@ def residuals(model):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
 
 
-@pytest.mark.parametrize("paths", ["layers/*", ["layers/{0,2}/mlp", "layers/*/self_attn"]], ids=["layers", "parts"])
+@pytest.mark.parametrize(
+    "paths",
+    [
+        pytest.param("layers/*", marks=pytest.mark.slow),
+        pytest.param(["layers/{0,2}/mlp", "layers/*/self_attn"], marks=pytest.mark.thorough),
+    ],
+)
 def test_loss_and_gradients_are_the_same(model, paths):
     step = nnx.jit(nnx.value_and_grad(lambda m: next_token_loss(m, IDS)))
     (loss, gradients), (plain_loss, plain_gradients) = step(remat(model, paths)), step(model)
@@ -46,7 +52,7 @@ def test_loss_and_gradients_are_the_same(model, paths):
         assert jnp.abs(one - other).max() <= OTHER_FUSION * jnp.abs(other).max()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("policy", ["f32", "fp8_weight_only"])
 def test_operations_one_by_one_have_the_same_bits(model, policy):
     model = model.with_policy(policy)
@@ -77,6 +83,7 @@ def test_another_policy_leaves_it_where_it_is(model):
     assert type(changed.layers[2].mlp).__name__ == "RematMLP"
 
 
+@pytest.mark.slow
 def test_values_are_observed_as_before(model):
     changed = remat(model, "layers/*")
     call = {"capture": "layers/*/mlp", "intervene": {"layers/1/mlp": lambda x: 0 * x}}
@@ -84,6 +91,7 @@ def test_values_are_observed_as_before(model):
     chex.assert_trees_all_equal(run(changed), run(model))
 
 
+@pytest.mark.slow
 def test_a_cache_is_filled_and_continued_as_before(model):
     @nnx.jit
     def run(model):
@@ -93,6 +101,7 @@ def test_a_cache_is_filled_and_continued_as_before(model):
     chex.assert_trees_all_equal(run(remat(model, "layers/*")), run(model))
 
 
+@pytest.mark.slow
 def test_state_of_any_module_passes_through():
     class Block(nnx.Module):
         def __init__(self, rngs):

@@ -118,6 +118,7 @@ def test_a_sequence_has_the_same_bits_whatever_is_before_it(model):
     assert (logits[0, :3] != logits[1, :3]).any()
 
 
+@pytest.mark.slow
 def test_the_gradient_of_one_sequence_is_zero_in_the_others(model):
     batch = pack(SEQUENCES, 9)
     assert batch.segment_ids[0].tolist() == [1] * 5 + [2] * 3 + [3]
@@ -135,6 +136,7 @@ def test_the_gradient_of_one_sequence_is_zero_in_the_others(model):
     assert not gradient.any()
 
 
+@pytest.mark.slow
 def test_queries_of_long_rows_are_processed_in_chunks(monkeypatch):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 21, heads, 8)), jnp.float32) for heads in (4, 2, 2))

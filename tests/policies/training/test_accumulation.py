@@ -29,7 +29,7 @@ BATCH = {"x": jnp.linspace(0, 2, 36).reshape(12, 3), "real": (jnp.arange(12) % 5
 STEP = jax.value_and_grad(loss)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 12])
+@pytest.mark.parametrize("steps", [3, pytest.param(1, marks=pytest.mark.thorough)])
 def test_weighted_by_real_rows_it_is_the_whole_batch(steps):
     found = jax.jit(accumulate(STEP, steps, weight=real))(W, BATCH)
     chex.assert_trees_all_close(found, STEP(W, BATCH), rtol=REORDERED)
@@ -81,6 +81,7 @@ def test_gradients_of_integers_and_none_remain_what_they_are():
     assert gradient["none"] is None
 
 
+@pytest.mark.slow
 def test_a_module_is_differentiated_and_its_state_passes_from_one_microbatch_to_the_next():
     class Net(nnx.Module):
         def __init__(self, rngs):
