@@ -13,9 +13,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from ..policies.dtypes import saturating_cast
 from ..policies.matmul import grouped_matmul
+from ..policies.matmul.sharded import Split, spec
 from ..policies.scales import F32
 
 
@@ -28,6 +30,7 @@ class Adapter:
     rslora    whether the scaling is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732), and not alpha / rank
     computes  dtypes in which the products with `lora_a` and `lora_b` take their operands; None: the activations' dtype.
               Their sums are float32
+    splits    how `lora_a` and `lora_b` are divided over a mesh; None: on one device, or as XLA decides
 
     >>> Adapter(rank=4, alpha=8.0).scaling, Adapter(rank=4, alpha=8.0, rslora=True).scaling
     (2.0, 4.0)
@@ -37,11 +40,21 @@ class Adapter:
     alpha: float
     rslora: bool = False
     computes: tuple[np.dtype | None, np.dtype | None] = (None, None)
+    splits: tuple[Split | None, Split | None] = (None, None)
 
     @property
     def scaling(self) -> float:
         """The factor of `lora_b @ lora_a`."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def placed(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """`lora_a` and `lora_b`, divided over a mesh as they are stored, and with them their gradients."""
+        return tuple(
+            array
+            if split is None
+            else jax.lax.with_sharding_constraint(array, NamedSharding(split.mesh, spec(*split.dims)))
+            for array, split in zip(arrays, self.splits, strict=True)
+        )
 
     def added(self, y: jax.Array, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
         """The layer's result y (..., out) for x (..., in) with the adapter's product, in y's dtype.
@@ -49,6 +62,7 @@ class Adapter:
         As in peft, the product is added in float32 to the rounded result of the base layer. A `lora_b` of zeros
         changes no value.
         """
+        lora_a, lora_b = self.placed(lora_a, lora_b)
         narrowed = _product(x, lora_a, self.computes[0] or x.dtype)
         product = _product(narrowed.astype(x.dtype), lora_b, self.computes[1] or x.dtype)
         return _sum(y, product, self.scaling)
@@ -84,7 +98,7 @@ def _product(x: jax.Array, kernel: jax.Array, dtype: np.dtype) -> jax.Array:
     """x (..., in) @ kernel (out, in).T in float32, of operands in `dtype`."""
     operands = x.astype(dtype), saturating_cast(kernel, dtype)
     dimensions = (((x.ndim - 1,), (1,)), ((), ()))
-    # A plain product, which XLA can partition: adapters of models over a mesh need no code of their own.
+    # A plain product, which XLA can partition.
     return jax.lax.dot_general(*operands, dimensions, precision="highest", preferred_element_type=jnp.float32)
 
 

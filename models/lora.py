@@ -13,13 +13,14 @@ from ..policies.errors import InvalidAdapter, UnmatchedRule, count, shown
 from ..policies.formats import Format
 from ..policies.patterns import Pattern
 from ..policies.policy import Policy
+from ..policies.scales import F32
 from ..policies.scope import Scope
 from ..policies.trees import ArrayInfo
 from .adapters import Adapter
 from .config import DecoderConfig
 from .layers import Embedding
-from .lora_layers import Draw, insert_adapters, linear_layers, peft_uniform
-from .sharding.arrays import shardings
+from .lora_layers import Draw, insert_adapters, linear_layers, peft_uniform, shapes_of
+from .sharding.arrays import shardings, splits
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -89,7 +90,17 @@ def with_adapters(model: M, adapters: Mapping[str, Adapter], draw: Draw) -> M:
                 f"{path}: the layer has an adapter of rank {present.rank}. Merge it with merge_lora, or "
                 "name other layers."
             )
-    insert_adapters(changed, adapters, Scope(_policy(model), _policy(model).activations), _placed(model, draw))
+    shapes = {
+        f"{path}/{name}": ArrayInfo(shape, Format(F32))
+        for path, adapter in adapters.items()
+        for name, shape in shapes_of(layers[path], adapter).items()
+    }
+    sharding, config = getattr(model, "sharding", None), getattr(model, "config", None)
+    policy, found = _policy(model), None
+    if sharding is not None and isinstance(config, DecoderConfig):
+        places, found = shardings(sharding, config, shapes), splits(sharding, config, shapes)
+        draw = _placed(draw, places)
+    insert_adapters(changed, adapters, Scope(policy, policy.activations, splits=found), draw)
     return changed
 
 
@@ -99,18 +110,9 @@ def _policy(model: nnx.Module) -> Policy:
     return policy if isinstance(policy, Policy) else Policy()
 
 
-def _placed(model: nnx.Module, draw: Draw) -> Draw:
-    """`draw`, whose arrays are divided over the mesh of a model like their kernel."""
-    sharding, config = getattr(model, "sharding", None), getattr(model, "config", None)
-    if sharding is None or not isinstance(config, DecoderConfig):
-        return draw
-
-    def placed(path: str, shape: tuple[int, ...]) -> Any:
-        array = draw(path, shape)
-        place = shardings(sharding, config, {path: ArrayInfo(shape, Format(array.dtype))})[path]
-        return jax.device_put(array, place)
-
-    return placed
+def _placed(draw: Draw, places: Mapping[str, Any]) -> Draw:
+    """`draw`, whose arrays have these shardings, by path."""
+    return lambda path, shape: jax.device_put(draw(path, shape), places[path])
 
 
 def _chosen(model: nnx.Module, targets: str | Iterable[str]) -> list[str]:

@@ -46,7 +46,8 @@ def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
 def insert_adapters(model: nnx.Module, adapters: Mapping[str, Adapter], scope: Scope, draw: Draw | None = None) -> None:
     """Inserts adapters into layers of `model`, which is changed.
 
-    adapters  {path of a layer: settings}; the dtypes in which they are computed are those of the policy
+    adapters  {path of a layer: settings}; the dtypes in which they are computed, and their division over a mesh, are
+              those of the scope
     scope     the scope of the model: the rules for `lora_a` and `lora_b` decide how these are stored and computed
     draw      the arrays by path, stored in their own dtype without a rule; None: the adapters have shapes and no arrays
 
@@ -56,8 +57,7 @@ def insert_adapters(model: nnx.Module, adapters: Mapping[str, Adapter], scope: S
     layers = linear_layers(model) if adapters else {}
     for path, adapter in adapters.items():
         layer, at = layers[path], scope.at(*path.split("/"))
-        *experts, out, features = layer.kernel.shape
-        shapes = {"lora_a": (*experts, adapter.rank, features), "lora_b": (*experts, out, adapter.rank)}
+        shapes = shapes_of(layer, adapter)
         stored: dict[str, Any] = {}
         computes = []
         for name, shape in shapes.items():
@@ -77,7 +77,14 @@ def insert_adapters(model: nnx.Module, adapters: Mapping[str, Adapter], scope: S
                 stored[name] = array if dtype in (None, array.dtype) else saturating_cast(array, dtype)
             computes.append(spec.compute_dtype)
         layer.lora_a, layer.lora_b = nnx.LoRAParam(stored["lora_a"]), nnx.LoRAParam(stored["lora_b"])
-        layer.adapter = dataclasses.replace(adapter, computes=(computes[0], computes[1]))
+        splits = at.split("lora_a"), at.split("lora_b")
+        layer.adapter = dataclasses.replace(adapter, computes=(computes[0], computes[1]), splits=splits)
+
+
+def shapes_of(layer: Linear | ExpertLinear, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the arrays of an adapter of `layer`."""
+    *experts, out, features = layer.kernel.shape
+    return {"lora_a": (*experts, adapter.rank, features), "lora_b": (*experts, out, adapter.rank)}
 
 
 def remove_adapter(layer: Linear | ExpertLinear) -> None:

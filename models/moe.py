@@ -53,7 +53,10 @@ class ExpertLinear(nnx.Module):
 
     def adapters(self) -> ExpertAdapters | None:
         """The adapters of the kernels, if there are any."""
-        return None if self.adapter is None else ExpertAdapters(self.lora_a[...], self.lora_b[...], self.adapter)
+        if self.adapter is None:
+            return None
+        lora_a, lora_b = self.adapter.placed(self.lora_a[...], self.lora_b[...])
+        return ExpertAdapters(lora_a, lora_b, self.adapter)
 
 
 class Experts(nnx.Module):

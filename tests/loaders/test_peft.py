@@ -41,6 +41,7 @@ CASES = {
     "experts": "qwen3_moe_plain_every_second",
     "one_kernel_of_experts": "qwen3_moe_plain_every_second",
 }
+REST = ("patterns", "rslora", "one_kernel_of_experts")
 PEFT = GOLDEN / "peft"
 
 FLOAT32_ERROR = 2e-5
@@ -87,7 +88,7 @@ def assert_same_adapters(found, expected):
             assert array.tobytes() == other.tobytes(), path
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["experts", *(pytest.param(case, marks=pytest.mark.thorough) for case in REST)])
 def test_the_logits_with_an_adapter_of_peft_are_those_of_peft(case):
     model = load_lora(base(CASES[case]), PEFT / case)
     expected = np.load(PEFT / case / "expected.npz")
@@ -125,11 +126,11 @@ def test_settings_are_found_by_the_first_pattern_that_matches_the_end_of_a_name(
     assert config.adapter("model.layers.1.mlp.down_proj") == Adapter(5, 8.0)
 
 
-@settings(max_examples=4, deadline=None)
-@given(ranks=st.permutations([1, 2, 5]), alpha=st.floats(0.25, 64), rslora=st.booleans())
-def test_saved_adapters_are_loaded_bit_for_bit(ranks, alpha, rslora, tmp_path_factory):
+@settings(max_examples=2, deadline=None)
+@given(alpha=st.floats(0.25, 64), rslora=st.booleans())
+def test_saved_adapters_are_loaded_bit_for_bit(alpha, rslora, tmp_path_factory):
     model = small()
-    for rank, targets in zip(ranks, (["q_proj", "lm_head"], "**/mlp/*", "o_proj"), strict=True):
+    for rank, targets in ((1, ["q_proj", "lm_head"]), (2, "**/mlp/up_proj"), (5, "o_proj")):
         model = add_lora(model, rank, alpha, targets, rngs=nnx.Rngs(1), rslora=rslora)
     folder = save_lora(randomised(model), tmp_path_factory.mktemp("lora") / "saved")
     assert_same_adapters(adapters(load_lora(small(), folder)), adapters(model))

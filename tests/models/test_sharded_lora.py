@@ -9,33 +9,30 @@ FLOAT32_ERROR = 2e-6
 """As in test_sharding.py, 1e-6 for sums in another order, and as much for the sums of adapters."""
 
 FIRST = ("experts by number",)
-MORE = ("tensor parallel", "both", "experts by width", "experts gathered", "tokens travel")
+MORE = (*FIRST, "tensor parallel", "both", "experts by width", "experts gathered", "tokens travel")
 
 
-def printed(folder, names):
-    text = run_on_devices(8, "models/sharded_lora.py", folder / "checkpoint", *names, timeout=900)
+def printed(folder, *arguments):
+    text = run_on_devices(8, "models/sharded_lora.py", folder / "checkpoint", *arguments, timeout=900)
     return {line["name"]: line for line in map(json.loads, text.splitlines())}
 
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    return printed(tmp_path_factory.mktemp("sharded"), FIRST)
+    return printed(tmp_path_factory.mktemp("sharded"), "some", *FIRST)
 
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
-    return printed(tmp_path_factory.mktemp("sharded"), MORE)
+    return printed(tmp_path_factory.mktemp("sharded"), "all", *MORE)
 
 
 def assert_the_same(line):
     assert "raised" not in line, line["raised"]
-    assert line["start"]
     assert line["placed"]
     assert line["kept"]
-    assert max(line["logits"], line["policy"]) <= FLOAT32_ERROR
+    assert line["logits"] <= FLOAT32_ERROR
     assert line["gradient"] <= 4 * FLOAT32_ERROR  # back through all layers
-    # Kernels whose sums differ in the last bit are quantised to the next value now and then.
-    assert line["merged"] <= 1e-2
 
 
 @pytest.mark.slow
@@ -46,8 +43,13 @@ def test_adapters_over_a_mesh_compute_and_train_as_on_one_device(lines, name):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", MORE)
-def test_so_it_is_for_other_layouts(more, name):
-    assert_the_same(more[name])
+def test_so_it_is_for_other_layouts_policies_and_merged_models(more, name):
+    line = more[name]
+    assert_the_same(line)
+    assert line["start"]
+    assert line["policy"] <= FLOAT32_ERROR
+    # Kernels whose sums differ in the last bit are quantised to the next value now and then.
+    assert line["merged"] <= 1e-2
 
 
 @pytest.mark.slow
