@@ -97,7 +97,8 @@ def _names(config: DecoderConfig, stored: Mapping[str, ArrayInfo]) -> dict[str, 
         count = "1 parameter" if len(unnamed) == 1 else f"{len(unnamed)} parameters"
         raise UnsupportedExport(
             f"a {family.architecture(config.task)} checkpoint has no name for {count}: {', '.join(unnamed[:5])}. Merge "
-            "added parameters into the model's kernels first."
+            "added parameters into the model's kernels first: adapters with perparam.training.merge_lora, or save them "
+            "apart with save_lora."
         )
     for path, (_, shape) in expected.items():
         if path not in stored or stored[path].shape != shape:

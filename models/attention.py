@@ -19,7 +19,10 @@ from .kv_cache import LayerCache, update_slice
 SCORES = 2**26
 """Most bytes of attention scores held at once, all heads together, and of masks."""
 
-Attend = Callable[[jax.Array, jax.Array, LayerCache, jax.Array], jax.Array]
+Places = jax.Array | tuple[jax.Array, jax.Array]
+"""Positions (b, n) int32 of tokens; where rows hold several sequences, `(positions, segments)`, both (b, n) int32."""
+
+Attend = Callable[[jax.Array, Places, LayerCache, Places], jax.Array]
 """A function of q (b, kv, h/kv, t, d), queries, cache and slots, which returns attention in q's shape."""
 
 
@@ -40,6 +43,7 @@ def attend(
     slots: jax.Array,
     window: int | None,
     prefill: PrefillKV | None = None,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """`(output, weights)`: attention of q (b, t, h, d) over the cache, (b, t, h * d) in q's dtype.
 
@@ -48,6 +52,8 @@ def attend(
     window   a query sees the keys less than `window` positions before it; None: all
     prefill  the same keys and values before they entered an empty cache, for cuDNN's causal attention; None: its
              attention with a mask, which is also for tokens that follow others
+    segments (b, t) int32  the sequence of each token, if a row holds several: a query sees the keys of its own. The
+             cache holds the same tokens and no others. None of the kernels supports this
     weights  function without arguments that returns the attention weights (b, h, t, s) in q's dtype
 
     On a CPU this is a native kernel, on a GPU cuDNN's flash attention, where that accepts the call; derivatives and
@@ -56,7 +62,7 @@ def attend(
     """
 
     def over_slots(
-        q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array, _: PrefillKV | None = None
+        q: jax.Array, cache: LayerCache, queries: Places, slots: Places, _: PrefillKV | None = None
     ) -> jax.Array:
         return _over_slots(functools.partial(_attend, window), 4 * q.shape[2], q, cache, queries, slots)
 
@@ -73,8 +79,13 @@ def attend(
 
     def weights() -> jax.Array:
         b, t, heads, _ = q.shape
-        return _weights(window, _grouped(q, cache), queries, cache, slots).astype(q.dtype).reshape(b, heads, t, -1)
+        return _weights(window, _grouped(q, cache), *places(), cache).astype(q.dtype).reshape(b, heads, t, -1)
 
+    def places() -> tuple[Places, Places]:
+        return (queries, slots) if segments is None else ((queries, segments), (slots, segments))
+
+    if segments is not None:
+        return over_slots(q, cache, *places()), weights
     if flash.refuses(here(), q.shape[1], q.shape[3], q.dtype, cache.dtype):
         native = cpu_attention.refuses(here(), q, cache) is None
         attention = by_kernel("cpu", natively, over_slots) if native else over_slots
@@ -111,30 +122,32 @@ def _grouped(q: jax.Array, cache: LayerCache) -> jax.Array:
     return q.reshape(b, t, kv, heads // kv, d).transpose(0, 2, 3, 1, 4)
 
 
-def _over_slots(
-    attend: Attend, row: int, q: jax.Array, cache: LayerCache, queries: jax.Array, slots: jax.Array
-) -> jax.Array:
+def _over_slots(attend: Attend, row: int, q: jax.Array, cache: LayerCache, queries: Places, slots: Places) -> jax.Array:
     """See `attend`; the function `attend` takes `row` bytes for one query and one slot."""
     b, t, heads, d = q.shape
     grouped = _grouped(q, cache)
-    size = _chunk(t, row * b * slots.shape[1])
+    size = _chunk(t, row * b * cache.values.shape[2])
     if size == t:
         mixed = attend(grouped, queries, cache, slots)
     else:
         padding = -t % size
         padded = jnp.pad(grouped, ((0, 0),) * 3 + ((0, padding), (0, 0)))
-        positions = jnp.pad(queries, ((0, 0), (0, padding)))
-        mixed = _attend_in_chunks(attend, size, padded, positions, cache, slots)[:, :, :, :t]
+        places = jax.tree.map(lambda each: jnp.pad(each, ((0, 0), (0, padding))), queries)
+        mixed = _attend_in_chunks(attend, size, padded, places, cache, slots)[:, :, :, :t]
     return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, heads * d)
 
 
-def _seen(window: int | None, queries: jax.Array, slots: jax.Array) -> jax.Array:
+def _seen(window: int | None, queries: Places, slots: Places) -> jax.Array:
     """Whether each query sees each slot, (b, t, s) bool."""
+    if isinstance(queries, tuple):
+        same = queries[1][:, :, None] == slots[1][:, None, :]
+        return same & _seen(window, queries[0], slots[0])
+    assert isinstance(slots, jax.Array)
     distance = queries[:, :, None] - slots[:, None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _weights(window: int | None, q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array) -> jax.Array:
+def _weights(window: int | None, q: jax.Array, queries: Places, slots: Places, cache: LayerCache) -> jax.Array:
     """Attention weights of q (b, kv, g, t, d) over the slots: (b, kv, g, t, s) float32."""
     scores = _product(q, cache.typed(cache.keys)) * jnp.float32(q.shape[-1] ** -0.5)
     if cache.key_scales is not None:
@@ -145,9 +158,9 @@ def _weights(window: int | None, q: jax.Array, queries: jax.Array, cache: LayerC
     )
 
 
-def _attend(window: int | None, q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array) -> jax.Array:
+def _attend(window: int | None, q: jax.Array, queries: Places, cache: LayerCache, slots: Places) -> jax.Array:
     """Values weighted by the attention of q (b, kv, g, t, d): its shape and dtype."""
-    weights = _weights(window, q, queries, cache, slots)
+    weights = _weights(window, q, queries, slots, cache)
     if cache.value_scales is None:
         return _product(weights.astype(q.dtype), cache.typed(cache.values)).astype(q.dtype)
     # Relative to the largest scale, so that small weights of small values do not leave float16.
@@ -157,9 +170,7 @@ def _attend(window: int | None, q: jax.Array, queries: jax.Array, cache: LayerCa
     return (sums * largest_scale).astype(q.dtype)
 
 
-def _attend_by_flash(
-    window: int | None, q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array
-) -> jax.Array:
+def _attend_by_flash(window: int | None, q: jax.Array, queries: Places, cache: LayerCache, slots: Places) -> jax.Array:
     """`_attend` by cuDNN."""
     b, kv, g, t, d = q.shape
     by_token = q.transpose(0, 3, 1, 2, 4).reshape(b, t, kv * g, d)
@@ -170,7 +181,7 @@ def _attend_by_flash(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attend_in_chunks(
-    attend: Attend, size: int, q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array
+    attend: Attend, size: int, q: jax.Array, queries: Places, cache: LayerCache, slots: Places
 ) -> jax.Array:
     """`attend` for `size` queries at a time; each result overwrites its queries.
 
@@ -179,8 +190,8 @@ def _attend_in_chunks(
 
     def step(i: jax.Array, output: jax.Array) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(output, i * size, size, axis=3)
-        positions = jax.lax.dynamic_slice_in_dim(queries, i * size, size, axis=1)
-        return update_slice(output, attend(part, positions, cache, slots), i * size, axis=3)
+        places = jax.tree.map(lambda each: jax.lax.dynamic_slice_in_dim(each, i * size, size, axis=1), queries)
+        return update_slice(output, attend(part, places, cache, slots), i * size, axis=3)
 
     return jax.lax.fori_loop(0, q.shape[3] // size, step, q)
 
@@ -189,11 +200,11 @@ def _attend_in_chunks(
 def _attend_in_chunks_jvp(attend: Attend, size: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """The derivative collects the chunks, and computes each a second time in the backward pass."""
 
-    def in_chunks(q: jax.Array, queries: jax.Array, cache: LayerCache, slots: jax.Array) -> jax.Array:
+    def in_chunks(q: jax.Array, queries: Places, cache: LayerCache, slots: Places) -> jax.Array:
         mixed = jax.checkpoint(lambda part: attend(part[0], part[1], cache, slots))
         parts = q.reshape(*q.shape[:3], -1, size, q.shape[4])
-        positions = queries.reshape(queries.shape[0], -1, size)
-        results = jax.lax.map(mixed, (jnp.moveaxis(parts, 3, 0), jnp.moveaxis(positions, 1, 0)))
+        places = jax.tree.map(lambda each: jnp.moveaxis(each.reshape(each.shape[0], -1, size), 1, 0), queries)
+        results = jax.lax.map(mixed, (jnp.moveaxis(parts, 3, 0), places))
         return jnp.moveaxis(results, 0, 3).reshape(q.shape)
 
     return jax.jvp(in_chunks, primals, tangents)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from ..policies.errors import UnsupportedConfig
+from ..policies.errors import InvalidTokens, UnsupportedConfig, UnsupportedTask
 from ..policies.modules import fill
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, resolve
@@ -24,11 +24,15 @@ from ..policies.store import store
 from ..policies.targets import here
 from ..policies.trees import variables_by_path
 from . import rope, taps
+from .adapters import Adapter
 from .config import DecoderConfig
 from .decoding import step as decoding
 from .heads import check_causal_lm, last_token
 from .kv_cache import EMPTY, KVCache, LayerCache, token_positions
 from .layers import Embedding, Linear, RMSNorm, scope_of
+from .lora_layers import adapters_of, insert_adapters
+from .remat import remat_like
+from .segments import checked_segments, segment_positions
 from .sharding.arrays import splits
 from .sharding.model_sharding import ModelSharding
 from .summary import ModelSummary, summarise
@@ -97,7 +101,7 @@ class Decoder(nnx.Module):
 
     config  its shape and its task
     policy  anything `get_policy` accepts; None stores parameters in float32 and computes in the config's dtype
-    linear  class of all projections and of a head that is not tied, for LoRA and the like: called as
+    linear  class of all projections and of a head that is not tied: called as
             `linear(in_features, out_features, use_bias=…, policy=…, rngs=…)`
     rngs    random keys for the initial parameters; None: parameters are shapes, to be filled later
 
@@ -157,11 +161,19 @@ class Decoder(nnx.Module):
         if not isinstance(policy, Scope):
             resolve(scope.policy, self)  # raises an error for a rule that decides nothing
 
-    def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> jax.Array:
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        *,
+        segment_ids: ArrayLike | None = None,
+    ) -> jax.Array:
         """The outputs of the model's task, in the policy's output dtype, or else the activations' dtype.
 
         input_ids       (b, t) int32
         attention_mask  (b, t), nonzero for real tokens, anywhere in a row; None: all are real
+        segment_ids     (b, t) integers, in place of a mask for rows of several sequences: equal positive numbers for
+                        the adjacent tokens of one, which see each other and have positions from 0 on; 0 for padding
 
         By `config.task`:
           causal_lm                (b, t, vocabulary)  logits
@@ -170,21 +182,33 @@ class Decoder(nnx.Module):
           feature_extraction       (b, t, hidden)      hidden states after the last norm
 
         Raises:
-          InvalidTokens: shapes or dtypes that do not fit, ids outside the vocabulary.
+          InvalidTokens: shapes or dtypes that do not fit, ids outside the vocabulary, a segment in two places of a row.
+          UnsupportedTask: segment ids for sequence_classification, which has one output for each row.
         """
         if self.config.task == "feature_extraction":
-            return self.last_hidden_state(input_ids, attention_mask)
-        hidden, _ = self.hidden(input_ids, attention_mask)
+            return self.last_hidden_state(input_ids, attention_mask, segment_ids=segment_ids)
+        if self.config.task == "sequence_classification" and segment_ids is not None:
+            raise UnsupportedTask(
+                "segment_ids: this model has one output for each row, and rows with segments hold several sequences. "
+                "Pass one sequence in each row, with an attention_mask."
+            )
+        hidden, _ = self.hidden(input_ids, attention_mask, segment_ids=segment_ids)
         if self.config.task == "sequence_classification":
             hidden = last_token(hidden, attention_mask)
         return self.logits(hidden)
 
-    def last_hidden_state(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> jax.Array:
+    def last_hidden_state(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        *,
+        segment_ids: ArrayLike | None = None,
+    ) -> jax.Array:
         """Hidden states (b, t, hidden) after the last norm, as `last_hidden_state` in transformers, for every task.
 
         Arguments, dtype and errors are those of a call.
         """
-        hidden, _ = self.hidden(input_ids, attention_mask)
+        hidden, _ = self.hidden(input_ids, attention_mask, segment_ids=segment_ids)
         return taps.tap("norm", self.norm(hidden)).astype(self.output)
 
     def observe(
@@ -219,13 +243,20 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         *,
         first: bool = False,
+        segment_ids: ArrayLike | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Hidden states (b, t, hidden) before the last norm, and the cache that includes the call's tokens.
 
-        cache  the tokens so far; None: the returned cache holds this call's tokens and has no room for more
-        first  whether `cache` is empty, which allows cuDNN's flash attention on a GPU, also with padding; the tokens
-               enter the slots of the cache without the padding between them, which is in the last slots
+        cache        the tokens so far; None: the returned cache holds this call's tokens and has no room for more
+        first        whether `cache` is empty, which allows cuDNN's flash attention on a GPU, also with padding; the
+                     tokens enter the slots of the cache without the padding between them, which is in the last slots
+        segment_ids  as in a call, without a mask and a cache: rows of several sequences cannot be continued
         """
+        if segment_ids is not None:
+            if attention_mask is not None or cache is not None or first:
+                raise InvalidTokens("segment_ids: expected no attention_mask and no cache. Mark padding with 0.")
+            checked = checked_segments(segment_ids, input_ids)
+            segment_ids, attention_mask = checked, checked > 0
         ids, mask = checked_tokens(input_ids, attention_mask, self.config.vocab_size)
         if first:
             # Once for all layers, since cuDNN supports padding at the end only.
@@ -234,7 +265,11 @@ class Decoder(nnx.Module):
         if cache is not None:
             cache.check_room(ids.shape[1])
         past = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.tokens
-        queries, slots = token_positions(mask, past)
+        segments = None
+        if segment_ids is None:
+            queries, slots = token_positions(mask, past)
+        else:
+            queries, slots, segments = segment_positions(jnp.asarray(segment_ids, jnp.int32))
         start: jax.Array | int = 0
         if cache is not None:
             start = cache.length
@@ -242,7 +277,7 @@ class Decoder(nnx.Module):
         config = self.config
         cos_sin = rope.cos_sin(queries, config.head_dim, config.rope_theta, config.rope_scaling, self.activations)
         unpadded = cache is None and attention_mask is None
-        step = Step(*cos_sin, queries, slots, start, self.kv_cache, mask if first or unpadded else None)
+        step = Step(*cos_sin, queries, slots, start, self.kv_cache, mask if first or unpadded else None, segments)
         x = taps.tap("embed_tokens", self.embed_tokens(ids))
         if cache is None:
             x, caches = through(self.layers, x, step, [None] * len(self.layers))
@@ -295,7 +330,8 @@ class Decoder(nnx.Module):
     def as_resolved(self, resolved: Resolved) -> Self:
         """The same parameters, stored and computed as `resolved`, the policy resolved on this model, says."""
         parameters = variables_by_path(store(resolved, nnx.state(self)))
-        return assemble(type(self), self.config, resolved, parameters, self.linear, self.sharding)
+        model = assemble(type(self), self.config, resolved, parameters, self.linear, self.sharding, adapters_of(self))
+        return remat_like(model, self)
 
 
 Model = TypeVar("Model", bound=Decoder)
@@ -308,10 +344,12 @@ def assemble(
     parameters: Mapping[str, Any],
     linear: LinearFactory = Linear,
     sharding: ModelSharding | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> Model:
     """A model of class `model` with these parameters, by path, stored and computed as `resolved` says.
 
     sharding  how the parameters are divided over a mesh; None: on one device, or in a way that XLA handles
+    adapters  the settings of low-rank adapters, by the path of their layer
     """
     found = None if sharding is None else splits(sharding, config, resolved.stored)
     scope = Scope(resolved.policy, resolved.policy.activations, stored=resolved.specs, splits=found)
@@ -319,6 +357,7 @@ def assemble(
         shapes = model(config, policy=scope, rngs=None)
     else:
         shapes = nnx.eval_shape(lambda: model(config, policy=scope, linear=linear, rngs=nnx.Rngs(0)))
+    insert_adapters(shapes, adapters or {}, scope)
     filled = fill(shapes, parameters)
     filled.sharding = sharding
     return filled

@@ -16,6 +16,7 @@ from ..policies.matmul import grouped_matmuls
 from ..policies.matmul.sharded import Names, rounded_part
 from ..policies.matmul.shards import vary_alike
 from ..policies.scales import F32
+from .adapters import ExpertAdapters
 
 Kernel = jax.Array | ScaledArray
 MLPs = Callable[[jax.Array, jax.Array], jax.Array]
@@ -24,7 +25,7 @@ MLPs = Callable[[jax.Array, jax.Array], jax.Array]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["gate", "up", "down"],
+    data_fields=["gate", "up", "down", "adapters"],
     meta_fields=["computes", "activations", "backwards"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ExpertKernels:
     down         (experts, hidden, width)
     computes     the format of each in products; see `scaled_matmul`
     activations  the dtype of activations; None: that of x
+    adapters     the low-rank adapters of each
     backwards    the format of each in the products that give gradients; see `scaled_matmul`
     """
 
@@ -43,6 +45,7 @@ class ExpertKernels:
     down: Kernel
     computes: tuple[Format | None, ...]
     activations: np.dtype | None
+    adapters: tuple[ExpertAdapters | None, ...] = (None, None, None)
     backwards: tuple[Format | None, ...] = (None, None, None)
 
     def mlps(
@@ -66,11 +69,18 @@ class ExpertKernels:
         stacks: tuple[Any, ...] = (self.gate, self.up, self.down)
 
         def products(x: jax.Array, chosen: slice, names: Names, result: np.dtype | None) -> tuple[jax.Array, ...]:
-            compute, rounding = self.computes[chosen][0], roundings[chosen][0]
+            compute, rounding, rounded = self.computes[chosen][0], roundings[chosen][0], x
             if rounding is not None:
-                x, compute = rounded_part(x, names, rounding), None
+                rounded, compute = rounded_part(x, names, rounding), None
             backward = self.backwards[chosen][0]
-            return grouped_matmuls(x, stacks[chosen], group_sizes, compute=compute, result=result, backward=backward)
+            sums = grouped_matmuls(
+                rounded, stacks[chosen], group_sizes, compute=compute, result=result, backward=backward
+            )
+            # Parts of sums too, since adapters are linear in x.
+            return tuple(
+                y if adapters is None else adapters.added(y, x, group_sizes)
+                for y, adapters in zip(sums, self.adapters[chosen], strict=True)
+            )
 
         if (
             self.computes[0] == self.computes[1]

@@ -26,6 +26,7 @@ from ..policies.resolved import too_flat
 from ..policies.scales import F32
 from ..policies.scope import Scope
 from ..policies.trees import Narrow
+from .adapters import Adapter
 from .lookup import lookup, sharded_lookup
 
 
@@ -90,6 +91,11 @@ class Linear(nnx.Module):
     ('float8_e4m3fn', (3, 4), 'bfloat16')
     """
 
+    adapter: Adapter | None = None
+    """The settings of a low-rank adapter; then the layer has `lora_a` (rank, in) and `lora_b` (out, rank) as well."""
+    lora_a: nnx.LoRAParam
+    lora_b: nnx.LoRAParam
+
     def __init__(
         self,
         in_features: int,
@@ -115,13 +121,17 @@ class Linear(nnx.Module):
         x = x.astype(self.activations or x.dtype)
         result = None if self.bias is None else F32
         y = block_matmul(x, weights(self, "kernel"), self.compute, result, self.split, self.backward)
-        return self._biased(y, x.dtype)
+        return self._finished(y, x)
 
-    def _biased(self, y: jax.Array, dtype: np.dtype) -> jax.Array:
-        """The product y plus any bias, in `dtype`; y is float32 with a bias, so that only the sum is rounded."""
-        if self.bias is None:
-            return y.astype(dtype)
-        return (y + saturating_cast(self.bias[...], self.bias_compute or dtype).astype(y.dtype)).astype(dtype)
+    def _finished(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """The product y of x, in x's dtype, with any bias and adapter added.
+
+        y is float32 with a bias, so that only the sum is rounded.
+        """
+        if self.bias is not None:
+            y = y + saturating_cast(self.bias[...], self.bias_compute or x.dtype).astype(y.dtype)
+        y = y.astype(x.dtype)
+        return y if self.adapter is None else self.adapter.added(y, x, self.lora_a[...], self.lora_b[...])
 
     def launch_key(self) -> tuple[Any, ...] | None:
         """Equal for projections of the same x that one kernel launch can compute; None for a layer that cannot join."""
@@ -145,7 +155,7 @@ def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
         products = sharded_matmuls(x, kernels, splits, compute=first.compute, result=result, backward=first.backward)
     else:
         products = scaled_matmuls(x, kernels, compute=first.compute, result=result, backward=first.backward)
-    return tuple(layer._biased(y, x.dtype) for layer, y in zip(linears, products, strict=True))
+    return tuple(layer._finished(y, x) for layer, y in zip(linears, products, strict=True))
 
 
 def pair(kernel: nnx.Variable, scale_inv: nnx.Variable, proxy: nnx.Variable | None = None) -> ScaledArray:

@@ -14,6 +14,7 @@ from jax.nn import initializers
 from ..policies.formats import ScaledArray
 from ..policies.matmul.sharded import Split
 from ..policies.scope import Scope
+from .adapters import Adapter, ExpertAdapters
 from .experts import ExpertKernels, mixture
 from .layers import Linear, new_parameter, weights
 from .sharding.experts import sharded_mixture
@@ -25,6 +26,12 @@ class ExpertLinear(nnx.Module):
     kernel     (experts, out, in)                     the policy's storage dtype
     scale_inv  (experts, ceil(out/bo), ceil(in/bi))   multiplier of each block; None for a kernel that is not narrow
     """
+
+    adapter: Adapter | None = None
+    """The settings of low-rank adapters; then the layer has `lora_a` (experts, rank, in) and `lora_b` (experts, out,
+    rank) as well."""
+    lora_a: nnx.LoRAParam
+    lora_b: nnx.LoRAParam
 
     def __init__(self, experts: int, in_features: int, out_features: int, *, policy: Scope, rngs: nnx.Rngs | None):
         self.activations = policy.activations
@@ -43,6 +50,13 @@ class ExpertLinear(nnx.Module):
     def weights(self) -> jax.Array | ScaledArray:
         """The kernels, with any scales."""
         return weights(self, "kernel")
+
+    def adapters(self) -> ExpertAdapters | None:
+        """The adapters of the kernels, if there are any."""
+        if self.adapter is None:
+            return None
+        lora_a, lora_b = self.adapter.placed(self.lora_a[...], self.lora_b[...])
+        return ExpertAdapters(lora_a, lora_b, self.adapter)
 
 
 class Experts(nnx.Module):
@@ -63,6 +77,7 @@ class Experts(nnx.Module):
             computes=tuple(layer.compute for layer in layers),
             backwards=tuple(layer.backward for layer in layers),
             activations=self.gate_proj.activations,
+            adapters=tuple(layer.adapters() for layer in layers),
         )
 
     def splits(self) -> list[Split | None]:

@@ -59,6 +59,18 @@ def padding_last(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     return order, jnp.argsort(order, axis=1)
 
 
+def integers(name: str, values: ArrayLike) -> Any:
+    """`values` as an array of integers: a traced array as it is, anything else in numpy.
+
+    Raises:
+      InvalidTokens: values that are not integers, or rows of different length.
+    """
+    array = _array(name, values)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise InvalidTokens(f"{name}: expected integers, found {array.dtype} {array.shape}.")
+    return array
+
+
 def _mask(values: Any) -> Any:
     """`values` as booleans, (batch, length)."""
     floating = jnp.issubdtype(values.dtype, jnp.floating)

@@ -80,7 +80,7 @@ def _mix(
     if past is not None:
         cache = past.put(cache, step.start)
     prefill = None if step.prefill_mask is None else PrefillKV(k, v, step.prefill_mask)
-    mixed, weights = attend(q, cache, step.queries, step.slots, window, prefill)
+    mixed, weights = attend(q, cache, step.queries, step.slots, window, prefill, step.segments)
     if prefill is not None and past is not None:
         # Otherwise XLA fills the cache at the end, and keeps k and v until then.
         mixed, cache = jax.lax.optimization_barrier((mixed, in_row_major_order(cache)))
@@ -165,6 +165,7 @@ class Step:
     start         first slot of the call's tokens
     cache_dtype   dtype of the cache
     prefill_mask  real tokens (b, t) of a call that follows no other tokens, padding at the end; None for other calls
+    segments      the sequence (b, t) of each token of rows that hold several; None: each row is one
     """
 
     cos: jax.Array
@@ -174,3 +175,4 @@ class Step:
     start: jax.Array | int
     cache_dtype: np.dtype = dataclasses.field(metadata={"static": True})
     prefill_mask: jax.Array | None
+    segments: jax.Array | None = None

@@ -111,6 +111,10 @@ class InvalidSharding(PerparamError, ValueError):
     """A parameter cannot have the requested sharding."""
 
 
+class InvalidAdapter(PerparamError, ValueError):
+    """A low-rank adapter cannot be added to the layers of a model, or merged into them."""
+
+
 class UnsupportedExport(PerparamError, ValueError):
     """A file format cannot represent the parameters."""
 
@@ -121,6 +125,10 @@ class SaveFailed(PerparamError, OSError):
 
 class InvalidSize(PerparamError, ValueError):
     """A size is not a number of bytes."""
+
+
+class InvalidLossScale(PerparamError, ValueError):
+    """A loss scale, its minimum, its period or its factor is out of range."""
 
 
 class InvalidSampling(PerparamError, ValueError):

@@ -304,6 +304,9 @@ def plan(
     if sharding is not None:
         where = sharding(resolved.stored) if callable(sharding) else sharding
         rows = [dataclasses.replace(row, device_bytes=_device_bytes(row, where)) for row in rows]
+        if training is not None:
+            sizes = {row.path: _sizes(row, where) for row in rows if row.training is not None}
+            training = training.on_devices(sizes)
     unused: tuple[str, ...] = ()
     if resolved.policy.kv_cache is not None and resolved.kv_cache is None:
         kv_cache = dtypes.dtype_name(resolved.policy.kv_cache)
@@ -320,9 +323,14 @@ def _device_bytes(row: Row, shardings: Shardings) -> int:
         raise InvalidSharding(
             f"{row.path}: no sharding. Pass one for every parameter and all scales after storage; None is one device."
         )
+    return _sizes(row, shardings)[1] * row.storage.itemsize
+
+
+def _sizes(row: Row, shardings: Shardings) -> tuple[int, int]:
+    """Returns the number of values of the row's array, and of the part of it that a device has."""
     sharding = shardings[row.path]
     shape = row.shape if sharding is None else sharding.shard_shape(row.shape)
-    return math.prod(shape) * row.storage.itemsize
+    return math.prod(row.shape), math.prod(shape)
 
 
 def _with_matmul(row: Row, param: ResolvedParam, activations: np.dtype | None, target: Target) -> Row:

@@ -131,7 +131,7 @@ class Writer:
             for name, tensors in shards.items():
                 self._open(folder / name, tensors)
             stack.pop_all()
-        if create and list(shards) != [WHOLE]:
+        if create and len(shards) > 1:
             total = sum(tensor_bytes(tensor) for tensors in shards.values() for tensor in tensors.values())
             names = {name: file for file, tensors in shards.items() for name in tensors}
             index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}

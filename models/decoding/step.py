@@ -28,6 +28,7 @@ from .. import taps
 from ..by_platform import batched_as
 from ..kv_cache import LayerCache
 from ..layers import Linear, RMSNorm, pair
+from ..remat import plain_class
 from ..transformer import MLP, Attention, Layer, Step
 from .reference import Operand, product
 
@@ -67,12 +68,12 @@ def refuses(layers: Sequence[Layer], x: jax.Array, caches: Sequence[LayerCache],
 def _refuses_layer(layer: Layer, dtype: np.dtype, slots: int) -> str | None:
     from . import hopper_attention, hopper_rotate  # Pallas is imported only where a kernel is used
 
-    if type(layer) is not Layer or type(layer.mlp) is not MLP:
+    if plain_class(layer) is not Layer or plain_class(layer.mlp) is not MLP:
         return "a layer is of another class"
     attention = layer.self_attn
-    if type(attention).__call__ is not Attention.__call__:
+    if plain_class(attention).__call__ is not Attention.__call__:
         return "attention is of another class"
-    if any(type(norm) is not RMSNorm for norm in _norms(layer)):
+    if any(plain_class(norm) is not RMSNorm for norm in _norms(layer)):
         return "a norm is of another class"
     if any({norm.compute or dtype, norm.activations or dtype} != {dtype} for norm in _norms(layer)):
         return "a norm is not computed in the activations' dtype"
@@ -84,8 +85,10 @@ def _refuses_layer(layer: Layer, dtype: np.dtype, slots: int) -> str | None:
     if not hopper_attention.accepts(*heads, slots, narrow=_narrow(attention.o_proj)):
         return "there is no kernel for {} and {} heads of {} columns and a cache of {} slots".format(*heads, slots)
     for linears in _products(layer):
-        if any(type(linear) is not Linear or linear.scale_inv is None for linear in linears):
+        if any(plain_class(linear) is not Linear or linear.scale_inv is None for linear in linears):
             return "a projection has a kernel that is not narrow, or is of another class"
+        if any(linear.adapter is not None for linear in linears):
+            return "a projection has an adapter"
         if any(linear.split is not None for linear in linears):
             return "the model is divided over a mesh"
         if any(linear.bias is not None or linear.activations not in (None, dtype) for linear in linears):

@@ -113,7 +113,7 @@ def _by_axes(sharding: ModelSharding, config: DecoderConfig, paths: Mapping[str,
         for pattern, each in own.items():
             if pattern.matches(path):
                 return each
-        axes = next((each for pattern, each in logical.items() if pattern.matches(path)), ())
+        axes = _of_adapter(path, logical) or next((each for key, each in logical.items() if key.matches(path)), ())
         if len(axes) != paths[path]:
             return PartitionSpec()
         names = [divided.get(axis or "", ()) for axis in axes]
@@ -122,6 +122,15 @@ def _by_axes(sharding: ModelSharding, config: DecoderConfig, paths: Mapping[str,
         return PartitionSpec(*(each if len(each) > 1 else each[0] if each else None for each in names))
 
     return {path: NamedSharding(sharding.mesh, spec(path)) for path in paths}
+
+
+def _of_adapter(path: str, logical: Mapping[Pattern, tuple[str | None, ...]]) -> tuple[str | None, ...]:
+    """The logical axes of an adapter's array, which are those of its kernel but for the rank; () for other paths."""
+    module, _, name = path.rpartition("/")
+    axes = next((each for key, each in logical.items() if key.matches(f"{module}/kernel")), ())
+    if not axes or name not in ("lora_a", "lora_b"):
+        return ()
+    return (*axes[:-2], None, axes[-1]) if name == "lora_a" else (*axes[:-1], None)
 
 
 def _by_patterns(layout: Any, paths: list[str]) -> dict[str, Sharding]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from ...policies.matmul.sharded import (
     together,
 )
 from ...policies.matmul.shards import vary
-from ..experts import ExpertKernels, MLPs, by_expert, inverse, weighted_sum
+from ..experts import ExpertKernels, Kernel, MLPs, by_expert, inverse, weighted_sum
 
 
 def sharded_mixture(
@@ -49,26 +50,33 @@ def sharded_mixture(
     """
     found = [split for split in splits if split is not None]
     batch = found[0].batch_of(x.shape[0])
-    arrays = kernels.gate, kernels.up, kernels.down
+    arrays: list[Any] = [kernels.gate, kernels.up, kernels.down]
     dtype = np.dtype(kernels.activations or x.dtype)
     plans = [
         product_plan(dtype, array, split, batch, compute)
         for array, split, compute in zip(arrays, found, kernels.computes, strict=True)
     ]
+    adapted = [i for i, adapters in enumerate(kernels.adapters) if adapters is not None]
+    arrays += [each for adapters in kernels.adapters if adapters for each in (adapters.lora_a, adapters.lora_b)]
     number, width, hidden = common_parts(*(plan.parts for plan in plans))
     here = Part(number.names, (), number.count)  # experts are never gathered: tokens travel instead
-    parts = (here, width, hidden), (here, width, hidden), (here, hidden, width)
+    parts = [(here, width, hidden), (here, width, hidden), (here, hidden, width)]
+    parts += [each for i in adapted for each in ((here, WHOLE, parts[i][2]), (here, parts[i][1], WHOLE))]
     shapes = [array.shape for array in arrays]
 
-    def function(arrays: Sequence[jax.Array], x: jax.Array, logits: jax.Array) -> jax.Array:
+    def function(arrays: Sequence[Kernel], x: jax.Array, logits: jax.Array) -> jax.Array:
         # Here, since XLA gathers the operand of a top-k that it partitions.
         weights, experts = choose(logits)
         # Without the barrier XLA may gather kernels once before a decoding loop, and keep them whole in memory.
         if width.gathered or hidden.gathered:
             x, arrays = together(x, arrays)
-        mine = [local(array, each, shape) for array, each, shape in zip(arrays, parts, shapes, strict=True)]
+        mine: list[Any] = [local(array, each, shape) for array, each, shape in zip(arrays, parts, shapes, strict=True)]
+        rest = iter(mine[3:])
+        adapters = tuple(
+            each and dataclasses.replace(each, lora_a=next(rest), lora_b=next(rest)) for each in kernels.adapters
+        )
         mlps = functools.partial(
-            dataclasses.replace(kernels, gate=mine[0], up=mine[1], down=mine[2]).mlps,
+            dataclasses.replace(kernels, gate=mine[0], up=mine[1], down=mine[2], adapters=adapters).mlps,
             hidden=hidden.kept,
             width=width.kept,
             roundings=tuple(
@@ -92,7 +100,7 @@ def sharded_mixture(
     of_x = spec(batch, *between, hidden.kept)
     of_arrays = [array_specs(array, each) for array, each in zip(arrays, parts, strict=True)]
     run = over_devices(found[0], function, (of_arrays, of_x, spec(batch)), of_x)
-    result: jax.Array = run(list(arrays), x, logits)
+    result: jax.Array = run(arrays, x, logits)
     return result
 
 

@@ -122,10 +122,13 @@ def _kernel(x: jax.Array, pair: Pair | Any, block: Block) -> Kernel:
         _check(x, pair.values, pair.scale_inv, pair.block)
         return pair
     kernel, scale_inv = pair
-    if not isinstance(kernel, TrainableValues):
-        kernel = jnp.asarray(kernel)
-    _check(x, kernel, scale_inv, block)
-    return kernel if scale_inv is None else scaled_array(kernel, scale_inv, block)
+    if isinstance(kernel, TrainableValues):
+        scale_inv = jnp.ones(grid_shape(kernel.shape, block), jnp.float32) if scale_inv is None else scale_inv
+        _check(x, kernel.values, scale_inv, block)
+        return scaled_array(kernel, scale_inv, block)
+    array = jnp.asarray(kernel)
+    _check(x, array, scale_inv, block)
+    return array if scale_inv is None else scaled_array(array, scale_inv, block)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "compute", "result", "target", "backward"))
@@ -213,7 +216,8 @@ class _Group:
 
     def gradient_product(self, gradient: jax.Array, kernel: ScaledArray) -> jax.Array:
         """Returns gradient @ kernel.T in float32, with the gradient quantised to the format of `backward`."""
-        return _matmuls(gradient, (kernel,), DEFAULT_BLOCK, self.backward, F32, self.target)[0]
+        results: tuple[jax.Array, ...] = _matmuls(gradient, (kernel,), DEFAULT_BLOCK, self.backward, F32, self.target)
+        return results[0]
 
     def _on(self, target: Target, x: np.dtype) -> Callable[..., list[jax.Array]]:
         """Returns a function that computes the products of activations of dtype `x` as is best for `target`."""

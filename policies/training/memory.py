@@ -39,6 +39,8 @@ class ParamMemory:
     master          dtype of the master as text; None without one
     master_bytes    its bytes; 0 without
     amax_bytes      bytes of the magnitudes for delayed scales; 0 without
+    item_bytes      bytes for one value of the parameter in the arrays of the optimizer that have its shape: these are
+                    divided over devices as it is; the others, such as the scales of 8-bit state, are on each device
     """
 
     gradient: str
@@ -50,11 +52,17 @@ class ParamMemory:
     master: str | None = None
     master_bytes: int = 0
     amax_bytes: int = 0
+    item_bytes: int = 0
 
     @property
     def bytes(self) -> int:
         """All of these bytes."""
         return self.gradient_bytes + sum(self.state_bytes.values()) + self.master_bytes + self.amax_bytes
+
+    def device_bytes(self, size: int, part: int) -> int:
+        """Returns the bytes on a device that has `part` of the `size` values of the parameter, without the gradient."""
+        whole = self.bytes - self.gradient_bytes - size * self.item_bytes
+        return whole + part * self.item_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON has them."""
@@ -69,14 +77,24 @@ class ParamMemory:
 class TrainingMemory:
     """What training adds to a tree of parameters.
 
-    params       by path, for each parameter that is trained
-    other_bytes  bytes of the optimizer's state that belong to no parameter, such as step counts
-    unused       what the policy sets without effect on this optimizer, as sentences
+    params        by path, for each parameter that is trained
+    other_bytes   bytes of the optimizer's state that belong to no parameter, such as step counts
+    unused        what the policy sets without effect on this optimizer, as sentences
+    device_bytes  in a plan with shardings: bytes that `init` allocates on each device; None without shardings
     """
 
     params: Mapping[str, ParamMemory]
     other_bytes: int
     unused: tuple[str, ...] = ()
+    device_bytes: int | None = None
+
+    def on_devices(self, sizes: Mapping[str, tuple[int, int]]) -> TrainingMemory:
+        """Returns this with `device_bytes`.
+
+        sizes  by path, the number of values of each parameter, and of the part that a device has
+        """
+        parts = sum(param.device_bytes(*sizes[path]) for path, param in self.params.items())
+        return dataclasses.replace(self, device_bytes=parts + self.other_bytes)
 
     @property
     def gradient_bytes(self) -> int:
@@ -116,6 +134,7 @@ class TrainingMemory:
             "amax_bytes": self.amax_bytes,
             "other_bytes": self.other_bytes,
             "optimizer_bytes": self.optimizer_bytes,
+            "device_bytes": self.device_bytes,
         }
 
     def __str__(self) -> str:
@@ -135,6 +154,8 @@ class TrainingMemory:
         """
         total = stored + self.gradient_bytes + self.optimizer_bytes
         lines = [str(self), f"parameters, gradients, state and masters: {human_bytes(total)}"]
+        if self.device_bytes is not None:
+            lines.append(f"state and masters on each device: {human_bytes(self.device_bytes)}")
         wide: dict[tuple[str, str], list[str]] = {}
         for path, param in self.params.items():
             for field, why in param.wide.items():
@@ -211,6 +232,9 @@ def _param_memory(param: ResolvedParam, leaves: list[StateLeaf], policy: PolicyR
         master=master,
         master_bytes=sizes["master"] if master else 0,
         amax_bytes=sizes["amax"] if amax else 0,
+        item_bytes=sum(
+            x.dtype.itemsize for leaf in leaves for x in jax.tree.leaves(leaf.value) if x.shape == param.shape
+        ),
     )
 
 

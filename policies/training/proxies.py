@@ -33,8 +33,8 @@ def add_proxies(model: nnx.Module, trainable: Trainable = "**", dtype: DTypeLike
     dtype      f32, bf16 or f16, which the gradients will have
 
     Then `nnx.grad` and `nnx.value_and_grad` over `nnx.Param` give the gradient of a kernel `kernel` at `kernel_proxy`,
-    and `with_policy` in `nnx.Optimizer(model, tx, wrt=nnx.Any(nnx.Param, perparam.Narrow))` updates the kernel with it.
-     Proxies are arrays of the model: they take memory, four bytes for each value in float32, and are rows of its
+    and `with_policy` in `nnx.Optimizer(model, tx, wrt=nnx.Any(nnx.Param, perparam.training.Narrow))` updates the kernel
+    with it.   Proxies are arrays of the model: they take memory, four bytes for each value in float32, and are rows of its
     plan.  `perparam.training.value_and_grad` needs none.  `remove_proxies` removes them, as before saving.
 
     >>> from perparam.models import Linear

@@ -16,11 +16,12 @@ from .. import dtypes
 from ..blocks import DEFAULT_BLOCK
 from ..errors import InvalidGradients, InvalidScale, UnsupportedCast
 from ..formats import Format, ScaledArray
-from ..paths import is_scale, scale_path
+from ..paths import is_scale, proxy_path, scale_path
 from ..resolved import resolve
 from ..rules import PolicyRules
 from ..scales import F32
 from ..trees import ArrayInfo, Narrow, component, is_leaf, is_linen, rebox, unbox
+from .proxies import Proxy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,8 @@ class TrainedParameters:
 
     params  nested mappings, an nnx.State (with variables or pure), or any other pytree
 
-    Trained are floating-point parameters and scaled pairs.  None, `optax.MaskedNode`, integers, PRNG keys and, in
+    Trained are floating-point parameters and scaled pairs.  A proxy beside a pair is not, see `add_proxies`, but its
+    gradient is that of the pair.  None, `optax.MaskedNode`, integers, PRNG keys and, in
     Linen's variables, other collections than `params` are not.
 
     Raises:
@@ -73,9 +75,10 @@ class TrainedParameters:
         for path, value in by_path.items():
             if path is not None and _is_array(value):
                 infos |= _describe(path, value)
+        proxies = {proxy_path(path) for path in by_path if path is not None and scale_path(path) in by_path}
         self.trained: dict[str, Trained] = {}
         for path, param in resolve(policy, infos, slots=()).params.items():
-            if param.format.scale is None and not dtypes.is_floating(param.format.values):
+            if path in proxies or (param.format.scale is None and not dtypes.is_floating(param.format.values)):
                 continue
             values = by_path[path]
             values, scale_inv = values if isinstance(values, ScaledArray) else (values, by_path.get(scale_path(path)))
@@ -146,6 +149,9 @@ class TrainedParameters:
         leaves, _ = _flatten(tree)
         linen = is_linen(tree)
         found = {_path(keys, linen): unbox(leaf) for keys, leaf in leaves}
+        for path in self.trained:
+            if found.get(path) is None and _is_array(found.get(proxy_path(path))):
+                found[path] = found.pop(proxy_path(path))
         known = set(self.paths)
         for path, leaf in found.items():
             if path is not None and path not in known and not is_scale(path) and _is_array(leaf):
@@ -238,12 +244,18 @@ def _check_variables(params: Any, policy: PolicyRules) -> None:
     """
     if not isinstance(params, nnx.State):
         return
+    paths = {"/".join(map(str, keys)) for keys, _ in nnx.to_flat_state(params)}
     for keys, leaf in nnx.to_flat_state(params):
         path = "/".join(map(str, keys))
         if isinstance(leaf, nnx.Variable) and not isinstance(leaf, (nnx.Param, Narrow)):
             raise UnsupportedCast(
                 f"{path}: a variable of type {type(leaf).__name__} is not a parameter. Pass the state of parameters "
                 "alone: nnx.state(model, nnx.Param)."
+            )
+        if isinstance(leaf, Proxy) and path.removesuffix(proxy_path("")) not in paths:
+            raise UnsupportedCast(
+                f"{path}: the proxy of a narrow kernel, without the kernel. Pass both to the optimizer: "
+                "nnx.Optimizer(model, tx, wrt=nnx.Any(nnx.Param, perparam.training.Narrow))."
             )
         block = leaf.get_metadata().get("block") if isinstance(leaf, Narrow) else None
         if block is not None and not is_scale(path):

@@ -15,6 +15,7 @@ from perparam import Policy, get_policy
 from perparam.models import Llama, LlamaConfig, Qwen3, Qwen3Config, transformer
 from perparam.models.decoding import step as decoding
 from perparam.models.layers import Linear, RMSNorm
+from perparam.models.lora import add_lora
 from perparam.policies.matmul import Target, matmul_override
 
 HOPPER = Target("cuda", (9, 0))
@@ -139,6 +140,10 @@ def test_layers_and_attention_of_other_classes_are_refused():
     model = built(family=(Llama, LlamaConfig))
     model.layers[1].self_attn.__class__ = Attention
     assert refusal(model) == "attention is of another class"
+
+
+def test_projections_with_adapters_are_refused(taken):
+    assert refusal(add_lora(taken, 2, 4, "up_proj", rngs=nnx.Rngs(0))) == "a projection has an adapter"
 
 
 def test_what_cannot_be_the_key_of_a_compiled_layer_is_refused():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from perparam import Policy
 from perparam.policies import UnmatchedRule
@@ -176,6 +177,19 @@ class TestAnyOptimizer:
         assert memory.master_bytes == allocated(params) * 2
 
 
+def test_on_a_mesh_arrays_of_the_parameters_shape_are_divided_as_it_is():
+    mesh = jax.sharding.AbstractMesh((2,), ("x",))
+    shapes = {"kernel": jax.ShapeDtypeStruct((64, 128), "float32"), "bias": jax.ShapeDtypeStruct((64,), "float32")}
+    where = {"kernel": NamedSharding(mesh, PartitionSpec("x"))} | dict.fromkeys(
+        ("scale_inv", "bias"), NamedSharding(mesh, PartitionSpec())
+    )
+    policy = Policy({"kernel": "f8_e4m3fn"}, opt_state={"nu": "dynamic8"}, master={"kernel": "bf16"}, block=(16, 16))
+    plan = policy.explain(shapes, optimizer=with_policy(optax.adam(1e-3), policy), sharding=where)
+    kernel = 64 * 128 // 2 * (4 + 1 + 2) + 64 * 128 // 256 * 4  # mu, nu's codes, the master; the scales of nu
+    assert plan.training.device_bytes == kernel + 64 * 2 * 4 + 8
+    assert f"\nstate and masters on each device: {(kernel + 520) / 1024:.1f} KiB\n" in plan.to_text()
+
+
 class TestText:
     plan = POLICY.explain(SHAPES, optimizer=with_policy(optax.adam(1e-3), POLICY))
 
@@ -208,6 +222,7 @@ class TestText:
             "amax_bytes": 0,
             "other_bytes": 8,
             "optimizer_bytes": self.plan.training.optimizer_bytes,
+            "device_bytes": None,
         }
         rows = {row["path"]: row for row in data["rows"]}
         assert rows["layers/0/kernel"]["training"]["state"] == {"mu": "bf16", "nu": "dynamic8"}

@@ -1,0 +1,156 @@
+"""`add_lora` and `merge_lora`: low-rank adapters beside the frozen kernels of a model, and their merge into these."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from ..policies.errors import InvalidAdapter, UnmatchedRule, count, shown
+from ..policies.formats import Format
+from ..policies.patterns import Pattern
+from ..policies.policy import Policy
+from ..policies.scales import F32
+from ..policies.scope import Scope
+from ..policies.trees import ArrayInfo
+from .adapters import Adapter
+from .config import DecoderConfig
+from .layers import Embedding
+from .lora_layers import Draw, insert_adapters, linear_layers, peft_uniform, shapes_of
+from .sharding.arrays import shardings, splits
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def add_lora(
+    model: M,
+    rank: int,
+    alpha: float,
+    targets: str | Iterable[str],
+    *,
+    rngs: nnx.Rngs,
+    rslora: bool = False,
+) -> M:
+    """Returns the model with a trainable low-rank adapter beside the kernel of each target; `model` is not changed.
+
+    rank     rows of `lora_a`
+    alpha    the adapter's product is scaled by alpha / rank
+    targets  patterns of the paths of linear layers: "q_proj" for all of this name, "layers/**" for all in decoder
+             layers, "layers/{0..3}/self_attn/{q,v}_proj"
+    rngs     random keys, for `lora_a`
+    rslora   scale by alpha / sqrt(rank) instead
+
+    The result shares its arrays with `model`, and has the same outputs until it is trained. A layer has, beside its
+    `kernel` and `scale_inv`, which keep their paths and bits:
+
+      lora_a  (rank, in)   uniform between ±1/sqrt(in), as peft draws it   (experts, rank, in) for experts
+      lora_b  (out, rank)  zeros                                           (experts, out, rank) for experts
+
+    Both are `nnx.LoRAParam`s, so that these train them and nothing else:
+
+      optimizer = nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.LoRAParam)
+      loss, gradients = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+
+    The model's policy decides on their dtypes, such as by the rule `lora_a?: bf16`; without one they are float32, and
+    computed in the activations' dtype. Layers with different ranks are targets of several calls.
+
+    >>> from perparam.models import Linear
+    >>> layer = add_lora(Linear(4, 3, policy="fp8_weight_only", rngs=nnx.Rngs(0)), 2, 4, "**", rngs=nnx.Rngs(1))
+    >>> layer.kernel.dtype.name, layer.lora_a.shape, layer.lora_b.shape
+    ('float8_e4m3fn', (2, 4), (3, 2))
+
+    Raises:
+      UnmatchedRule: a pattern that matches no linear layer and does not end with '?'.
+      InvalidAdapter: a rank or alpha that is not positive, a layer that has an adapter, a policy under which adapters
+        would be narrow.
+    """
+    if not isinstance(rank, int) or rank < 1 or not alpha > 0:
+        raise InvalidAdapter(
+            f"rank and alpha are positive numbers, and rank is an integer: found rank {shown(rank)} and alpha "
+            f"{shown(alpha)}. Usual values are 8 and 16."
+        )
+    adapter = Adapter(rank, float(alpha), rslora)
+    return with_adapters(model, dict.fromkeys(_chosen(model, targets), adapter), peft_uniform(rngs))
+
+
+def with_adapters(model: M, adapters: Mapping[str, Adapter], draw: Draw) -> M:
+    """Returns the model with adapters by the path of their layer, whose arrays `draw` returns; `model` is not changed.
+
+    Raises:
+      InvalidAdapter: a layer that has an adapter.
+    """
+    changed = nnx.clone(model)
+    layers = linear_layers(changed)
+    for path in adapters:
+        if (present := layers[path].adapter) is not None:
+            raise InvalidAdapter(
+                f"{path}: the layer has an adapter of rank {present.rank}. Merge it with merge_lora, or "
+                "name other layers."
+            )
+    shapes = {
+        f"{path}/{name}": ArrayInfo(shape, Format(F32))
+        for path, adapter in adapters.items()
+        for name, shape in shapes_of(layers[path], adapter).items()
+    }
+    sharding, config = getattr(model, "sharding", None), getattr(model, "config", None)
+    policy, found = _policy(model), None
+    if sharding is not None and isinstance(config, DecoderConfig):
+        places, found = shardings(sharding, config, shapes), splits(sharding, config, shapes)
+        draw = _placed(draw, places)
+    insert_adapters(changed, adapters, Scope(policy, policy.activations, splits=found), draw)
+    return changed
+
+
+def _policy(model: nnx.Module) -> Policy:
+    """The model's policy; one that changes nothing if it has none."""
+    policy = getattr(model, "policy", None)
+    return policy if isinstance(policy, Policy) else Policy()
+
+
+def _placed(draw: Draw, places: Mapping[str, Any]) -> Draw:
+    """`draw`, whose arrays have these shardings, by path."""
+    return lambda path, shape: jax.device_put(draw(path, shape), places[path])
+
+
+def _chosen(model: nnx.Module, targets: str | Iterable[str]) -> list[str]:
+    """The paths of the linear layers that any of the patterns matches, in the model's order."""
+    texts = [targets] if isinstance(targets, str) else list(targets)
+    patterns = {text: Pattern.of(text.removesuffix("?")) for text in texts}
+    paths = list(linear_layers(model))
+    for text, pattern in patterns.items():
+        if not text.endswith("?") and not any(map(pattern.matches, paths)):
+            raise UnmatchedRule(_unmatched(model, text, pattern, paths))
+    chosen = [path for path in paths if any(pattern.matches(path) for pattern in patterns.values())]
+    if not chosen:
+        raise UnmatchedRule(f"targets: none of {shown(texts)} matches a linear layer, such as {paths[:1]}. Add one.")
+    return chosen
+
+
+def _unmatched(model: nnx.Module, text: str, pattern: Pattern, paths: Sequence[str]) -> str:
+    """The message of the error for a pattern that matches no linear layer."""
+    message = f"{text!r} (targets) matches none of {count(len(paths), 'linear layer')}."
+    others = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if path}
+    matched = {path: type(module).__name__ for path, module in others.items() if pattern.matches(path)}
+    if any(pattern.matches(f"{path}/kernel") for path in paths):
+        return f"{message} Targets are layers, not their parameters: write the pattern without '/kernel'."
+    if inside := [path for path in paths if any(pattern.matches(path.rsplit("/", i)[0]) for i in (1, 2))]:
+        return f"{message} It matches modules with linear layers in them, such as {inside[0]}: add '/**'."
+    tied = isinstance(others.get("embed_tokens"), Embedding) and getattr(model, "lm_head", None) is None
+    if text.strip("*/?") == "lm_head" and tied:
+        return (
+            f"{message} The head of this model is its embedding, and only linear layers can have adapters. Remove the "
+            "pattern."
+        )
+    if matched:
+        path, kind = next(iter(matched.items()))
+        return f"{message} {path} is of class {kind}, and only linear layers can have adapters. Remove the pattern."
+    near = difflib.get_close_matches(text.replace("*", "0"), paths, n=1, cutoff=0.0)
+    last = difflib.get_close_matches(text, {path.rpartition("/")[2]: 0 for path in paths}, n=1, cutoff=0.0)
+    nearest = (last if pattern.bare else near) or ["none"]
+    return (
+        f"{message}\n  nearest: {nearest[0]}\n"
+        "  Correct the pattern, remove it, or end it with '?' if it may match nothing."
+    )
