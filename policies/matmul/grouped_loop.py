@@ -171,12 +171,18 @@ def gradients(
             chosen = dict(zip(trained, wide, strict=True))
             return _products(call, rows, [_with(kernel, chosen.get(i)) for i, kernel in enumerate(of_group)])
 
+        # Marked as varying: the gradient of one that does not vary would be added up over devices with other groups.
         wide = [
-            jnp.zeros(kernel.shape, dtypes[i]) if isinstance(kernel := of_group[i], ScaledArray) else kernel
+            vary(jnp.zeros(kernel.shape, dtypes[i]), (x, kernels))
+            if isinstance(kernel := of_group[i], ScaledArray)
+            else kernel
             for i in trained
         ]
-        _, pull_back = jax.vjp(products, tiles.rows(padded, start), wide)
         in_group = (start + jnp.arange(tiles.height) < tiles.ends[group])[:, None]
+        tile_rows = tiles.rows(padded, start)
+        if call.backward is not None:  # rows of other groups would enter the scales of x
+            tile_rows = jnp.where(in_group, tile_rows, jnp.zeros_like(tile_rows))
+        _, pull_back = jax.vjp(products, tile_rows, wide)
         rows = tuple(tiles.rows(gradient, start) for gradient in padded_gradients)
         d_rows, d_wide = pull_back(tuple(jnp.where(in_group, each, jnp.zeros_like(each)) for each in rows))
         dx = _updated(dx, d_rows, start)
