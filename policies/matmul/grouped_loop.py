@@ -189,7 +189,7 @@ def gradients(
         # In float32, since a group may have many tiles.
         return dx, [total.at[group].add(one.astype(total.dtype)) for total, one in zip(dkernels, d_wide, strict=True)]
 
-    zeros = [jnp.zeros(kernels[i].shape, jnp.promote_types(dtypes[i], jnp.float32)) for i in trained]
+    zeros = [jnp.zeros(kernels[i].shape, jnp.float64 if dtypes[i] == np.float64 else jnp.float32) for i in trained]
     begin = vary((_no_bits(padded.shape, x.dtype), zeros), (x, kernels, group_sizes, gradients))
     dx, dkernels = jax.lax.fori_loop(0, tiles.counts[-1], body, begin)
     found = {i: total.astype(dtypes[i]) for i, total in zip(trained, dkernels, strict=True)}

@@ -2,8 +2,8 @@
 test_sharded_gradients.py, which has the names of layouts.
 
 A line is `{"name", "loss", "gradient", "worst", "elsewhere", "narrow", "same"}`: the relative errors of a loss and of
-the worst of its gradients against one device, and its path; the parameters whose gradient has another sharding than they
-have; the number of gradients of narrow kernels; and whether the same parameters have gradients.
+the worst of its gradients against one device, and its path; the parameters whose gradient is divided otherwise than
+they are; the number of gradients of narrow kernels; and whether the same parameters have gradients.
 """
 
 import json

@@ -55,8 +55,10 @@ def assert_sums(found, left, right):
     assert (abs(found - left @ right) <= bound).all()
 
 
-@pytest.mark.parametrize("compute", [None, "f8_e4m3fn"])
-@pytest.mark.parametrize(("backward", "of_gradient"), [("f8_e5m2", E5M2), ("f8_e4m3fn", E4M3)])
+@pytest.mark.parametrize("compute", [pytest.param(None, marks=pytest.mark.slow), "f8_e4m3fn"])
+@pytest.mark.parametrize(
+    ("backward", "of_gradient"), [("f8_e5m2", E5M2), pytest.param("f8_e4m3fn", E4M3, marks=pytest.mark.slow)]
+)
 def test_products_in_gradients_are_those_of_rounded_operands(backward, of_gradient, compute):
     x, gradient, weight = operands()
     scaled = quantize(weight, "f8_e4m3fn", (128, 128))
@@ -79,6 +81,7 @@ def test_a_wide_kernel_is_quantised_for_them():
     assert_sums(dw, rounded(gradient.T, E5M2), rounded(x.T, E4M3).T)
 
 
+@pytest.mark.slow
 def test_they_differ_from_those_without_it_as_the_rounding_does():
     x, gradient, weight = operands()
     found = gradients(x, gradient, lambda weight: weight, jnp.asarray(weight), backward="f8_e5m2")
@@ -87,6 +90,7 @@ def test_they_differ_from_those_without_it_as_the_rounding_does():
         assert 0.01 < np.linalg.norm(narrow - exact) / np.linalg.norm(exact) < 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["int8", "mxfp8"])
 @pytest.mark.parametrize("backward", ["f8_e5m2", "mxfp8"])
 def test_kernels_of_other_formats_keep_their_values(kernel, backward):
@@ -118,6 +122,7 @@ def test_each_implementation_computes_them(implementation):
     assert_sums(dw, rounded(gradient.T, E5M2), rounded(x.T, E4M3).T)
 
 
+@pytest.mark.slow
 def test_groups_of_rows_have_them():
     x, gradient, weight = operands()
     scaled, sizes = quantize(np.stack([weight, 2 * weight]), "f8_e4m3fn"), jnp.array([2, 3])
