@@ -5,6 +5,7 @@ from .checks import Check
 from .dtypes import as_dtype, dtype_name, saturating_cast
 from .errors import (
     InvalidCheckpoint,
+    InvalidGradients,
     InvalidPolicy,
     InvalidScale,
     InvalidTokens,
@@ -42,6 +43,7 @@ __all__ = [
     "Choice",
     "Format",
     "InvalidCheckpoint",
+    "InvalidGradients",
     "InvalidPolicy",
     "InvalidScale",
     "InvalidTokens",

@@ -101,7 +101,7 @@ def check_rules(slot: SlotRules, leaves: Iterable[StateLeaf], paths: Iterable[st
     leaves = list(leaves)
     fields = dict.fromkeys(leaf.field for leaf in leaves if leaf.field is not None)
     names = [f"{field}/{path}" if path else field for field in fields for path in paths]
-    decide("opt_state", slot, dict.fromkeys([*(leaf.name for leaf in leaves if leaf.field), *names]), "array of state")
+    decide("opt_state", slot, dict.fromkeys([*(leaf.name for leaf in leaves if leaf.field), *names]), "state array")
     for leaf in leaves:
         state_format(slot, leaf)
 

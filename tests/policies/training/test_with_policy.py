@@ -146,7 +146,7 @@ def test_arithmetic_is_in_float32_and_only_storage_rounds():
 
 
 def test_injected_hyperparameters_promote_no_moment():
-    """optax#1552 and tunix#1880: moments in bf16 become float32 after a step, since b1 is an array there."""
+    """optax#1552 and tunix#1880: there moments in bf16 became float32 after a step, since b1 is an array."""
     factory = optax.inject_hyperparams(optax.adam, static_args="mu_dtype")
     params = drawn(0, "bfloat16")
     gradients = drawn(1, "bfloat16")
@@ -160,6 +160,19 @@ def test_injected_hyperparameters_promote_no_moment():
     state = jax.eval_shape(plain.init, params)
     assert dtypes_of(state) == dtypes_of(jax.eval_shape(plain.update, gradients, state, params)[1])
     assert dtypes_of(state)[".inner.inner_state[0].mu['dense']['kernel']"] == ("bfloat16", (48, 40))
+
+
+def test_state_without_a_rule_keeps_the_dtype_that_init_gave_it():
+    mean = jax.tree.map(lambda x: x.astype("bfloat16"), PARAMS)
+    promoting = optax.GradientTransformation(
+        lambda params: optax.EmaState(jnp.zeros((), "int32"), mean),
+        lambda updates, state, params: (updates, state._replace(ema=updates)),
+    )
+    tx = with_policy(promoting, Policy())
+    state = tx.init(PARAMS)
+    _, after = tx.update(GRADIENTS[0], state, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state._replace(step=after.step))
+    chex.assert_trees_all_equal(after.inner.ema, jax.tree.map(lambda x: x.astype("bfloat16"), GRADIENTS[0]))
 
 
 def test_extra_arguments_are_passed_on():
@@ -198,13 +211,13 @@ class TestRules:
     def test_state_rules_are_checked_by_init(self):
         policy = Policy.loads("opt_state:\n  mu: bf16\n  nue: f32\n", "p.yaml")
         with pytest.raises(
-            UnmatchedRule, match=r"p.yaml:3: 'nue' \(opt_state\) matches none of 6 array.*\n  nearest: nu"
+            UnmatchedRule, match=r"p.yaml:3: 'nue' \(opt_state\) matches none of 6 state arrays.*\n  nearest: nu"
         ):
             with_policy(optax.adam(1.0), policy).init(PARAMS)
         policy = Policy(opt_state={"mu": "bf16", "mu/**/bias": "f32"})
         with pytest.raises(ShadowedRule, match=r"'mu/\*\*/bias' \(opt_state\) decides nothing.*'mu'"):
             with_policy(optax.adam(1.0), policy).init(PARAMS)
-        with pytest.raises(UnmatchedRule, match="matches none of 0 array"):
+        with pytest.raises(UnmatchedRule, match="matches none of 0 state arrays"):
             with_policy(optax.sgd(1.0), Policy(opt_state={"mu": "bf16"})).init(PARAMS)
 
     @pytest.mark.parametrize("slot", ["grads", "master"])
