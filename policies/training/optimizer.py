@@ -25,7 +25,7 @@ from ..scales import encode_scales
 from .fields import StateLeaf, check_rules, check_structure, narrow, state_leaves, widen
 from .rounding import requantize, stochastic_cast
 from .states import NoUpdate, PolicyState, StoredUpdate
-from .trained import Trained, TrainedParameters, pure
+from .trained import Trained, TrainedParameters, placed, pure
 
 Rounding = Literal["nearest", "stochastic"]
 Scales = Literal["fresh", "delayed"]
@@ -112,9 +112,9 @@ class _Optimizer:
         for name in ("grads", "master"):
             decide(name, self._policy.slot(name), view.paths)
         view = TrainedParameters(pure(params), self._policy)
-        wide = {param.path: _placed(param.wide(), param.values) for param in view}
+        wide = {param.path: placed(param.wide(), param.values) for param in view}
         masters = {
-            param.path: _placed(dtypes.saturating_cast(wide[param.path], dtype), param.values)
+            param.path: placed(dtypes.saturating_cast(wide[param.path], dtype), param.values)
             for param in view
             if (dtype := master_dtype(self._policy, param)) is not None
         }
@@ -148,8 +148,8 @@ class _Optimizer:
         wide = {p.path: p.wide() if masters[p.path] is None else masters[p.path].astype(p.wide_dtype) for p in view}
         gradients = view.by_path(pure(updates), "gradient")
         still = {path for path, gradient in gradients.items() if gradient is None}
-        moves, inner_state = self._inner_update(view, gradients, wide, state, extra_args)
         random = _Random(self._seed, state.step, list(view.trained)) if self._stochastic else None
+        moves, inner_state = self._inner_update(view, gradients, wide, state.inner, random, extra_args)
         values: dict[str, Any] = {}
         scales: dict[str, Any] = {}
         for param in view:
@@ -164,7 +164,7 @@ class _Optimizer:
                 values[path] = move  # optax's own
                 continue
             new, moved = wide[path] + move, jnp.any(move != 0)
-            key = None if random is None else random.key(path)
+            key = _key(random, path)
             if masters[path] is not None:
                 new = _rounded(new, masters[path].dtype, key)
                 masters[path] = jnp.where(moved, new, masters[path])
@@ -189,7 +189,8 @@ class _Optimizer:
         view: TrainedParameters,
         gradients: Mapping[str, Any],
         wide: Mapping[str, jax.Array],
-        state: PolicyState,
+        state: Any,
+        random: _Random | None,
         extra_args: Mapping[str, Any],
     ) -> tuple[dict[str, Any], Any]:
         """Returns the update of each parameter by the wrapped transformation, and its state as it is stored.
@@ -198,7 +199,7 @@ class _Optimizer:
         """
         slot = self._policy.opt_state
         keys = view.keys()
-        before, structure = state_leaves(state.inner, keys)
+        before, structure = state_leaves(state, keys)
         widened = widen(slot, before)
         received = {
             path: jnp.zeros_like(wide[path]) if gradient is None else self._received(path, gradient, wide[path].dtype)
@@ -212,7 +213,7 @@ class _Optimizer:
         check_structure(structure, new_structure)
         # A transformation may promote its state, as inject_hyperparams does with moments in bf16.
         after = [_with_dtype_of(leaf, x) for leaf, x in zip(after, widened, strict=True)]
-        stored = narrow(slot, after, self._cast_state(view, state.step))
+        stored = narrow(slot, after, lambda x, dtype, path, i: _rounded(x, dtype, _key(random, path, i + 1)))
         kept = [
             old.value if old.path is not None and gradients[old.path] is None else x
             for old, x in zip(before, stored, strict=True)
@@ -226,15 +227,6 @@ class _Optimizer:
         received: jax.Array = (gradient if format is None else gradient.astype(format.values)).astype(dtype)
         return received
 
-    def _cast_state(self, view: TrainedParameters, step: jax.Array) -> Any:
-        """Returns the cast of state to 16 bits, in the rounding of the optimizer."""
-        random = _Random(self._seed, step, list(view.trained)) if self._stochastic else None
-
-        def cast(values: jax.Array, dtype: np.dtype, path: str, index: int) -> jax.Array:
-            return _rounded(values, dtype, None if random is None else random.key(path, index + 1))
-
-        return cast
-
 
 class _Random:
     """The random keys of one step: `fold_in(fold_in(key(seed), step), index of the parameter)`."""
@@ -247,6 +239,10 @@ class _Random:
         """Returns the key for a parameter, or with `state` the one for an array of its state, counted from 1."""
         key = jax.random.fold_in(self._key, self._index[path])
         return jax.random.fold_in(key, state) if state else key
+
+
+def _key(random: _Random | None, path: str, state: int = 0) -> jax.Array | None:
+    return None if random is None else random.key(path, state)
 
 
 def master_dtype(policy: PolicyRules, param: Trained) -> np.dtype | None:
@@ -298,18 +294,9 @@ def _delayed_scales(before: jax.Array, values: jax.Array, format: Format) -> tup
     return encode_scales(scales, format.scale), now
 
 
-def _placed(array: jax.Array, like: Any) -> jax.Array:
-    """Returns an array of a parameter's shape on the parameter's devices; traced arrays are left to the compiler."""
-    concrete = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)
-    if not concrete or isinstance(array, jax.core.Tracer) or array.sharding == like.sharding:
-        return array
-    placed: jax.Array = jax.device_put(array, like.sharding)
-    return placed
-
-
 def _like_parameter(x: Any, leaf: StateLeaf, view: TrainedParameters) -> Any:
     """Returns an array of the state, on the devices of its parameter if it has its shape."""
     if leaf.path is None:
         return x
     param = view.trained[leaf.path]
-    return jax.tree.map(lambda part: _placed(part, param.values) if part.shape == param.values.shape else part, x)
+    return jax.tree.map(lambda part: placed(part, param.values) if part.shape == param.values.shape else part, x)

@@ -183,6 +183,15 @@ def pure(params: Any) -> Any:
     return nnx.as_pure(params) if isinstance(params, nnx.State) else params
 
 
+def placed(array: jax.Array, like: Any) -> jax.Array:
+    """Returns an array of a parameter's shape on the parameter's devices; traced arrays are left to the compiler."""
+    concrete = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)
+    if not concrete or isinstance(array, jax.core.Tracer) or array.sharding == like.sharding:
+        return array
+    placed: jax.Array = jax.device_put(array, like.sharding)
+    return placed
+
+
 def keep(tree: Any, paths: Collection[str]) -> Any:
     """Returns a tree with the leaves at these paths, and None in place of others; an nnx.State has no others."""
     if isinstance(tree, nnx.State):

@@ -87,6 +87,7 @@ class TestMasters:
         assert_same_bits(stalled, params)
         np.testing.assert_array_equal(moved["w"], jnp.full(8, 1 - 6e-3).astype("bfloat16"))
 
+    @pytest.mark.slow
     def test_a_master_in_bf16_is_rounded_stochastically_and_its_copy_to_nearest(self):
         policy = FP8.replace(master={"kernel": "bf16"})
         params, state = after(
@@ -102,7 +103,10 @@ def _pair_of(params):
 
 
 class TestWithoutMasters:
-    @pytest.mark.parametrize("format", ["f8_e4m3fn", "int8", "mxfp8"])
+    @pytest.mark.parametrize(
+        "format",
+        ["f8_e4m3fn", pytest.param("int8", marks=pytest.mark.slow), pytest.param("mxfp8", marks=pytest.mark.slow)],
+    )
     def test_the_value_after_a_step_is_quantised_again(self, format):
         policy = Policy({"kernel": format}, block=None if format == "mxfp8" else BLOCK)
         stored = policy.store(WIDE, scaled=True)
@@ -140,6 +144,7 @@ class TestWithoutMasters:
         moved, _ = step(tx, pure, tx.init(state), gradient)
         assert_same_bits(nnx.to_pure_dict(moved), in_mapping)
 
+    @pytest.mark.slow
     def test_boxes_are_kept(self):
         def boxed(x):
             return nn.Partitioned(x, names=(None,) * x.ndim)
@@ -172,7 +177,7 @@ class TestWhatStays:
             assert moved[name].dtype == params[name].dtype
             assert (moved[name] == params[name]).all()
 
-    @pytest.mark.parametrize("master", [None, "f32"])
+    @pytest.mark.parametrize("master", [pytest.param(None, marks=pytest.mark.slow), "f32"])
     def test_a_parameter_without_a_gradient_and_its_state_keep_their_bits(self, master):
         tx = with_policy(optax.adamw(0.1), FP8.replace(master=master, opt_state={"*/**/kernel": "dynamic8"}))
         params, state = after(tx, FP8.store(WIDE), [GRADIENT])
@@ -183,7 +188,7 @@ class TestWhatStays:
             assert_same_bits(now, before)
         assert not np.array_equal(moved["dense"]["bias"], params["dense"]["bias"])
 
-    @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+    @pytest.mark.parametrize("rounding", ["nearest", pytest.param("stochastic", marks=pytest.mark.slow)])
     def test_an_update_of_zero_keeps_the_bits(self, rounding):
         policy = FP8.replace(master={"norm/scale": "f32"})
         tx = optax.multi_transform({"a": optax.sgd(0.1), "b": optax.set_to_zero()}, {"dense": "b", "norm": "a"})
@@ -212,6 +217,7 @@ class TestStochasticRounding:
         assert abs(mean - steps * rate) < 6 * deviation
         assert len(np.unique(np.asarray(moved["w"], np.float32))) > 1
 
+    @pytest.mark.slow
     def test_random_numbers_depend_on_seed_step_and_parameter_alone(self):
         tx = with_policy(optax.sgd(1e-3), FP8.replace(opt_state=None), rounding="stochastic", seed=3)
         params, state = after(tx, FP8.store(WIDE), [GRADIENT] * 2)
@@ -305,6 +311,7 @@ class TestOthersApplyTheUpdates:
         chex.assert_trees_all_equal(jax.tree.leaves(bits(found)), jax.tree.leaves(bits(state)))
         assert found.inner[0].mu["first"]["kernel"].codes.dtype == jnp.uint8
 
+    @pytest.mark.slow
     def test_an_optimizer_of_nnx_with_narrow_variables(self):
         class Dense(nnx.Module):
             def __init__(self):
@@ -333,6 +340,7 @@ class TestOthersApplyTheUpdates:
         assert seen == [1.0, 0.875, 0.875, 0.75]
         assert int(state.inner_opt_state.step) == 2
 
+    @pytest.mark.slow
     def test_accumulation_inside_of_scaled_pairs(self):
         inner = optax.MultiSteps(optax.sgd(0.5), 2).gradient_transformation()
         params, state = after(with_policy(inner, FP8), FP8.store(WIDE), [GRADIENT])
@@ -340,6 +348,7 @@ class TestOthersApplyTheUpdates:
         twice, _ = step(with_policy(inner, FP8), params, state, GRADIENT)
         assert not np.array_equal(bits(_pair_of(twice)[0]), bits(_pair_of(params)[0]))
 
+    @pytest.mark.slow
     def test_a_step_that_is_not_finite_is_skipped_inside(self):
         policy = FP8.replace(master={"bias": "f32"}, opt_state={"mu": "bf16", "nu": "f32"})
         tx = with_policy(optax.apply_if_finite(optax.adam(0.1), 5), policy)
