@@ -3,16 +3,16 @@
     python benchmarks/train.py [--size small|toy] [--rounds 7] [--only NAMES] [--out FOLDER]
 
 A small decoder (`train_models.py`) is trained with AdamW on one batch of random tokens, by each of the contenders in
-`trainers.py`.  qwix takes part if it is installed (`pip install qwix`); contenders that do not run are listed with their
-error.  Each contender runs in its own process, and all of them wait while one works.  In each round every contender
-takes one step, in shuffled order, so that changes in the speed of the machine affect all of them.  Ratios are computed
-within a round; their median and quartiles are reported.  The script needs 12 GiB of memory.
+`trainers.py`.  qwix takes part if it is installed (`pip install qwix`); contenders that do not run are listed with
+their error.  Each contender runs in its own process, and all of them wait while one works.  In each round every
+contender takes one step, in shuffled order, so that changes in the speed of the machine affect all of them.  Ratios are
+computed within a round; their median and quartiles are reported.  The script needs 12 GiB of memory.
 
     step       seconds of a step: loss, gradients and update, as one compiled program that donates parameters and state
     update     seconds of the optimizer's update alone, with constant gradients
     planned    bytes of parameters and of the optimizer's state, masters included, as `Policy.explain` has them
     live       the same of the arrays that are allocated
-    arguments  bytes of the arguments of the compiled step; beyond the live ones these are the batch and frozen parameters
+    arguments  bytes of the arguments of the compiled step: the live ones, frozen parameters and the batch
     temporary  bytes of the compiled step's temporary arrays, gradients and activations included
     peak       bytes of all arrays before a step, and by how much the resident memory of the process grew during it
 
@@ -261,8 +261,9 @@ def faults(results: Report) -> list[str]:
             if planned and planned[what] != live[what]:
                 found.append(f"{name}: {planned[what]} bytes of {what} were planned, and {live[what]} are allocated.")
         expected = sum(live.values()) + result["batch"]
-        if planned and result["arguments"] != expected:
-            found.append(f"{name}: the compiled step has {result['arguments']} bytes of arguments, expected {expected}.")
+        arguments = result["arguments"]
+        if planned and arguments != expected:
+            found.append(f"{name}: the compiled step has {arguments} bytes of arguments, expected {expected}.")
         if not result["last loss"] < result["loss"]:
             found.append(f"{name}: the loss was {result['loss']:.4g} and became {result['last loss']:.4g}.")
     return found
@@ -270,8 +271,8 @@ def faults(results: Report) -> list[str]:
 
 def table(results: Report) -> str:
     """Returns the results as text, with a line for each contender."""
-    title = ["contender", "step", "/ baseline", "update", "/ baseline", "params", "state", "planned", "temporary", "peak"]
-    lines = [[*title, "loss"]]
+    title = ["contender", "step", "/ baseline", "update", "/ baseline", "params", "state", "planned", "temporary"]
+    lines = [[*title, "peak", "loss"]]
     for name, result in results["contenders"].items():
         live, planned = result["live"], result["planned"]
         as_planned = planned and all(planned[what] == live[what] for what in ("parameters", "optimizer"))

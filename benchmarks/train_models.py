@@ -1,7 +1,7 @@
-"""The two models that `train.py` trains: one of Flax's own layers, which every library can train, and perparam's Qwen3.
+"""The models that `train.py` trains: one of Flax's own layers, which every library can train, and perparam's Qwen3.
 
-Both have the same shapes, except for what only one of them has: Qwen3 turns queries and keys by their position and norms
-them, the other adds an embedding of the position.
+Both have the same shapes, except for what only one of them has: Qwen3 norms queries and keys and rotates them by their
+position, the other adds an embedding of the position.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Layer(nn.Module):
 
 
 class Stock(nn.Module):
-    """A decoder of Flax's own layers, which knows nothing of policies: token ids (b, t) to logits (b, t, vocabulary)."""
+    """A decoder of Flax's own layers, which know nothing of policies: ids (b, t) to logits (b, t, vocabulary)."""
 
     size: Size
 
@@ -112,7 +112,8 @@ def qwen3(size: Size, policy: Any) -> Any:
 
 def batch(size: Size) -> jax.Array:
     """Returns random token ids (rows, tokens + 1), the same in every process: inputs, and labels one place later."""
-    return jnp.asarray(np.random.default_rng(SEED).integers(0, size.vocabulary, (size.rows, size.tokens + 1)), jnp.int32)
+    ids = np.random.default_rng(SEED).integers(0, size.vocabulary, (size.rows, size.tokens + 1))
+    return jnp.asarray(ids, jnp.int32)
 
 
 def cross_entropy(logits: jax.Array, ids: jax.Array) -> jax.Array:

@@ -33,26 +33,20 @@ EIGHT_BITS = {"mu": "dynamic8", "nu": "dynamic8"}
 class Trainer:
     """A training step in parts.
 
-    params          the parameters that are trained, as they are stored
-    frozen          the others, which `loss` needs; None if all are trained
-    loss            `loss(params, frozen, ids)`, ()
-    tx              the optimizer
-    state           its state
-    planned         what the policy's plan says of memory, in bytes; None without a policy
-    value_and_grad  jax.value_and_grad, or perparam's
+    params     the parameters that are trained, as they are stored
+    frozen     the others; None if all are trained
+    gradients  `gradients(params, frozen, ids)` returns the loss (), and the gradients of `params`
+    tx         the optimizer
+    state      its state
+    planned    what the policy's plan says of memory, in bytes; None without a policy
     """
 
     params: Any
     frozen: Any
-    loss: Callable[[Any, Any, jax.Array], jax.Array]
+    gradients: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
     tx: optax.GradientTransformation
     state: Any
     planned: Mapping[str, int] | None = None
-    value_and_grad: Callable[..., Any] = jax.value_and_grad
-
-    def gradients(self, params: Any, frozen: Any, ids: jax.Array) -> tuple[jax.Array, Any]:
-        """Returns the loss and the gradients of `params`."""
-        return self.value_and_grad(self.loss)(params, frozen, ids)
 
     def update(self, params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
         """Returns parameters and state after the optimizer's update."""
@@ -85,7 +79,7 @@ def plain(dtype: str, state: str | None = None, mu: str | None = None) -> Callab
         wide = jax.jit(module.init)(jax.random.key(SEED), train_models.batch(size)[:, :-1])["params"]
         params = _cast(wide, dtype)
         tx = adamw(mu_dtype=mu)
-        return Trainer(params, None, _stock_loss(module), tx, tx.init(_cast(wide, state or dtype)))
+        return Trainer(params, None, jax.value_and_grad(_stock_loss(module)), tx, tx.init(_cast(wide, state or dtype)))
 
     return make
 
@@ -114,23 +108,26 @@ def perparam_stock(*slots: Any, rounding: str = "nearest", **more: Any) -> Calla
         def loss(params: Any, _: Any, ids: jax.Array) -> jax.Array:
             return cross_entropy(perparam.apply(module, policy, {"params": params}, ids[:, :-1]), ids)
 
-        return _with_policy(params, None, loss, policy, rounding)
+        value_and_grad = perparam.training.value_and_grad if _has_scales(params) else jax.value_and_grad
+        return _with_policy(params, None, value_and_grad(loss), policy, rounding)
 
     return make
 
 
-def _with_policy(params: Any, frozen: Any, loss: Any, policy: Any, rounding: str = "nearest") -> Trainer:
+def _with_policy(variables: Any, frozen: Any, gradients: Any, policy: Any, rounding: str = "nearest") -> Trainer:
+    from flax import nnx
+
     from perparam import training
 
     tx = training.with_policy(adamw(), policy, rounding=rounding)
-    plan = policy.explain(params, optimizer=tx)
+    plan = policy.explain(variables, optimizer=tx)
     planned = {
         "parameters": plan.total_bytes,
         "optimizer": plan.training.optimizer_bytes,
         "gradients": plan.training.gradient_bytes,
     }
-    gradients = training.value_and_grad if _has_scales(params) else jax.value_and_grad
-    return Trainer(params, frozen, loss, tx, tx.init(params), planned, gradients)
+    params = nnx.as_pure(variables) if isinstance(variables, nnx.State) else variables
+    return Trainer(params, frozen, gradients, tx, tx.init(params), planned)
 
 
 def _has_scales(params: Any) -> bool:
@@ -140,24 +137,33 @@ def _has_scales(params: Any) -> bool:
 # perparam's Qwen3.
 
 
-def qwen3(*slots: Any, rounding: str = "nearest", optimizer: str = "perparam", **more: Any) -> Callable[[Size], Trainer]:
+def qwen3(*slots: Any, with_policy: bool = True, **more: Any) -> Callable[[Size], Trainer]:
     """Returns a contender with perparam's Qwen3 under a policy of these slots.
 
-    optimizer  "perparam", or "optax" for plain optax with state in float32
+    with_policy  whether the optimizer has the policy too; otherwise it is plain optax, with state in float32
     """
 
     def make(size: Size) -> Trainer:
-        import perparam
         from flax import nnx
+
+        import perparam
 
         policy = perparam.Policy(*slots, **more)
         graph, state = nnx.split(train_models.qwen3(size, policy))
-        params = nnx.to_pure_dict(state)
-        loss = _nnx_loss(graph, state)
-        if optimizer == "perparam":
-            return _with_policy(params, None, loss, policy, rounding)
-        tx = adamw()
-        return Trainer(params, None, loss, tx, tx.init(_cast(params, jnp.float32)))
+
+        def loss(params: Any, _: Any, ids: jax.Array) -> jax.Array:
+            return cross_entropy(nnx.merge(graph, params)(ids[:, :-1]), ids)
+
+        def of_module(params: Any, _: Any, ids: jax.Array) -> tuple[jax.Array, Any]:
+            value_and_grad = perparam.training.value_and_grad(lambda model: cross_entropy(model(ids[:, :-1]), ids))
+            value, gradients = value_and_grad(nnx.merge(graph, params))
+            return value, nnx.as_pure(gradients)
+
+        gradients = of_module if _has_scales(state) else jax.value_and_grad(loss)
+        if with_policy:
+            return _with_policy(state, None, gradients, policy)
+        params, tx = nnx.as_pure(state), adamw()
+        return Trainer(params, None, gradients, tx, tx.init(_cast(params, jnp.float32)))
 
     return make
 
@@ -166,35 +172,22 @@ def lora(*slots: Any, **more: Any) -> Callable[[Size], Trainer]:
     """Returns a contender with adapters beside the frozen layers of perparam's Qwen3 under a policy of these slots."""
 
     def make(size: Size) -> Trainer:
-        import perparam
         from flax import nnx
+
+        import perparam
         from perparam.training import add_lora
 
         policy = perparam.Policy(*slots, **more)
         base = train_models.qwen3(size, policy)
         model = add_lora(base, RANK, ALPHA, "layers/**", rngs=nnx.Rngs(SEED))
         graph, adapters, frozen = nnx.split(model, nnx.LoRAParam, ...)
-        params, structure = nnx.to_pure_dict(adapters), jax.tree.structure(adapters)
 
         def loss(params: Any, frozen: Any, ids: jax.Array) -> jax.Array:
-            adapters = jax.tree.unflatten(structure, jax.tree.leaves(params))
-            return cross_entropy(nnx.merge(graph, adapters, frozen)(ids[:, :-1]), ids)
+            return cross_entropy(nnx.merge(graph, params, frozen)(ids[:, :-1]), ids)
 
-        return _with_policy(params, frozen, loss, perparam.Policy())
+        return _with_policy(adapters, nnx.as_pure(frozen), jax.value_and_grad(loss), perparam.Policy())
 
     return make
-
-
-def _nnx_loss(graph: Any, state: Any) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    from flax import nnx
-
-    structure = jax.tree.structure(state)
-
-    def loss(params: Any, _: Any, ids: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(params)))
-        return cross_entropy(model(ids[:, :-1]), ids)
-
-    return loss
 
 
 # qwix.
@@ -214,7 +207,7 @@ def qwix_qt(values: Any, backward: Any) -> Callable[[Size], Trainer]:
         params = jax.jit(module.init)(jax.random.key(SEED), train_models.batch(size)[:, :-1])["params"]
         module = qwix.quantize_model(module, qwix.QtProvider([rule]))
         tx = adamw()
-        return Trainer(params, None, _stock_loss(module), tx, tx.init(params))
+        return Trainer(params, None, jax.value_and_grad(_stock_loss(module)), tx, tx.init(params))
 
     return make
 
@@ -233,8 +226,8 @@ def qwix_lora(values: Any) -> Callable[[Size], Trainer]:
         ids = train_models.batch(size)[:, :-1]
         wide = _cast(jax.jit(Stock(size).init)(jax.random.key(SEED), ids)["params"], jnp.bfloat16)
         module = qwix.apply_lora_to_model(Stock(size), qwix.LoraProvider([rule]))
-        drawn = jax.jit(module.init)(jax.random.key(SEED), ids)["params"]  # kernels are quantised again below, from bfloat16
-        frozen = qwix.quantize_params(wide, drawn)
+        drawn = jax.jit(module.init)(jax.random.key(SEED), ids)["params"]
+        frozen = qwix.quantize_params(wide, drawn)  # again, with scales in bfloat16
         adapters = {path: x for path, x in traverse_util.flatten_dict(drawn).items() if "_lora_" in path[-1]}
         params = traverse_util.unflatten_dict(_cast(adapters, jnp.bfloat16))
 
@@ -243,7 +236,7 @@ def qwix_lora(values: Any) -> Callable[[Size], Trainer]:
             return cross_entropy(module.apply({"params": traverse_util.unflatten_dict(flat)}, ids[:, :-1]), ids)
 
         tx = adamw()
-        return Trainer(params, frozen, loss, tx, tx.init(_cast(params, jnp.float32)))
+        return Trainer(params, frozen, jax.value_and_grad(loss), tx, tx.init(_cast(params, jnp.float32)))
 
     return make
 
@@ -267,10 +260,13 @@ CONTENDERS: dict[str, Callable[[Size], Trainer]] = {
     "qwix QLoRA nf4": qwix_lora("nf4"),
     "qwix QLoRA int8": qwix_lora("int8"),
     "qwix QLoRA fp8": qwix_lora("float8_e4m3fn"),
-    "Qwen3, optax bf16, f32 state": qwen3("bf16", optimizer="optax"),
+    "Qwen3, optax bf16, f32 state": qwen3("bf16", with_policy=False),
     "Qwen3, perparam bf16, f32 state": qwen3("bf16"),
     "Qwen3, perparam FP8, f32 master": qwen3(HEAD_WIDE, master="f32"),
     "Qwen3, perparam FP8, W8A8": qwen3(HEAD_WIDE, W8A8 | {"default": "bf16"}, master="f32"),
+    "Qwen3, perparam FP8, W8A8, e5m2 backward": qwen3(
+        HEAD_WIDE, W8A8 | {"default": "bf16"}, master="f32", backward={"lm_head/kernel": None, "kernel": "f8_e5m2"}
+    ),
     "Qwen3, perparam LoRA over bf16": lora("bf16"),
     "Qwen3, perparam LoRA over FP8": lora(HEAD_WIDE),
 }
