@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import functools
-import gc
 import json
 import os
 import pathlib
@@ -34,7 +32,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,138 +41,39 @@ Report = dict[str, Any]
 
 MIB = 2**20
 SEED = 0
-UPDATES = 4
-"""Updates of one sample: an update takes a fraction of the time of a step."""
-
 GATE_ROUNDS = 15
 AGAIN = "optax bf16, f32 state, again"
 GATED, BASELINE = "perparam bf16, f32 state", "optax bf16, f32 state"
-
-
-# In the process of a contender.
-
-
-def work(name: str, size: str) -> None:
-    """Runs one contender as a worker process.
-
-    Prints its memory, or {"error": …}; then reads "step" or "update" from each line of stdin, and prints seconds and,
-    of a step, its loss.
-    """
-    try:
-        samples, memory = prepare(name, size)
-    except Exception as error:  # of any library: one that does not run must not stop the others
-        message = str(error).strip() or repr(error)
-        print(json.dumps({"error": f"{type(error).__name__}: {message.splitlines()[0][:300]}"}), flush=True)
-        return
-    print(json.dumps(memory), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(samples[line.strip()]()), flush=True)
-
-
-def prepare(name: str, size: str) -> tuple[dict[str, Callable[[], Report]], Report]:
-    """Returns a contender's functions that take a sample, compiled and run once, and its memory in bytes."""
-    import jax
-    import jax.numpy as jnp
-    import train_models
-    import trainers
-
-    shape = train_models.SIZES[size]
-    ids = train_models.batch(shape)
-    trainer = trainers.CONTENDERS[name.removesuffix(", again")](shape)
-    held = {"params": trainer.params, "state": trainer.state}
-    live = {"parameters": _bytes(held["params"]), "optimizer": _bytes(held["state"]), "frozen": _bytes(trainer.frozen)}
-    step = jax.jit(trainer.step, donate_argnums=(0, 1)).lower(*held.values(), trainer.frozen, ids).compile()
-    _, shapes = jax.eval_shape(trainer.gradients, trainer.params, trainer.frozen, ids)
-    gradients = jax.tree.map(lambda x: jnp.full(x.shape, 1e-3, x.dtype), shapes)
-    update = jax.jit(trainer.update, donate_argnums=(0, 1)).lower(*held.values(), gradients).compile()
-    analysis, planned, frozen = step.memory_analysis(), trainer.planned, trainer.frozen
-    del trainer
-
-    def take_step() -> Report:
-        start = time.perf_counter()
-        held["params"], held["state"], loss = jax.block_until_ready(step(*held.values(), frozen, ids))
-        return {"seconds": time.perf_counter() - start, "loss": float(loss)}
-
-    def take_updates() -> Report:
-        start = time.perf_counter()
-        for _ in range(UPDATES):
-            held["params"], held["state"] = jax.block_until_ready(update(*held.values(), gradients))
-        return {"seconds": (time.perf_counter() - start) / UPDATES}
-
-    release()
-    reset_peak()
-    before, first = resident(), take_step()
-    grown = resident("VmHWM") - before
-    memory = {
-        "planned": planned and dict(planned),
-        "live": live,
-        "arguments": analysis.argument_size_in_bytes,
-        "batch": ids.nbytes,
-        "temporary": analysis.temp_size_in_bytes,
-        "peak": sum(live.values()) + grown,
-        "loss": first["loss"],
-    }
-    take_updates()  # after the step, whose loss would change
-    return {"step": take_step, "update": take_updates}, memory
-
-
-def _bytes(tree: Any) -> int:
-    import jax
-
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def resident(field: str = "VmRSS") -> int:
-    """Returns the resident bytes of this process, or with "VmHWM" the most that there were; 0 where Linux is not."""
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def reset_peak() -> None:
-    """Makes the peak of resident memory that of now."""
-    with contextlib.suppress(OSError):
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-
-
-def release() -> None:
-    """Gives memory that compilation used back to the system, so that it does not hide what a step needs."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-# In the process that compares them.
 
 
 class Worker:
     """The process of a contender: `memory` has its memory, or its error."""
 
     def __init__(self, name: str, size: str, folder: str):
-        self._errors = pathlib.Path(folder, f"{len(os.listdir(folder))}.txt")
+        self._name, self._errors = name, pathlib.Path(folder, f"{len(os.listdir(folder))}.txt")
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), "--work", name, "--size", size],
+                [sys.executable, str(pathlib.Path(__file__).with_name("train_worker.py")), name, size],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
             )  # fmt: skip
         self.memory: Report = self._answer()
-        if "error" in self.memory:
-            self.close()
 
     def sample(self, what: str) -> Report:
         """Returns a sample of "step" or "update"."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()
-        return self._answer()
+        if "error" in (answer := self._answer()):
+            raise RuntimeError(f"{self._name}: {answer['error']}")
+        return answer
 
     def close(self) -> None:
         """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdin is not None and self._process.stdout is not None  # noqa: PT018
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def _answer(self) -> Report:
         assert self._process.stdout is not None
@@ -190,11 +88,12 @@ def compare(names: Sequence[str], size: str, rounds: int, say: Callable[[str], N
     """Returns the results of the contenders, and those of the gates if their contenders are among them."""
     import trainers
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name in names:
             say(f"compiling {name}")
             workers[name] = Worker(name, size, folder)
+            stack.callback(workers[name].close)
         failed = {name: worker.memory["error"] for name, worker in workers.items() if "error" in worker.memory}
         running = {name: worker for name, worker in workers.items() if name not in failed}
         order, shuffle = list(running), random.Random(SEED).shuffle
@@ -221,8 +120,6 @@ def compare(names: Sequence[str], size: str, rounds: int, say: Callable[[str], N
         for name in (GATED, AGAIN):
             if name in running and BASELINE in running:
                 gates[name] = _gate(running[name], running[BASELINE], GATE_ROUNDS if rounds > 1 else 1)
-        for worker in running.values():
-            worker.close()
     return {"contenders": results, "gates": gates, "failed": failed, "faults": faults(results)}
 
 
@@ -313,11 +210,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", help="contenders, separated by semicolons", metavar="NAMES")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.work:
-        work(arguments.work, arguments.size)
-        return 0
     everything = [*trainers.CONTENDERS, AGAIN]
     names = arguments.only.split(";") if arguments.only else everything
     if unknown := [name for name in names if name not in everything]:

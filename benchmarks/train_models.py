@@ -40,7 +40,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(vocabulary=4096, hidden=384, wide=1024, layers=6, heads=6, kv_heads=2, head=64, rows=4, tokens=128),
+    "small": Size(vocabulary=4096, hidden=512, wide=1408, layers=4, heads=8, kv_heads=2, head=64, rows=4, tokens=128),
     "toy": Size(vocabulary=64, hidden=128, wide=128, layers=1, heads=2, kv_heads=1, head=64, rows=2, tokens=8),
 }
 """A model whose step takes about half a second on 2 cores, and one to test the script."""
