@@ -163,19 +163,22 @@ class _Optimizer:
             if masters[path] is None and param.format.values == param.wide_dtype:
                 values[path] = move  # optax's own
                 continue
-            new, moved = wide[path] + move, jnp.any(move != 0)
+            new = wide[path] + move
             key = _key(random, path)
             if masters[path] is not None:
-                new = _rounded(new, masters[path].dtype, key)
-                masters[path] = jnp.where(moved, new, masters[path])
-                new, key = new.astype(param.wide_dtype), None
+                # By element, so that XLA has one loop: a flag for the array would need all of `move` before.
+                masters[path] = jnp.where(move != 0, _rounded(new, masters[path].dtype, key), masters[path])
+                new, key = masters[path].astype(param.wide_dtype), None
             if not _scaled(param):
-                values[path] = StoredUpdate(_rounded(new, param.format.values, key), moved)
+                rounded = _rounded(new, param.format.values, key)
+                if masters[path] is None:  # of a master it is a copy
+                    rounded = jnp.where(move != 0, rounded, param.values)
+                values[path] = StoredUpdate(rounded, jnp.array(True))
                 continue
             given = None
             if amax[path] is not None:
                 given, amax[path] = _delayed_scales(amax[path], new, param.format)
-            stored = requantize(new, param.format, key=key, scale_inv=given)
+            stored, moved = requantize(new, param.format, key=key, scale_inv=given), jnp.any(move != 0)
             values[path], scales[path] = StoredUpdate(stored.values, moved), StoredUpdate(stored.scale_inv, moved)
         return view.updates(values, scales, NoUpdate()), PolicyState(
             step=optax.safe_increment(state.step),

@@ -174,9 +174,22 @@ def _decode(state: StateArray) -> jax.Array:
 
 
 def _dynamic_codes(quotients: jax.Array, unsigned: bool) -> jax.Array:
+    """Returns the index of the nearest value of the table; the lower one in the middle between two.
+
+    A search has a loop over the values for each of its 8 steps.  Here the index is computed from the interval in which
+    a quotient is, which is off by at most one, since the nearest value may be that of the next interval.
+    """
+    size = jnp.abs(quotients)
+    smaller = [size < jnp.float32(10.0**-zeros) for zeros in range(1, 7)]
+    count = functools.reduce(lambda x, less: jnp.where(less, x / 2, x), smaller, jnp.float32(128 if unsigned else 64))
+    power = functools.reduce(lambda x, less: jnp.where(less, x * 10, x), smaller, jnp.float32(1))
+    interval = jnp.clip(jnp.floor((size * power - 0.1) / 0.9 * count), 0, count - 1)
+    index = (count + interval).astype(jnp.int32)
+    index = index - 1 if unsigned else 127 + jnp.where(quotients < 0, -index, index)
     table = _table(unsigned).astype(np.float64)
-    between = ((table[1:] + table[:-1]) / 2).astype(np.float32)
-    return jnp.searchsorted(jnp.asarray(between), quotients).astype(jnp.uint8)
+    between = np.concatenate([[-np.inf], (table[1:] + table[:-1]) / 2, [np.inf]]).astype(np.float32)
+    above, below = quotients > jnp.asarray(between)[index + 1], quotients <= jnp.asarray(between)[index]
+    return (index + above.astype(jnp.int32) - below.astype(jnp.int32)).astype(jnp.uint8)
 
 
 @functools.cache
