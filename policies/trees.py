@@ -148,6 +148,18 @@ def map_parameters(function: Callable[[str, Any], Any], tree: Any, prefix: str =
     return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_leaf)
 
 
+def _check_variables(state: nnx.State[Any, Any]) -> None:
+    """Raises UnsupportedCast for a pure state, whose arrays do not say which of them are parameters."""
+    flat = nnx.to_flat_state(state)
+    if flat and not any(isinstance(leaf, nnx.Variable) for _, leaf in flat):
+        path = "/".join(map(str, flat[0][0]))
+        raise UnsupportedCast(
+            f"{path}: found {type(flat[0][1]).__name__} in an nnx.State, expected a variable: only its type shows that "
+            "an array is a parameter. Pass the state before nnx.as_pure or nnx.pure, or, if all its arrays are "
+            "parameters, nnx.to_pure_dict(state)."
+        )
+
+
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Returns the parameters of `tree` by path, in the tree's order, as variables, boxes, ScaledArrays or arrays."""
     flat: dict[str, Any] = {}
@@ -160,6 +172,8 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
 
     while is_train_state(tree) and not prefix:
         tree = tree.params
+    if isinstance(tree, nnx.State):
+        _check_variables(tree)
     # The state of a module contains a shared variable once.
     map_parameters(add, nnx.state(tree) if isinstance(tree, nnx.Module) else tree, prefix)
     for path, leaf in flat.items():

@@ -228,3 +228,10 @@ def test_keys_and_integers_are_carried_through():
     assert stored["key"] is tree["key"]
     assert stored["steps"].dtype == jnp.int32
     assert stored["w"].dtype == jnp.bfloat16
+
+
+def test_a_pure_state_is_refused_since_it_does_not_say_what_is_a_parameter():
+    layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(UnsupportedCast, match=r"bias: found \w+ in an nnx.State, expected a variable.*to_pure_dict"):
+        perparam.Policy("bf16").explain(nnx.as_pure(nnx.state(layer)))
+    assert perparam.Policy("bf16").explain(nnx.to_pure_dict(nnx.state(layer))).total_bytes == 2 * (6 + 3)
