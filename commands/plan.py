@@ -14,7 +14,7 @@ from ..loaders import BareCheckpoint, Checkpoint, ConfigOnly, open_config, open_
 from ..loaders.from_config import config_file
 from ..models import ModelSharding, expert_parallel, fsdp, fsdp_tensor_parallel, shardings, tensor_parallel
 from ..models.sharding.roofline import MeshPlan, mesh_plan
-from ..policies import get_policy
+from ..policies import SLOTS, get_policy
 from ..policies.plan import Plan, plan
 from ..policies.resolved import Resolved, resolve
 from ..policies.tables import json_lines
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     checkpoint = _open(options)
     if layout is not None and isinstance(checkpoint, BareCheckpoint):
         raise OptionError(f"--mesh: needs a model, and there is none, since {checkpoint.reason}.")
-    resolved = resolve(get_policy(options.policy), checkpoint.tree)
+    resolved = resolve(get_policy(options.policy), checkpoint.tree, slots=SLOTS)
     if layout is None or isinstance(checkpoint, BareCheckpoint):
         _print(plan(resolved, options.target), None, options)
     else:

@@ -12,10 +12,11 @@ from .patterns import GLOBS, Pattern
 from .rules import Rule, SlotRules
 
 
-def decide(name: str, slot: SlotRules, paths: Iterable[str]) -> dict[str, Rule | None]:
+def decide(name: str, slot: SlotRules, paths: Iterable[str], noun: str = "parameter") -> dict[str, Rule | None]:
     """Returns, for each of `paths`, the rule of a slot that applies: the first one that matches, or the default.
 
     name  the name of the slot, for errors
+    noun  what is at the paths, for errors
 
     Raises:
       UnmatchedRule: for a rule that matches no path, unless its key ends with `?` or it is `scale_inv: null`.
@@ -41,7 +42,7 @@ def decide(name: str, slot: SlotRules, paths: Iterable[str]) -> dict[str, Rule |
             raise _shadowed(name, rule, winners[rule])
         if not (rule.optional or (rule.pattern == "scale_inv" and rule.format is None)):
             raise UnmatchedRule(
-                f"{rule.where}{rule.key!r} ({name}) matches none of {count(len(paths), 'parameter')}.\n"
+                f"{rule.where}{rule.key!r} ({name}) matches none of {count(len(paths), noun)}.\n"
                 f"{_nearest(rule, paths)}"
                 "  Correct the pattern, remove the rule, or end it with '?' if it may match nothing."
             )
@@ -62,10 +63,13 @@ def _shadowed(name: str, rule: Rule, winners: Iterable[Rule]) -> ShadowedRule:
 
 def _nearest(rule: Rule, paths: list[str]) -> str:
     """Returns the lines of an error that show the path nearest to a rule's pattern, and how patterns are written."""
-    pattern = Pattern.of(rule.pattern)
+    pattern = rule.compiled
     if correction := _correction(rule, paths):
         return f"  {correction}\n"
-    if pattern.bare:
+    if rule.by_field and "/" not in rule.pattern:
+        fields = {path.partition("/")[0] for path in paths}
+        near = difflib.get_close_matches(rule.pattern, sorted(fields), n=1, cutoff=0.0)
+    elif pattern.bare:
         names = {path.rpartition("/")[2]: path for path in reversed(paths)}
         near = [names[name] for name in difflib.get_close_matches(rule.pattern, names, n=1, cutoff=0.0)]
     else:
@@ -73,7 +77,7 @@ def _nearest(rule: Rule, paths: list[str]) -> str:
     lines = [f"nearest: {near[0]}"] if near else []
     if ".*" in rule.pattern or ".+" in rule.pattern:
         lines.append(GLOBS)
-    elif pattern.anchored:
+    elif pattern.anchored and "/" in rule.pattern:
         lines.append("Patterns are anchored at the root; '**/…' matches at any depth.")
     return "".join(f"  {line}\n" for line in lines)
 
@@ -82,7 +86,10 @@ def _correction(rule: Rule, paths: list[str]) -> str | None:
     """Returns the line of an error for a rule that names a module, or a path from elsewhere than the root."""
     narrow = rule.format is not None and rule.format.narrow
     because = f"Rules name parameters, and {rule.pattern!r} is a module."
-    corrections = {f"**/{rule.pattern}": "Patterns are anchored at the root."}
+    anchored = "Patterns are anchored at the root."
+    if rule.by_field:
+        anchored = "Paths of this slot begin with a field of the optimizer's state, and a key without '/' is a field."
+    corrections = {f"**/{rule.pattern}": anchored}
     for prefix in ("", "**/"):  # kernels only, where a bias could not have the format
         corrections |= {f"{prefix}{rule.pattern}{suffix}": because for suffix in ("/**/kernel", "/**")[not narrow :]}
     for pattern, reason in corrections.items():

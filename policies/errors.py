@@ -75,6 +75,10 @@ class UnsupportedCast(PerparamError, TypeError):
     """An operation does not support a cast, or the dtypes, shapes or container of its arguments."""
 
 
+class InvalidGradients(PerparamError, ValueError):
+    """Gradients, or the state of an optimizer, do not fit the parameters."""
+
+
 class InvalidCheckpoint(PerparamError, ValueError):
     """The files of a checkpoint are damaged, incomplete or inconsistent."""
 

@@ -307,7 +307,12 @@ def scaled_array(values: ArrayLike, scale_inv: ArrayLike, block: Block = DEFAULT
 
 
 def quantize(
-    weight: ArrayLike, dtype: Any, block: Block | None = None, *, scale_dtype: DTypeLike | None = None
+    weight: ArrayLike,
+    dtype: Any,
+    block: Block | None = None,
+    *,
+    scale_dtype: DTypeLike | None = None,
+    scale_inv: ArrayLike | None = None,
 ) -> ScaledArray:
     """Returns `weight` quantised to a narrow format: a ScaledArray, which unpacks to `(values, scale_inv)`.
 
@@ -315,6 +320,8 @@ def quantize(
     dtype        a float8 type or int8, the name of a format, or a Format
     block        (rows, columns) that share one scale, -1 for a whole axis; by default the format's, or (128, 128)
     scale_dtype  f32, bf16, f16, f8_e8m0fnu or f8_e4m3fn; by default the format's, or f32
+    scale_inv    (..., ceil(rows/block[0]), ceil(columns/block[1]))  scales to use, as for delayed scaling: values
+                 beyond the largest are clipped; by default those of the format's rule
 
     The elementwise error of e4m3fn under the amax rule is at most `max(|w| * 2**-4, scale_inv * 2**-10)`.  Quotients
     are computed in float32: a float64 weight beyond the largest float32, 3.4e38, is clipped to it first.
@@ -324,9 +331,19 @@ def quantize(
     ([[448.0, 1.0], [0.0, -448.0]], [[1.0], [2.0]])
 
     Raises:
-      UnsupportedCast: if `weight` is not floating point or `dtype` is not narrow.
-      InvalidScale: if `weight` has fewer than two dimensions.
+      UnsupportedCast: if `weight` is not floating point, `dtype` is not narrow, or `scale_inv` has another dtype.
+      InvalidScale: if `weight` has fewer than two dimensions, or the shape of `scale_inv` does not fit it.
     """
+    weight, format = as_operands(weight, dtype, block, scale_dtype)
+    given = None if scale_inv is None else as_scales(scale_inv, weight.shape, format)
+    result: ScaledArray = _quantize(weight, format, given)
+    return result
+
+
+def as_operands(
+    weight: ArrayLike, dtype: Any, block: Block | None = None, scale_dtype: DTypeLike | None = None
+) -> tuple[jax.Array, Format]:
+    """Returns the arguments of `quantize` as a float32 array and a complete format, with the errors of `quantize`."""
     format = as_format(dtype)
     if not format.narrow:
         raise UnsupportedCast(
@@ -347,18 +364,38 @@ def quantize(
         raise UnsupportedCast(f"an array of {weight.dtype} cannot be quantised. Pass f32, bf16 or f16 weights.")
     assert format.block is not None
     grid_shape(weight.shape, format.block)
-    result: ScaledArray = _quantize(dtypes.saturating_cast(weight, F32), format)
-    return result
+    return dtypes.saturating_cast(weight, F32), format
+
+
+def as_scales(scale_inv: ArrayLike, shape: tuple[int, ...], format: Format) -> jax.Array:
+    """Returns given scales of an array of `shape` as an array, after checking their dtype and shape."""
+    scales = jnp.asarray(scale_inv)
+    assert format.block is not None
+    assert format.scale is not None
+    check_grid(shape, scales.shape, format.block)
+    if scales.dtype != format.scale:
+        raise UnsupportedCast(
+            f"scale_inv: found {dtypes.dtype_name(scales.dtype)}, expected {dtypes.dtype_name(format.scale)}, the dtype "
+            f"of scales of the format {format}. Cast the scales, or name their dtype in the format."
+        )
+    return scales
 
 
 @functools.partial(jax.jit, static_argnames=("format",))
-def _quantize(weight: jax.Array, format: Format) -> ScaledArray:
+def _quantize(weight: jax.Array, format: Format, scale_inv: jax.Array | None = None) -> ScaledArray:
+    scales = fresh_scales(weight, format, exact=True) if scale_inv is None else decode_scales(scale_inv)
     assert format.block is not None
     assert format.scale is not None
-    scales = format.rule(block_amax(weight, format.block), format.values, format.scale, True)
     divisors = jax.lax.optimization_barrier(expand(scales, weight.shape, format.block))
     values = dtypes.saturating_cast(weight / divisors, format.values)
-    return ScaledArray(values, encode_scales(scales, format.scale), format)
+    return ScaledArray(values, encode_scales(scales, format.scale) if scale_inv is None else scale_inv, format)
+
+
+def fresh_scales(weight: jax.Array, format: Format, exact: bool) -> jax.Array:
+    """Returns the float32 scales of a float32 array by the rule of a complete format; `exact` as for a `ScaleRule`."""
+    assert format.block is not None
+    assert format.scale is not None
+    return format.rule(block_amax(weight, format.block), format.values, format.scale, exact)
 
 
 def quantize_rows(x: Float[Array, "*b columns"], dtype: Any) -> ScaledArray:

@@ -23,9 +23,11 @@ from .matmul.grouped_dispatch import LOOP_OF, grouped_plan
 from .paths import is_scale
 from .resolved import Change, Decisions, Resolved, ResolvedParam
 from .tables import Column, Report, Table, json_lines
+from .training.memory import ParamMemory, TrainingMemory
 from .trees import ArrayInfo
 
 _RULE = "rule (params | compute)"
+_TRAINING = "grads | state | master"
 
 Shardings = Mapping[str, Sharding | None]
 """{path: sharding} of every parameter and all scales after storage; None: on one device."""
@@ -58,6 +60,8 @@ class Row:
     matmul_checks   for a kernel whose implementations include kernels made for the target: which of them were checked
                     on a device of this process or refused, which were not, and why
     device_bytes    in a plan with shardings: bytes after storage on a device that has a part of it
+    training        in a plan with an optimizer, for a parameter that is trained: formats and bytes of its gradient, of
+                    the optimizer's state for it and of its master
     """
 
     path: str
@@ -78,10 +82,15 @@ class Row:
     matmul_refused: str | None = None
     matmul_checks: str | None = None
     device_bytes: int | None = None
+    training: ParamMemory | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields of the row, with the names of dtypes."""
+        """Returns the fields of the row, with the names of dtypes; `training` only if the parameter is trained."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.training is None:
+            del fields["training"]
+        else:
+            fields["training"] = self.training.to_dict()
         return {name: dtypes.dtype_name(x) if isinstance(x, np.dtype) else x for name, x in fields.items()}
 
 
@@ -97,6 +106,7 @@ class Plan(Report):
     kv_cache     the dtype of keys and values; None for a tree without them, or a model without a cache and a rule
     kv_bytes     bytes of cached keys and values for each token, including scales; 0 without a cache
     unused       what the policy sets without effect on this tree, as sentences
+    training     the memory that training adds; None for a plan without an optimizer
     """
 
     rows: tuple[Row, ...]
@@ -105,6 +115,7 @@ class Plan(Report):
     kv_cache: np.dtype | None = None
     kv_bytes: int = 0
     unused: tuple[str, ...] = ()
+    training: TrainingMemory | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -139,6 +150,7 @@ class Plan(Report):
     @property
     def totals(self) -> dict[str, Any]:
         """Totals and dtypes that JSON has besides the rows."""
+        training = {} if self.training is None else {"training": self.training.to_dict()}
         return {
             "activations": self.activations and dtypes.dtype_name(self.activations),
             "output": self.output and dtypes.dtype_name(self.output),
@@ -149,6 +161,7 @@ class Plan(Report):
             "bytes": self.total_bytes,
             "device_bytes": self.device_bytes,
             "bytes_by_dtype": {dtypes.dtype_name(dtype): count for dtype, count in self.bytes_by_dtype.items()},
+            **training,
         }
 
     def to_json(self) -> str:
@@ -161,6 +174,7 @@ class Plan(Report):
         for label, rows in self._folded():
             sizes = [sum(row.bytes for row in rows)]
             sizes += [sum(row.device_bytes or 0 for row in rows)] if shares else []
+            sizes += [sum(row.training.bytes for row in rows if row.training)] if self.training else []
             lines.append((label, *self._cells(rows[0]), *map(human_bytes, sizes)))
         columns = [
             Column("path"),
@@ -169,9 +183,11 @@ class Plan(Report):
             Column("storage", colour=True),
             Column("compute", leave=4, colour=True),
             *([Column("matmul (1 | 512 rows)")] if self._has_target else []),
+            *([Column(_TRAINING, leave=5, colour=True)] if self.training else []),
             Column(_RULE, leave=3),
             Column("bytes", right=True),
             *([Column("per device", right=True)] if shares else []),
+            *([Column("training", right=True)] if self.training else []),
         ]
         return Table(tuple(columns), lines)
 
@@ -185,6 +201,7 @@ class Plan(Report):
             "as stored: the matmul takes narrow values and their scales": "as stored" in computes,
             f"{activations}: no dtype from a rule, so that of activations": activations in computes,
             "– under compute: in the dtype of activations, which nothing names": "–" in computes,
+            "training: bytes of gradients, the optimizer's state and masters": self.training is not None,
             "– under rule: no rule": _RULE in columns and any("–" in cell[-1] for cell in cells),
         }
         shown = "; ".join(text for text, occurs in found.items() if occurs)
@@ -237,7 +254,9 @@ class Plan(Report):
             compute = "–" if self.activations is None else f"({dtypes.dtype_name(self.activations)})"
         rules = [_key(row.storage_rule, row.storage_source), _key(row.compute_rule, row.compute_source)]
         cells = ["×".join(map(str, row.shape)), current, f"{storage} {change}".strip(), compute]
-        return *cells, *([row.matmul or ""] if self._has_target else []), " | ".join(rules)
+        cells += [row.matmul or ""] if self._has_target else []
+        cells += ["" if row.training is None else str(row.training)] if self.training else []
+        return *cells, " | ".join(rules)
 
     def summary(self) -> str:
         """Returns the totals as a few lines of text."""
@@ -260,13 +279,17 @@ class Plan(Report):
                 *([] if self.device_bytes is None else [f"on each device: {human_bytes(self.device_bytes)}"]),
                 *([f"largest: {self.largest.path}, {human_bytes(self.largest.bytes)}"] if self.largest else []),
                 *filter(None, [", ".join(names)]),
+                *([] if self.training is None else self.training.lines(self.total_bytes)),
                 *self.unused,
             ]
         )
 
 
 def plan(
-    resolved: Resolved, target: str | Target | None = None, sharding: Shardings | ToShardings | None = None
+    resolved: Resolved,
+    target: str | Target | None = None,
+    sharding: Shardings | ToShardings | None = None,
+    training: TrainingMemory | None = None,
 ) -> Plan:
     """Returns the plan of a resolved tree; see `Policy.explain`."""
     rows: list[Row] = []
@@ -275,7 +298,7 @@ def plan(
         # Only in perparam's models, which have a cache, kernels with three axes are those of experts.
         if param.path.rpartition("/")[2] == "kernel" and len(param.shape) in ((2, 3) if resolved.kv_bytes else (2,)):
             row = row if target is None else _with_matmul(row, param, resolved.activations, Target.parse(target))
-        rows.append(row)
+        rows.append(row if training is None else dataclasses.replace(row, training=training.params.get(param.path)))
         if param.has_scales or param.format.scale is not None:
             rows.append(_scale_row(param))
     if sharding is not None:
@@ -285,7 +308,8 @@ def plan(
     if resolved.policy.kv_cache is not None and resolved.kv_cache is None:
         kv_cache = dtypes.dtype_name(resolved.policy.kv_cache)
         unused = (f"kv_cache: {kv_cache} has no effect on this tree, which is not a model of perparam with a cache.",)
-    return Plan(tuple(rows), resolved.activations, resolved.output, resolved.kv_cache, resolved.kv_bytes, unused)
+    dtypes_of_model = resolved.activations, resolved.output, resolved.kv_cache, resolved.kv_bytes
+    return Plan(tuple(rows), *dtypes_of_model, unused, training)
 
 
 def _device_bytes(row: Row, shardings: Shardings) -> int:

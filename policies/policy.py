@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import optax
+
 from . import cast, compute, dtypes, yaml
 from .errors import InvalidPolicy, UnknownDtype
 from .matmul import Target
@@ -17,20 +19,28 @@ from .rules import PolicyRules, SlotLike, SlotRules, read_slot
 from .scope import Scope
 from .slots import SLOTS
 from .store import store
+from .training.memory import training_memory
+from .training.partition import Trainable
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Policy(PolicyRules):
     """A mixed-precision policy: the storage and compute format of each parameter, and the dtype of the model's result.
 
-    params    storage: None, one dtype, or a map from names and path patterns to formats; the first rule that matches
-              wins
-    compute   the format for arithmetic, in the same form
-    output    the dtype of the model's result, or None
-    kv_cache  the dtype of keys and values that perparam's models cache: f32, bf16, f16, or f8_e4m3fn or int8 with one
-              scale for each head and token; None: the activations' dtype
-    block     (rows, columns) for rules without a block, -1 for a whole axis; None means (128, 128) for quantisation,
-              and no change of the block of a stored pair
+    params      storage: None, one dtype, or a map from names and path patterns to formats; the first rule that matches
+                wins
+    compute     the format for arithmetic, in the same form
+    output      the dtype of the model's result, or None
+    kv_cache    the dtype of keys and values that perparam's models cache: f32, bf16, f16, or f8_e4m3fn or int8 with one
+                scale for each head and token; None: the activations' dtype
+    grads       the dtype in which the optimizer receives gradients: f32, bf16 or f16; None: as they are
+    opt_state   the format in which `perparam.training.with_policy` stores the optimizer's state: f32, bf16, f16,
+                dynamic8 or f8_e4m3fn. A key without a slash is a field of the state (`mu`), others begin with one
+                (`mu/**/embedding`); None: as the optimizer makes it from float32 parameters
+    master      the dtype of the values that training adds up, where storage has fewer bits: f32, bf16 or f16; None:
+                the stored values
+    block       (rows, columns) for rules without a block, -1 for a whole axis; None means (128, 128) for quantisation,
+                and no change of the block of a stored pair
 
     A format is a dtype, the name of a registered format, or a mapping of `dtype`, `block` and `scale`.
     A policy is an immutable value: equal policies have equal hashes, so a policy can be a static argument of `jax.jit`.
@@ -50,12 +60,14 @@ class Policy(PolicyRules):
         output: Any = None,
         *,
         kv_cache: Any = None,
+        grads: SlotLike | SlotRules = None,
+        opt_state: SlotLike | SlotRules = None,
+        master: SlotLike | SlotRules = None,
         block: Any = None,
         **others: Any,
     ):
-        super().__init__(
-            {"params": params, "compute": compute, "output": output, "kv_cache": kv_cache, **others}, block
-        )
+        slots = {"params": params, "compute": compute, "output": output, "kv_cache": kv_cache}
+        super().__init__({**slots, "grads": grads, "opt_state": opt_state, "master": master, **others}, block)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Policy:
@@ -130,7 +142,13 @@ class Policy(PolicyRules):
         return Scope(self, self.activations).at(*names)
 
     def explain(
-        self, tree: Any, target: str | Target | None = None, sharding: Shardings | ToShardings | None = None
+        self,
+        tree: Any,
+        target: str | Target | None = None,
+        sharding: Shardings | ToShardings | None = None,
+        *,
+        optimizer: optax.GradientTransformation | None = None,
+        trainable: Trainable = "**",
     ) -> Plan:
         """Returns the plan: current format, requested format and rules of every parameter of `tree`.
 
@@ -141,13 +159,26 @@ class Policy(PolicyRules):
         sharding  {path: sharding} of every parameter and all scales after storage, or a function that returns it for
                 {path: shape and format}: adds the bytes on each device.  `perparam.models.shardings` is one, given a
                 layout and the model's config; the mesh may be a `jax.sharding.AbstractMesh`, without devices
+        optimizer  `perparam.training.with_policy(tx, policy)`, or any optax transformation: adds the bytes of
+                gradients, of the optimizer's state and of masters, which are those of the arrays of `optimizer.init`
+        trainable  which parameters the optimizer trains: patterns of paths, or a function of the path
+
+        >>> import jax, optax, perparam
+        >>> policy = Policy("bf16", master="f32", opt_state={"mu": "bf16", "nu": "f32"})
+        >>> optimizer = perparam.training.with_policy(optax.adam(1e-3), policy)
+        >>> shapes = {"kernel": jax.ShapeDtypeStruct((512, 512), "float32")}
+        >>> training = policy.explain(shapes, optimizer=optimizer).training
+        >>> training.gradient_bytes, training.state_bytes, training.master_bytes
+        (524288, {'mu': 524288, 'nu': 1048576}, 1048576)
 
         Raises:
           UnmatchedRule, ShadowedRule: for a rule without effect, with its file and line.
           InvalidSharding: for an array without a sharding.
           UnpairedScale, InvalidScale: for a narrow kernel without scales that fit it.
         """
-        return plan(resolve(self, tree), target, sharding)
+        resolved = resolve(self, tree, slots=SLOTS)
+        training = None if optimizer is None else training_memory(resolved, tree, optimizer, trainable)
+        return plan(resolved, target, sharding, training)
 
     def store(self, tree: Any, *, scaled: bool = False) -> Any:
         """Returns `tree` with its parameters in their storage format; parameters already in it do not change a bit.

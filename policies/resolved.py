@@ -150,7 +150,8 @@ def resolve(
     """Returns the result of applying `policy` to every parameter of `tree`.
 
     tree    arrays, shapes or `ArrayInfo`s in any container that `describe` supports
-    slots   the slots that are applied, by default all; without "params", storage does not change
+    slots   the slots that are applied, by default all but those for training; without "params", storage does not
+            change.  `opt_state` is not applied here, since its paths are those of an optimizer's state
     config  the config of the model; by default `tree.config` if it is one
 
     Raises:
@@ -160,8 +161,8 @@ def resolve(
         scales.
     """
     infos = describe(tree)
-    applied = [name for name in SLOTS if slots is None or name in slots]
-    by_parameter = [name for name in applied if SLOTS[name].by_parameter]
+    applied = [name for name, slot in SLOTS.items() if (not slot.training if slots is None else name in slots)]
+    by_parameter = [name for name in applied if SLOTS[name].by_parameter and not SLOTS[name].by_field]
     storage = policy if "params" in applied else PolicyRules({}, policy.block)
     raise_together(pair_problems(infos, policy))
     requested = {path: storage.params.format(path) for path, info in infos.items() if not is_scale(path)}

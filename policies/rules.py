@@ -45,12 +45,14 @@ class Rule:
     format    the format of the parameters that match; None leaves them unchanged
     optional  whether the pattern may match nothing (a trailing `?` in the key)
     source    file and line, such as "policy.yaml:4"; ignored by equality and hash
+    by_field  whether paths begin with the field of an optimizer's state, so that a pattern without a slash is a field
     """
 
     pattern: str
     format: Format | None
     optional: bool = False
     source: str | None = dataclasses.field(default=None, compare=False, repr=False)
+    by_field: bool = dataclasses.field(default=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -69,8 +71,8 @@ class Rule:
 
     @functools.cached_property
     def compiled(self) -> Pattern:
-        """The compiled pattern."""
-        return Pattern.of(self.pattern)
+        """The compiled pattern; `mu` is `mu/**` where paths begin with a field."""
+        return Pattern.of(f"{self.pattern}/**" if self.by_field and "/" not in self.pattern else self.pattern)
 
     def reaches(self, path: str) -> bool:
         """Returns whether the rule applies to `path`: a path of scales needs a pattern for scales."""
@@ -180,7 +182,7 @@ def read_slot(
                 default = _default(slot.read(key, format, "default"), source)
                 continue
             kind = "scales" if names_scales(Pattern.of(pattern)) else "rule"
-            rules.append(Rule(pattern, slot.read(key, format, kind), optional, source))
+            rules.append(Rule(pattern, slot.read(key, format, kind), optional, source, slot.by_field))
             if len(rules) % 64 == 0:
                 check_size(slot.name, rules)
     return _followed(slot, tuple(rules), default if "default" in value else base.default, base)
@@ -254,6 +256,21 @@ class PolicyRules:
     def compute(self) -> SlotRules:
         """The rules for the arithmetic on parameters."""
         return self.slot("compute")
+
+    @property
+    def grads(self) -> SlotRules:
+        """The rules for the gradients that the optimizer receives."""
+        return self.slot("grads")
+
+    @property
+    def opt_state(self) -> SlotRules:
+        """The rules for the state of the optimizer, by field and path: `mu/layers/0/kernel`."""
+        return self.slot("opt_state")
+
+    @property
+    def master(self) -> SlotRules:
+        """The rules for master copies: the values that training adds up, where storage has fewer bits."""
+        return self.slot("master")
 
     def _one(self, name: str) -> np.dtype | None:
         default = self.slot(name).default

@@ -1,4 +1,4 @@
-"""The slots of a policy (`params`, `compute`, `output`, `kv_cache`): a table of the values that each slot accepts.
+"""The slots of a policy (`params`, `compute`, …): a table of the values that each slot accepts.
 
 A new slot needs one entry here and the code that reads it: constructors, YAML, `repr`, equality, the checks of rules
 and the errors follow from the entry.
@@ -17,6 +17,7 @@ from . import dtypes
 from .errors import InvalidPolicy, UnknownDtype
 from .formats import Format, as_format
 from .scales import amax_rule
+from .training.state_formats import LINEAR_SECOND_MOMENT, SECOND_MOMENTS, StateFormat, as_state_format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,19 @@ class Slot:
     by_parameter  True: a map from patterns to formats, or one format for all parameters; False: one dtype
     check         `check(where, format, kind)` raises UnknownDtype or InvalidPolicy for a format that the slot does not
                   accept; kind is "rule", "scales" (a rule for scales) or "default"
+    training      whether only training uses the slot: `resolve` applies it if it is named, since a model that is
+                  loaded or run may have none of the parameters that are trained
+    by_field      whether paths begin with the field of an optimizer's state: `mu/layers/0/kernel`.  A key without a
+                  slash is the name of a field
+    parse         returns the format for a value of a rule
     """
 
     name: str
     by_parameter: bool
     check: Callable[[str, Format, str], None]
+    training: bool = False
+    by_field: bool = False
+    parse: Callable[[Any], Format] = as_format
 
     def read(self, key: str | None, value: Any, kind: str) -> Format | None:
         """Returns the format that `value` stands for as the value of `key`; None for null, which changes nothing.
@@ -47,10 +56,10 @@ class Slot:
         if isinstance(value, str) and value in ("None", "none", "Null", "NULL", "~"):
             raise InvalidPolicy(f"{where}: {value!r} is text here. To leave a parameter unchanged write null.")
         try:
-            format = as_format(value)
+            format = self.parse(value)
         except (UnknownDtype, InvalidPolicy) as error:
             raise type(error)(f"{where}: {error}") from error
-        if not dtypes.can_store(format.values):
+        if not (dtypes.can_store(format.values) or isinstance(format, StateFormat)):
             raise UnknownDtype(
                 f"{where}: a parameter cannot be {dtypes.dtype_name(format.values)}. "
                 "Write a float (f32, bf16, f16), a narrow type with scales (f8_e4m3fn, f8_e5m2, …, int8), or null."
@@ -133,6 +142,34 @@ def _check_kv_cache(where: str, format: Format, kind: str) -> None:
         )
 
 
+def _check_wide(what: str) -> Callable[[str, Format, str], None]:
+    """Returns the check of a slot for training whose formats are f32, bf16 and f16."""
+
+    def check(where: str, format: Format, kind: str) -> None:
+        if kind == "scales":
+            raise InvalidPolicy(
+                f"{where}: scales are computed from their kernel, so they have no {what}. Write null, or leave the "
+                "rule out."
+            )
+        if not dtypes.is_activation(format.values):
+            raise UnknownDtype(f"{where}: {what} cannot be {format}. Write f32, bf16 or f16, or null.")
+
+    return check
+
+
+def _check_opt_state(where: str, format: Format, kind: str) -> None:
+    if kind == "scales":
+        raise InvalidPolicy(
+            f"{where}: scales are computed from their kernel, so no optimizer has state for them. Leave the rule out."
+        )
+    if format.values == np.int8 and where.partition(": ")[2].partition("/")[0] in SECOND_MOMENTS:
+        raise InvalidPolicy(f"{where}: {LINEAR_SECOND_MOMENT}")
+    if not (dtypes.is_activation(format.values) or isinstance(format, StateFormat)):
+        raise UnknownDtype(
+            f"{where}: the state of an optimizer cannot be {format}. Write f32, bf16, f16, dynamic8 or f8_e4m3fn."
+        )
+
+
 SLOTS: dict[str, Slot] = {
     slot.name: slot
     for slot in (
@@ -140,6 +177,9 @@ SLOTS: dict[str, Slot] = {
         Slot("compute", True, _check_compute),
         Slot("output", False, _check_output),
         Slot("kv_cache", False, _check_kv_cache),
+        Slot("grads", True, _check_wide("gradients"), training=True),
+        Slot("opt_state", True, _check_opt_state, training=True, by_field=True, parse=as_state_format),
+        Slot("master", True, _check_wide("master"), training=True),
     )
 }
 """Every slot by name, in the order in which a policy is written.  A policy's `block` is not a slot."""

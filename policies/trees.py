@@ -22,6 +22,7 @@ from .blocks import Block
 from .errors import UnsupportedCast
 from .formats import Format, ScaledArray
 from .paths import is_scale, scale_path
+from .training.states import PolicyState
 
 
 class Narrow(nnx.Variable[Any]):
@@ -60,9 +61,10 @@ class ArrayInfo:
 
 
 def is_leaf(node: Any) -> bool:
-    """Returns whether `node` is one leaf here: an NNX variable, a Linen box, a ScaledArray, a state of optax."""
-    is_optax = type(node).__module__.partition(".")[0] == "optax"  # moments have the names of their parameters
-    return is_optax or isinstance(node, (nnx.Variable, meta.AxisMetadata, ScaledArray))
+    """Returns whether `node` is one leaf here: an NNX variable, a Linen box, a ScaledArray, state of an optimizer."""
+    # Moments have the names of their parameters.
+    is_state = type(node).__module__.partition(".")[0] == "optax" or isinstance(node, PolicyState)
+    return is_state or isinstance(node, (nnx.Variable, meta.AxisMetadata, ScaledArray))
 
 
 def unbox(leaf: Any) -> Any:
@@ -113,7 +115,8 @@ def is_parameter(leaf: Any, nnx_tree: bool = False) -> bool:
     return not nnx_tree and hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype)
 
 
-def _component(key: Any) -> str:
+def component(key: Any) -> str:
+    """Returns a key of a path in a pytree as a component of a parameter's path."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -130,7 +133,7 @@ def map_parameters(function: Callable[[str, Any], Any], tree: Any, prefix: str =
     linen, nnx_tree = is_linen(tree) and not prefix, isinstance(tree, nnx.State)
 
     def visit(keys: tuple[Any, ...], leaf: Any) -> Any:
-        names = [_component(key) for key in keys]
+        names = [component(key) for key in keys]
         if not is_parameter(leaf, nnx_tree) or (linen and names[0] != "params"):
             return leaf
         return function("/".join([*filter(None, [prefix]), *(names[1:] if linen else names)]), leaf)

@@ -19,8 +19,11 @@ from ..paths import is_scale, scale_path
 from ..patterns import Pattern
 from ..trees import is_leaf, map_parameters, parameters, rebox, unbox
 
+Trainable = str | Iterable[str] | Callable[[str], bool]
+"""Patterns of paths, or a function of the path."""
 
-def partition(variables: Any, trainable: str | Iterable[str] | Callable[[str], bool] = "**") -> tuple[Any, Any]:
+
+def partition(variables: Any, trainable: Trainable = "**") -> tuple[Any, Any]:
     """Returns `(trainable, frozen)`: the chosen floating-point parameters, and all other leaves.
 
     trainable  patterns of paths, or a function of the path; by default all parameters. Scaled pairs, integers and other
@@ -41,7 +44,7 @@ def partition(variables: Any, trainable: str | Iterable[str] | Callable[[str], b
     narrow = {path for path in flat if not is_scale(path) and scale_path(path) in flat}
     scales = {scale_path(path) for path in narrow}
     can_train = [path for path, x in flat.items() if _is_trainable(x.dtype) and path not in narrow | scales]
-    paths = set(filter(_choice(trainable, can_train), can_train))
+    paths = set(filter(choice(trainable, can_train), can_train))
     if isinstance(variables, nnx.State):
         leaves = [("/".join(map(str, keys)) in paths, (keys, leaf)) for keys, leaf in nnx.to_flat_state(variables)]
         first = nnx.from_flat_state([leaf for in_first, leaf in leaves if in_first])
@@ -52,8 +55,15 @@ def partition(variables: Any, trainable: str | Iterable[str] | Callable[[str], b
     return first, jax.tree.map(lambda leaf, in_first: None if in_first else leaf, variables, mask, is_leaf=is_leaf)
 
 
-def _choice(trainable: str | Iterable[str] | Callable[[str], bool], paths: list[str]) -> Callable[[str], bool]:
-    """Returns the choice of parameters as a function of the path."""
+def choice(trainable: Trainable, paths: list[str]) -> Callable[[str], bool]:
+    """Returns whether a parameter is trained, as a function of its path.
+
+    trainable  patterns of paths, or such a function
+    paths      the paths of the parameters that can be trained
+
+    Raises:
+      UnmatchedRule: a pattern that matches none of `paths`, and does not end with '?'.
+    """
     if callable(trainable):
         return trainable
     texts = [trainable] if isinstance(trainable, str) else list(trainable)

@@ -90,10 +90,8 @@ class TestRows:
         }
         rows = rows_of(plan)
         formats = {path: (row.pop("format"), row.pop("compute_format")) for path, row in rows.items()}
-        assert rows == {
-            path: {"path": path, **dict.fromkeys(("matmul", "matmul_refused", "matmul_checks", "device_bytes")), **row}
-            for path, row in expected.items()
-        }
+        others = dict.fromkeys(("matmul", "matmul_refused", "matmul_checks", "device_bytes", "training"))
+        assert rows == {path: {"path": path, **others, **row} for path, row in expected.items()}
         assert formats == {
             "dense/bias": ("bf16", "f32"),
             "dense/kernel": ("f8_e4m3fn", None),

@@ -24,67 +24,68 @@ from perparam.policies.dtypes import is_activation
 TREE = {"dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "norm": {"scale": jnp.ones(4)}}
 
 
-def check_grads(where, format, kind):
+def check_updates(where, format, kind):
     if not is_activation(format.values):
-        raise UnknownDtype(f"{where}: gradients are f32, bf16 or f16.")
+        raise UnknownDtype(f"{where}: updates are f32, bf16 or f16.")
 
 
 @pytest.fixture
-def grads(monkeypatch):
+def updates(monkeypatch):
     """The table with one more entry."""
-    monkeypatch.setitem(SLOTS, "grads", Slot("grads", True, check_grads))
+    monkeypatch.setitem(SLOTS, "updates", Slot("updates", True, check_updates))
 
 
-def cast_gradients(policy, gradients):
-    """The consumer: gradients in the dtypes of the slot."""
-    params = resolve(policy, gradients, slots=("grads",)).params
+def cast_updates(policy, updates):
+    """The consumer: updates in the dtypes of the slot."""
+    params = resolve(policy, updates, slots=("updates",)).params
 
     def cast(keys, leaf):
-        rule = params["/".join(key.key for key in keys)].rules["grads"]
+        rule = params["/".join(key.key for key in keys)].rules["updates"]
         return leaf if rule is None or rule.format is None else leaf.astype(rule.format.values)
 
-    return jax.tree_util.tree_map_with_path(cast, gradients)
+    return jax.tree_util.tree_map_with_path(cast, updates)
 
 
-@pytest.mark.usefixtures("grads")
+@pytest.mark.usefixtures("updates")
 class TestANewSlot:
     def test_its_consumer_reads_it(self):
-        policy = Policy(params="f32", grads={"kernel": "bf16", "norm/*": None, "default": "f16"})
-        cast = jax.tree.map(lambda leaf: leaf.dtype.name, cast_gradients(policy, TREE))
+        policy = Policy(params="f32", updates={"kernel": "bf16", "norm/*": None, "default": "f16"})
+        cast = jax.tree.map(lambda leaf: leaf.dtype.name, cast_updates(policy, TREE))
         assert cast == {"dense": {"kernel": "bfloat16", "bias": "float16"}, "norm": {"scale": "float32"}}
 
     def test_it_is_written_compared_and_hashed(self):
-        policy = Policy(compute="bf16", grads={"kernel": "bf16", "default": "f32"})
-        text = "compute: bf16\ngrads:\n  kernel: bf16\n  default: f32\n"
+        policy = Policy(compute="bf16", updates={"kernel": "bf16", "default": "f32"})
+        text = "compute: bf16\nupdates:\n  kernel: bf16\n  default: f32\n"
         assert policy.dumps() == text
         assert Policy.loads(text) == policy == eval(repr(policy))
-        assert policy != Policy(compute="bf16") != Policy(compute="bf16", grads="f32")
+        assert policy != Policy(compute="bf16") != Policy(compute="bf16", updates="f32")
         assert len({policy, Policy.loads(text), Policy(compute="bf16")}) == 2
-        assert Policy.parse("c=bf16,grads=f32") == Policy(compute="bf16", grads="f32")
+        assert Policy.parse("c=bf16,updates=f32") == Policy(compute="bf16", updates="f32")
 
     def test_its_rules_are_as_strict_as_all_others(self):
-        policy = Policy.loads("grads:\n  kernal: bf16\n", "p.yaml")
-        for ask in (policy.explain, lambda tree: cast_gradients(policy, tree)):
+        policy = Policy.loads("updates:\n  kernal: bf16\n", "p.yaml")
+        for ask in (policy.explain, lambda tree: cast_updates(policy, tree)):
             with pytest.raises(
-                UnmatchedRule, match=r"p.yaml:2: 'kernal' \(grads\) matches none of 3.*\n.*dense/kernel"
+                UnmatchedRule, match=r"p.yaml:2: 'kernal' \(updates\) matches none of 3.*\n.*dense/kernel"
             ):
                 ask(TREE)
 
     def test_its_entry_says_what_it_accepts(self):
-        with pytest.raises(UnknownDtype, match=r"^p.yaml:2: grads: kernel: gradients are f32, bf16 or f16"):
-            Policy.loads("grads:\n  kernel: f8_e4m3fn\n", "p.yaml")
+        with pytest.raises(UnknownDtype, match=r"^p.yaml:2: updates: kernel: updates are f32, bf16 or f16"):
+            Policy.loads("updates:\n  kernel: f8_e4m3fn\n", "p.yaml")
 
     def test_nothing_else_changes(self):
-        policy = Policy({"kernel": "f8_e4m3fn"}, grads="bf16")
+        policy = Policy({"kernel": "f8_e4m3fn"}, updates="bf16")
         plan, other = (p.explain(TREE) for p in (policy, Policy({"kernel": "f8_e4m3fn"})))
         assert plan == other
 
 
 def test_without_its_entry_a_slot_is_unknown():
     with pytest.raises(
-        InvalidPolicy, match=r"unknown slot 'grads'. A policy has params, compute, output, kv_cache, block"
+        InvalidPolicy,
+        match=r"slot 'updates'. A policy has params, compute, output, kv_cache, grads, opt_state, master, block",
     ):
-        Policy(grads="bf16")
+        Policy(updates="bf16")
 
 
 class TestResolution:

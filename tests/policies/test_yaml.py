@@ -128,7 +128,10 @@ ERRORS = {
     "an unknown slot": (
         "params: f32\n\ncomptue: bf16\n",
         InvalidPolicy,
-        ["p.yaml:3: unknown slot 'comptue'. A policy has params, compute, output, kv_cache, block, include. Did y"],
+        [
+            "p.yaml:3: unknown slot 'comptue'. A policy has params, compute, output, kv_cache, grads, opt_state,",
+            "Did you mean 'compute'?",
+        ],
     ),
     "a slot twice": (
         "params: f32\ncompute: f32\nparams: bf16\n",

@@ -1,0 +1,315 @@
+"""`with_policy`: an optax transformation whose state, gradients and masters are stored by the map of a policy.
+
+The wrapped transformation sees float32: the masters or the widened parameters, the gradients and its own state.  Its
+updates become new stored values.  If everything is float32 already, parameters and state have the bits that the
+transformation gives without a policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .. import dtypes
+from ..blocks import block_amax
+from ..decisions import decide
+from ..errors import InvalidGradients, InvalidPolicy
+from ..formats import Format
+from ..rules import PolicyRules
+from ..scales import encode_scales
+from .fields import StateLeaf, check_rules, check_structure, narrow, state_leaves, widen
+from .rounding import requantize, stochastic_cast
+from .states import NoUpdate, PolicyState, StoredUpdate
+from .trained import Trained, TrainedParameters, pure
+
+Rounding = Literal["nearest", "stochastic"]
+Scales = Literal["fresh", "delayed"]
+
+
+def with_policy(
+    tx: optax.GradientTransformation,
+    policy: PolicyRules,
+    *,
+    rounding: Rounding = "nearest",
+    scales: Scales = "fresh",
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns `tx` with its state, gradients and masters in the formats of the policy's slots, and float32 arithmetic.
+
+    tx        any optax transformation; extra arguments of `update` are passed on
+    policy    its slots `grads`, `opt_state` and `master` apply; parameters keep the format in which they are stored
+    rounding  how new values are rounded to the dtype that keeps them from step to step, which is the master's, or the
+              parameter's without a master, and to 16-bit state.  "nearest", or "stochastic": up or down with the
+              probability that makes the mean right.  A copy of a master is rounded to nearest.  The random numbers
+              depend on the seed, the step and the parameter alone, so that a resumed run repeats them
+    scales    the scales of a narrow parameter after an update.  "fresh": from the largest magnitude of each block;
+              "delayed": from that of the step before, so that larger values are clipped (a block that was zero then has
+              fresh ones)
+    seed      of the random numbers
+
+    `init` and `update` take parameters as `perparam.init`, `Policy.store` and NNX have them.  The result of
+    `optax.apply_updates(parameters, updates)` has the new stored values, in `TrainState.apply_gradients` and
+    `nnx.Optimizer.update` too.  Gradients have a wide array, f32, bf16 or f16, for each parameter, and nothing or None
+    for its scales.  A parameter whose gradient is None, and what the transformation moves by exactly zero, keeps its
+    bits; so do None, `optax.MaskedNode`, integers and PRNG keys in the place of parameters.
+
+    A master exists where the slot `master` has a dtype and the parameter is stored in another one than this, float32 or
+    float64.  State has the dtypes that `tx.init` gives to float32 parameters, unless a rule of `opt_state` applies.
+
+    NaN and infinity in gradients reach the parameters, as in optax: skip such steps, with
+    `perparam.training.all_finite`.  Transformations that follow belong inside: `with_policy(optax.chain(tx, other))`.
+
+    >>> import optax, perparam
+    >>> policy = perparam.Policy("bf16", master="f32", opt_state={"mu": "bf16"})
+    >>> params = policy.store({"kernel": jnp.ones((2, 2))})
+    >>> optimizer = with_policy(optax.adam(0.1), policy)
+    >>> state = optimizer.init(params)
+    >>> updates, state = optimizer.update({"kernel": jnp.ones((2, 2))}, state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> params["kernel"].dtype.name, float(params["kernel"][0, 0]), float(state.master["kernel"][0, 0])
+    ('bfloat16', 0.8984375, 0.8999999761581421)
+
+    Raises:
+      UnmatchedRule, ShadowedRule: from `init`, for a rule of `grads`, `opt_state` or `master` without effect.
+      InvalidGradients: from `update`, for gradients that do not fit the parameters, by path.
+      InvalidPolicy: for another value of `rounding` or `scales`.
+    """
+    for name, value, allowed in (
+        ("rounding", rounding, ("nearest", "stochastic")),
+        ("scales", scales, ("fresh", "delayed")),
+    ):
+        if value not in allowed:
+            raise InvalidPolicy(f"{name}: expected {' or '.join(map(repr, allowed))}, found {value!r}.")
+    if not isinstance(policy, PolicyRules):
+        raise InvalidPolicy(f"policy: expected a Policy, found {policy!r}. Use get_policy, which accepts names.")
+    inner = optax.with_extra_args_support(tx)
+    optimizer = _Optimizer(inner, policy, rounding == "stochastic", scales == "delayed", seed)
+    return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+
+
+class _Optimizer:
+    """The two functions of `with_policy`."""
+
+    def __init__(
+        self,
+        inner: optax.GradientTransformationExtraArgs,
+        policy: PolicyRules,
+        stochastic: bool,
+        delayed: bool,
+        seed: int,
+    ):
+        self._inner, self._policy, self._stochastic, self._delayed = inner, policy, stochastic, delayed
+        self._seed = seed
+
+    def init(self, params: Any) -> PolicyState:
+        """Returns the state for parameters as they are stored."""
+        view = TrainedParameters(params, self._policy)
+        for name in ("grads", "master"):
+            decide(name, self._policy.slot(name), view.paths)
+        view = TrainedParameters(pure(params), self._policy)
+        wide = {param.path: _placed(param.wide(), param.values) for param in view}
+        masters = {
+            param.path: _placed(dtypes.saturating_cast(wide[param.path], dtype), param.values)
+            for param in view
+            if (dtype := master_dtype(self._policy, param)) is not None
+        }
+        with jax.numpy_dtype_promotion("standard"):
+            inner = self._inner.init(view.tree(wide))
+        leaves, structure = state_leaves(inner, view.keys())
+        check_rules(self._policy.opt_state, leaves, view.paths)
+        stored = narrow(self._policy.opt_state, leaves, lambda x, dtype, *_: dtypes.saturating_cast(x, dtype))
+        stored = [_like_parameter(x, leaf, view) for x, leaf in zip(stored, leaves, strict=True)]
+        return PolicyState(
+            step=jnp.zeros((), jnp.int32),
+            inner=jax.tree_util.tree_unflatten(structure, stored),
+            master=view.tree(masters),
+            amax=view.tree({p.path: _amax(wide[p.path], p.format) for p in view if self._delayed and _scaled(p)}),
+        )
+
+    def update(
+        self, updates: Any, state: PolicyState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, PolicyState]:
+        """Returns updates that `optax.apply_updates` turns into new stored values, and the next state."""
+        if params is None:
+            raise InvalidGradients("with_policy needs the parameters. Call update(gradients, state, params).")
+        if not isinstance(state, PolicyState):
+            raise InvalidGradients(
+                f"the state is a {type(state).__name__}, expected a PolicyState. Pass what init of the same "
+                "transformation returned."
+            )
+        view = TrainedParameters(pure(params), self._policy)
+        keys = view.keys()
+        masters, amax = _by_path(keys, state.master), _by_path(keys, state.amax)
+        wide = {p.path: p.wide() if masters[p.path] is None else masters[p.path].astype(p.wide_dtype) for p in view}
+        gradients = view.by_path(pure(updates), "gradient")
+        still = {path for path, gradient in gradients.items() if gradient is None}
+        moves, inner_state = self._inner_update(view, gradients, wide, state, extra_args)
+        random = _Random(self._seed, state.step, list(view.trained)) if self._stochastic else None
+        values: dict[str, Any] = {}
+        scales: dict[str, Any] = {}
+        for param in view:
+            path, move = param.path, moves[param.path]
+            if _scaled(param):
+                scales[path] = NoUpdate()
+            if path in still or move is None:
+                values[path] = NoUpdate()
+                continue
+            move = move.astype(param.wide_dtype)
+            if masters[path] is None and param.format.values == param.wide_dtype:
+                values[path] = move  # optax's own
+                continue
+            new, moved = wide[path] + move, jnp.any(move != 0)
+            key = None if random is None else random.key(path)
+            if masters[path] is not None:
+                new = _rounded(new, masters[path].dtype, key)
+                masters[path] = jnp.where(moved, new, masters[path])
+                new, key = new.astype(param.wide_dtype), None
+            if not _scaled(param):
+                values[path] = StoredUpdate(_rounded(new, param.format.values, key), moved)
+                continue
+            given = None
+            if amax[path] is not None:
+                given, amax[path] = _delayed_scales(amax[path], new, param.format)
+            stored = requantize(new, param.format, key=key, scale_inv=given)
+            values[path], scales[path] = StoredUpdate(stored.values, moved), StoredUpdate(stored.scale_inv, moved)
+        return view.updates(values, scales, NoUpdate()), PolicyState(
+            step=optax.safe_increment(state.step),
+            inner=inner_state,
+            master=view.tree(masters),
+            amax=view.tree(amax),
+        )
+
+    def _inner_update(
+        self,
+        view: TrainedParameters,
+        gradients: Mapping[str, Any],
+        wide: Mapping[str, jax.Array],
+        state: PolicyState,
+        extra_args: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], Any]:
+        """Returns the update of each parameter by the wrapped transformation, and its state as it is stored.
+
+        A parameter without a gradient has one of zeros there; its state does not change.
+        """
+        slot = self._policy.opt_state
+        keys = view.keys()
+        before, structure = state_leaves(state.inner, keys)
+        widened = widen(slot, before)
+        received = {
+            path: jnp.zeros_like(wide[path]) if gradient is None else self._received(path, gradient, wide[path].dtype)
+            for path, gradient in gradients.items()
+        }
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers and floats
+            moves, inner_state = self._inner.update(
+                view.tree(received), jax.tree_util.tree_unflatten(structure, widened), view.tree(wide), **extra_args
+            )
+        after, new_structure = state_leaves(inner_state, keys)
+        check_structure(structure, new_structure)
+        # A transformation may promote its state, as inject_hyperparams does with moments in bf16.
+        after = [_with_dtype_of(leaf, x) for leaf, x in zip(after, widened, strict=True)]
+        stored = narrow(slot, after, self._cast_state(view, state.step))
+        kept = [
+            old.value if old.path is not None and gradients[old.path] is None else x
+            for old, x in zip(before, stored, strict=True)
+        ]
+        return view.by_path(moves, "update"), jax.tree_util.tree_unflatten(structure, kept)
+
+    def _received(self, path: str, gradient: Any, dtype: np.dtype) -> jax.Array:
+        """Returns a gradient in the dtype of `grads`, in which it overflows visibly, then in that of the arithmetic."""
+        format = self._policy.grads.format(path)
+        gradient = jnp.asarray(gradient)
+        received: jax.Array = (gradient if format is None else gradient.astype(format.values)).astype(dtype)
+        return received
+
+    def _cast_state(self, view: TrainedParameters, step: jax.Array) -> Any:
+        """Returns the cast of state to 16 bits, in the rounding of the optimizer."""
+        random = _Random(self._seed, step, list(view.trained)) if self._stochastic else None
+
+        def cast(values: jax.Array, dtype: np.dtype, path: str, index: int) -> jax.Array:
+            return _rounded(values, dtype, None if random is None else random.key(path, index + 1))
+
+        return cast
+
+
+class _Random:
+    """The random keys of one step: `fold_in(fold_in(key(seed), step), index of the parameter)`."""
+
+    def __init__(self, seed: int, step: jax.Array, paths: list[str]):
+        self._key = jax.random.fold_in(jax.random.key(seed), step)
+        self._index = {path: index for index, path in enumerate(paths)}
+
+    def key(self, path: str, state: int = 0) -> jax.Array:
+        """Returns the key for a parameter, or with `state` the one for an array of its state, counted from 1."""
+        key = jax.random.fold_in(self._key, self._index[path])
+        return jax.random.fold_in(key, state) if state else key
+
+
+def master_dtype(policy: PolicyRules, param: Trained) -> np.dtype | None:
+    """Returns the dtype of the master of a parameter; None without one.
+
+    A parameter needs none that is stored in the master's dtype, or in float32 or float64.
+    """
+    dtype = policy.master.dtype(param.path)
+    return None if param.format.values in (dtype, np.float32, np.float64) else dtype
+
+
+def _scaled(param: Trained) -> bool:
+    return param.format.scale is not None
+
+
+def _by_path(keys: Mapping[tuple[Any, ...], str], tree: Any) -> dict[str, Any]:
+    """Returns the arrays of a tree of the parameters' structure by path; None where it has none."""
+    found = {keys[place]: x for place, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {path: found.get(path) for path in keys.values()}
+
+
+def _with_dtype_of(leaf: StateLeaf, before: Any) -> StateLeaf:
+    value = leaf.value
+    if hasattr(value, "dtype") and value.dtype != before.dtype:
+        return StateLeaf(value.astype(before.dtype), leaf.field, leaf.path, leaf.unsigned)
+    return leaf
+
+
+def _rounded(values: jax.Array, dtype: np.dtype, key: jax.Array | None) -> jax.Array:
+    if key is None or values.dtype == dtype or dtype.itemsize >= 4:
+        return dtypes.saturating_cast(values, dtype)
+    drawn: jax.Array = stochastic_cast(values, dtype, key)
+    return drawn
+
+
+def _amax(values: jax.Array, format: Format) -> jax.Array:
+    assert format.block is not None
+    return block_amax(values, format.block)
+
+
+def _delayed_scales(before: jax.Array, values: jax.Array, format: Format) -> tuple[jax.Array, jax.Array]:
+    """Returns scales from the magnitudes of the step before, and the magnitudes of this step.
+
+    Source: the delayed scaling of NVIDIA's Transformer Engine, with a history of one step.
+    """
+    assert format.scale is not None
+    now = _amax(values, format)
+    scales = format.rule(jnp.where(before == 0, now, before), format.values, format.scale, True)
+    return encode_scales(scales, format.scale), now
+
+
+def _placed(array: jax.Array, like: Any) -> jax.Array:
+    """Returns an array of a parameter's shape on the parameter's devices; traced arrays are left to the compiler."""
+    concrete = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)
+    if not concrete or isinstance(array, jax.core.Tracer) or array.sharding == like.sharding:
+        return array
+    placed: jax.Array = jax.device_put(array, like.sharding)
+    return placed
+
+
+def _like_parameter(x: Any, leaf: StateLeaf, view: TrainedParameters) -> Any:
+    """Returns an array of the state, on the devices of its parameter if it has its shape."""
+    if leaf.path is None:
+        return x
+    param = view.trained[leaf.path]
+    return jax.tree.map(lambda part: _placed(part, param.values) if part.shape == param.values.shape else part, x)
