@@ -2,10 +2,10 @@
 
     python -m perparam.examples.train_tiny FOLDER [--text FILE] [--steps N] [--plot FILE.png]
 
-FOLDER receives the checkpoint in bfloat16, its tokenizer, the excerpt on which `perparam demo` compares policies, and
-history.json. The text is downloaded with apt-get (`tiny_text`), or read from FILE. The last 4 % of it are never
-trained on; the bits that the model needs for each of their bytes are printed beside those of an n-gram model of the
-same training text (`kneser_ney`).
+FOLDER receives the checkpoint in bfloat16, its tokenizer, the excerpt on which `perparam demo` compares policies,
+history.json and a model card. The text is downloaded with apt-get (`tiny_text`), or read from FILE, and then there is
+no card. The last 4 % of the text are never trained on; the bits that the model needs for each of their bytes are
+printed beside those of an n-gram model of the same training text (`kneser_ney`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import shutil
 import tempfile
@@ -29,7 +28,7 @@ import optax
 from flax import nnx
 
 import perparam
-from perparam.examples import tiny_text
+from perparam.examples import tiny_card, tiny_text
 from perparam.examples.kneser_ney import KneserNey
 
 CONFIG = perparam.models.Qwen3Config(
@@ -43,7 +42,7 @@ CONFIG = perparam.models.Qwen3Config(
     max_position_embeddings=4096,
     rope_theta=10000.0,
     tie_word_embeddings=True,
-    eos_token_id=tiny_text.END,
+    eos_token_id=(tiny_text.END,),
     pad_token_id=tiny_text.END,
 )
 """1.9 million parameters; 128 divides the sides of all kernels, so that FP8 blocks are whole."""
@@ -193,26 +192,30 @@ def bits_per_byte(
     real = np.arange(windows * half).reshape(windows, half) < len(tokens)
     windows_of_ids = ids[half * np.arange(windows)[:, None] + np.arange(2 * half + 1)]
     graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def losses(state, ids):
-        logits = nnx.merge(graphdef, state)(ids[:, :-1])[:, half:].astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, half + 1 :])
-
     nats = 0.0
     for i in range(0, windows, rows):
         batch = windows_of_ids[i : i + rows]
         batch = np.pad(batch, ((0, rows - len(batch)), (0, 0)))
-        part = np.asarray(losses(state, batch), np.float64)[: len(real[i : i + rows])]
+        part = np.asarray(_losses(graphdef, state, batch), np.float64)[: len(real[i : i + rows])]
         nats += float(part[real[i : i + rows]].sum())
     return nats / np.log(2) / size
 
 
-def kneser_ney_bits(vocabulary: int, train: np.ndarray, tokens: np.ndarray, size: int) -> float:
-    """Bits for each of the `size` bytes of a text that a Kneser-Ney 5-gram of `train` needs; ids are (length,)."""
-    model = KneserNey(train, vocabulary, order=5)
-    after = np.concatenate([train[-4:], tokens])
-    return -float(model.log2_probabilities(after)[4:].sum()) / size
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> jax.Array:
+    """Losses (rows, length / 2) float32, in nats, of the second half of the tokens that rows of `length` predict."""
+    half = (ids.shape[1] - 1) // 2
+    logits = nnx.merge(graphdef, state)(ids[:, :-1])[:, half:].astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, half + 1 :])
+
+
+def kneser_ney_bits(
+    vocabulary: int, train: np.ndarray, before: np.ndarray, tokens: np.ndarray, size: int, *, order: int = 5
+) -> float:
+    """Bits for each of the `size` bytes of a text that a Kneser-Ney model of `train` needs; `before` is its context."""
+    context = before[-order + 1 :]
+    found = KneserNey(train, vocabulary, order).log2_probabilities(np.concatenate([context, tokens]))
+    return -float(found[len(context) :].sum()) / size
 
 
 def save(model: perparam.models.Qwen3, tokenizer: Any, held_out: str, folder: pathlib.Path) -> None:
@@ -230,20 +233,17 @@ def save(model: perparam.models.Qwen3, tokenizer: Any, held_out: str, folder: pa
             shutil.copyfile(file, folder / file.name)
 
 
-def plot(history: History, lines: dict[str, float], file: str | os.PathLike[str]) -> None:
-    """Draws the training curve; `lines` are bits per byte by name, drawn as horizontal lines."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    steps, bits = zip(*history.validation, strict=True)
-    axes.plot(steps, bits, "o-", markersize=3, label="validation text")
-    for i, (name, value) in enumerate(lines.items()):
-        axes.axhline(value, linestyle="--", color=f"C{i + 1}", label=f"{name}: {value:.3f}")
-    axes.set(xlabel="step", ylabel="bits per byte", title=f"Training in {history.seconds / 60:.1f} minutes")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=100)
+def write_history(
+    history: History, recipe: Recipe, parts: tiny_text.Parts, bits: dict[str, float], folder: Any
+) -> None:
+    """Writes history.json into `folder`; `bits` are bits per byte of the held-out text by name."""
+    contents = {
+        "recipe": dataclasses.asdict(recipe),
+        "bytes": {name: len(part.encode()) for name, part in parts._asdict().items()},
+        "held_out": bits,
+        **dataclasses.asdict(history),
+    }
+    (folder / "history.json").write_text(json.dumps(contents) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -257,27 +257,31 @@ def main() -> None:
     text = tiny_text.fetched() if options.text is None else options.text.read_text(encoding="utf-8")
     parts = tiny_text.parts(text)
     sizes = [len(part.encode()) for part in parts]
+    if min(sizes) == 0:
+        parser.error("--text: cannot be divided: write 100 KB or more, with empty lines between chapters")
     tokenizer = tiny_text.trained_tokenizer(parts.train, CONFIG.vocab_size)
     train_ids, validation, held_out = (tiny_text.encoded(tokenizer, part) for part in parts)
     print(
         f"{sizes[0]:,} bytes ({len(train_ids):,} tokens) to train on, {sizes[1]:,} to validate, {sizes[2]:,} held out"
     )
-    model, history = train(CONFIG, POLICY, Recipe(options.steps), train_ids, (validation, sizes[1]))
+    recipe = Recipe(options.steps)
+    model, history = train(CONFIG, POLICY, recipe, train_ids, (validation, sizes[1]))
     save(model, tokenizer, parts.held_out, options.folder)
     saved = perparam.load_model(options.folder, perparam.Policy(compute="f32", output="f32"))
     before = np.concatenate([train_ids, validation])
     octets = [np.frombuffer(part.encode(), np.uint8) for part in parts]
     results = {
         "model": bits_per_byte(saved, before, held_out, sizes[2]),
-        "5-gram of tokens": kneser_ney_bits(CONFIG.vocab_size, train_ids, held_out, sizes[2]),
-        "5-gram of bytes": kneser_ney_bits(256, octets[0], octets[2], sizes[2]),
+        "5-gram of tokens": kneser_ney_bits(CONFIG.vocab_size, train_ids, before, held_out, sizes[2]),
+        "5-gram of bytes": kneser_ney_bits(256, octets[0], octets[1], octets[2], sizes[2]),
     }
     for name, bits in results.items():
         print(f"held out, {name}: {bits:.4f} bits per byte")
-    contents = {"recipe": dataclasses.asdict(Recipe(options.steps)), "held_out": results} | dataclasses.asdict(history)
-    (options.folder / "history.json").write_text(json.dumps(contents) + "\n", encoding="utf-8")
+    write_history(history, recipe, parts, results, options.folder)
     if options.plot is not None:
-        plot(history, {f"held out, {name}": bits for name, bits in results.items()}, options.plot)
+        tiny_card.plot(options.folder, options.plot)
+    if options.text is None:
+        (options.folder / "README.md").write_text(tiny_card.card(options.folder), encoding="utf-8")
 
 
 if __name__ == "__main__":

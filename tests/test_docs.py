@@ -97,9 +97,10 @@ def test_the_page_on_several_devices_runs(capsys):
 
 @pytest.mark.slow
 def test_the_readme_runs(tmp_path, monkeypatch, capsys):
-    from perparam.examples.make_checkpoint import make_checkpoint
+    from perparam.commands import demo
 
-    make_checkpoint(tmp_path / "demo")
+    demo.save(tmp_path / "demo")
+    capsys.readouterr()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "policy.yaml").write_text((ROOT / "examples" / "policy.yaml").read_text())
     names = run_blocks(ROOT / "README.md")

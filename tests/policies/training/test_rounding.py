@@ -146,7 +146,9 @@ def test_the_mean_of_many_quantisations_is_the_weight():
     keys = jax.random.split(jax.random.key(2), 4000)
     for format in ({"dtype": "f8_e4m3fn", "block": [2, 4]}, {"dtype": "int8", "block": [4, 4]}):
         drawn = jax.vmap(lambda key, format=format: requantize(weight, format, key=key).dequantize())(keys)
-        scales = dequantize(jnp.ones((4, 8), as_dtype(format["dtype"])), quantize(weight, format).scale_inv, format["block"])
+        scales = dequantize(
+            jnp.ones((4, 8), as_dtype(format["dtype"])), quantize(weight, format).scale_inv, format["block"]
+        )
         # At most half a step of standard deviation, of which the largest, at 448, is 32 scales, and of int8 one.
         step = 32 if format["dtype"] == "f8_e4m3fn" else 1
         bound = STANDARD_ERRORS * 0.5 * step * np.asarray(scales) / np.sqrt(len(keys))
