@@ -38,8 +38,9 @@ is typed.
 - **Licence of the model**: Apache-2.0, as perparam.
 - **Command**: `python -m perparam.examples.train_tiny examples/tiny --plot docs/tiny-model.png`
 - **Training**: {steps:,} steps of {batch} rows of {window} tokens in {seconds:,.0f} s, with {cpu:,.0f} s of CPU
-  time{note}. Muon for kernels and Adam for the rest, by `with_policy`: parameters and first moments are stored in
-  bfloat16, masters in float32, and arithmetic is in float32.
+  time{note}.
+  Muon for kernels and Adam for the rest, by `with_policy`: parameters and first moments are stored in bfloat16, masters
+  in float32, and arithmetic is in float32.
 - **Made** on {date} with {machine}, {versions}.
 
 ## Held-out text
