@@ -16,6 +16,7 @@ from small_tokenizer import small_tokenizer, write_tokenizer
 
 import perparam
 from perparam.__main__ import main
+from perparam.commands.demo import POLICIES, TINY
 from perparam.examples.make_checkpoint import DEMO, make_checkpoint
 from perparam.loaders.compare import TEXT
 from perparam.loaders.families import family_of, read_config
@@ -195,12 +196,22 @@ def test_audit_prints_what_a_policy_costs(folder, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_runs(capsys, tmp_path):
+def test_the_demo_shows_text_a_plan_and_the_cost_of_policies(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["demo", "--folder", str(tmp_path / "kept")]) == 0
     printed = capsys.readouterr().out
-    assert "Under the policy" in printed
-    assert "Under f32" in printed
-    assert (tmp_path / "kept" / "config.json").is_file()
+    plan = str(perparam.Policy.load(POLICY).explain(perparam.checkpoint_tree(TINY)))
+    assert plan in printed
+    # The plan is folded on a terminal only.
+    assert max(map(len, printed.replace(plan, "").splitlines())) <= 80
+    table = re.findall(r"^(\S+) +([\d.]+) +(\S+) +([\d.]+)% +([\d.]+ MiB)$", printed, re.MULTILINE)
+    assert [row[0] for row in table] == list(POLICIES)
+    assert table[0][2:4] == ("0.00e+00", "100.00")
+    assert printed.count("  And it came to pass|") == 1 + len(POLICIES)
+    assert "\nthe most likely token is the same for " in printed
+    kept = perparam.checkpoint_tree(tmp_path / "kept")
+    assert kept["layers"]["0"]["mlp"]["up_proj"]["kernel"].dtype == "float8_e4m3fn"
+    assert (tmp_path / "kept" / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -98,21 +98,22 @@ def test_the_page_on_several_devices_runs(capsys):
 
 @pytest.mark.slow
 def test_the_readme_runs(tmp_path, monkeypatch, capsys):
-    from perparam.examples.make_checkpoint import make_checkpoint
+    from perparam.commands import demo
 
-    make_checkpoint(tmp_path / "demo")
+    demo.save(tmp_path / "demo")
+    capsys.readouterr()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "policy.yaml").write_text((ROOT / "examples" / "policy.yaml").read_text())
     names = run_blocks(ROOT / "README.md")
-    assert names["tokens"].shape == (1, 8)
+    assert len(names["answer"].tokens) == 16
     shown = re.search(
         r"^prints\n\n```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M
     )
     assert all(len(line) <= 80 for line in shown.group(1).splitlines())
-    # The numbers of the last line depend on the processor; lines may be folded.
+    # The numbers of the audit and the text depend on the processor; lines may be folded.
     expected, printed = shown.group(1).split(), capsys.readouterr().out.split()
     assert printed[: expected.index("KL")] == expected[: expected.index("KL")]
-    assert names["audit"].top1 == pytest.approx(0.875, abs=0.05)
+    assert names["audit"].top1 >= 0.85
 
 
 def test_the_readme_shows_the_policy_of_the_examples():

@@ -187,5 +187,6 @@ def test_the_wheel_holds_exactly_the_package(tmp_path, compiles):
         for file in files
         if file in ("__init__.py", "__main__.py", "generation.py", "training.py", "py.typed")
         or (file.startswith(shipped) and file.endswith((".py", ".yaml")))
+        or file.startswith("examples/tiny/")
     }
     assert held == expected | ({"perparam/policies/native/libperparam.cpu.so"} if compiles else set())
