@@ -175,6 +175,8 @@ def gradients(
             jnp.zeros(kernel.shape, dtypes[i]) if isinstance(kernel := of_group[i], ScaledArray) else kernel
             for i in trained
         ]
+        # The transpose would add up the gradient of an array that does not vary over the axes of the rows.
+        wide = vary(wide, (x, kernels, group_sizes, gradients))
         _, pull_back = jax.vjp(products, tiles.rows(padded, start), wide)
         in_group = (start + jnp.arange(tiles.height) < tiles.ends[group])[:, None]
         rows = tuple(tiles.rows(gradient, start) for gradient in padded_gradients)
