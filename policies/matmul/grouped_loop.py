@@ -171,21 +171,25 @@ def gradients(
             chosen = dict(zip(trained, wide, strict=True))
             return _products(call, rows, [_with(kernel, chosen.get(i)) for i, kernel in enumerate(of_group)])
 
+        # Marked as varying: the gradient of one that does not vary would be added up over devices with other groups.
         wide = [
-            jnp.zeros(kernel.shape, dtypes[i]) if isinstance(kernel := of_group[i], ScaledArray) else kernel
+            vary(jnp.zeros(kernel.shape, dtypes[i]), (x, kernels))
+            if isinstance(kernel := of_group[i], ScaledArray)
+            else kernel
             for i in trained
         ]
-        # The transpose would add up the gradient of an array that does not vary over the axes of the rows.
-        wide = vary(wide, (x, kernels, group_sizes, gradients))
-        _, pull_back = jax.vjp(products, tiles.rows(padded, start), wide)
         in_group = (start + jnp.arange(tiles.height) < tiles.ends[group])[:, None]
+        tile_rows = tiles.rows(padded, start)
+        if call.backward is not None:  # rows of other groups would enter the scales of x
+            tile_rows = jnp.where(in_group, tile_rows, jnp.zeros_like(tile_rows))
+        _, pull_back = jax.vjp(products, tile_rows, wide)
         rows = tuple(tiles.rows(gradient, start) for gradient in padded_gradients)
         d_rows, d_wide = pull_back(tuple(jnp.where(in_group, each, jnp.zeros_like(each)) for each in rows))
         dx = _updated(dx, d_rows, start)
         # In float32, since a group may have many tiles.
         return dx, [total.at[group].add(one.astype(total.dtype)) for total, one in zip(dkernels, d_wide, strict=True)]
 
-    zeros = [jnp.zeros(kernels[i].shape, jnp.promote_types(dtypes[i], jnp.float32)) for i in trained]
+    zeros = [jnp.zeros(kernels[i].shape, jnp.float64 if dtypes[i] == np.float64 else jnp.float32) for i in trained]
     begin = vary((_no_bits(padded.shape, x.dtype), zeros), (x, kernels, group_sizes, gradients))
     dx, dkernels = jax.lax.fori_loop(0, tiles.counts[-1], body, begin)
     found = {i: total.astype(dtypes[i]) for i, total in zip(trained, dkernels, strict=True)}

@@ -34,8 +34,8 @@ def add_proxies(model: nnx.Module, trainable: Trainable = "**", dtype: DTypeLike
 
     Then `nnx.grad` and `nnx.value_and_grad` over `nnx.Param` give the gradient of a kernel `kernel` at `kernel_proxy`,
     and `with_policy` in `nnx.Optimizer(model, tx, wrt=nnx.Any(nnx.Param, perparam.training.Narrow))` updates the kernel
-    with it.   Proxies are arrays of the model: they take memory, four bytes for each value in float32, and are rows of its
-    plan.  `perparam.training.value_and_grad` needs none.  `remove_proxies` removes them, as before saving.
+    with it.  Proxies are arrays of the model: they take memory, four bytes for each value in float32, and are rows of
+    its plan.  `perparam.training.value_and_grad` needs none.  `remove_proxies` removes them, as before saving.
 
     >>> from perparam.models import Linear
     >>> layer = Linear(4, 3, policy={"params": {"kernel": "int8"}}, rngs=nnx.Rngs(0))

@@ -149,9 +149,9 @@ class TrainedParameters:
         leaves, _ = _flatten(tree)
         linen = is_linen(tree)
         found = {_path(keys, linen): unbox(leaf) for keys, leaf in leaves}
-        for path in self.trained:
-            if found.get(path) is None and _is_array(found.get(proxy_path(path))):
-                found[path] = found.pop(proxy_path(path))
+        for kernel in self.trained:
+            if found.get(kernel) is None and _is_array(found.get(proxy_path(kernel))):
+                found[kernel] = found.pop(proxy_path(kernel))
         known = set(self.paths)
         for path, leaf in found.items():
             if path is not None and path not in known and not is_scale(path) and _is_array(leaf):

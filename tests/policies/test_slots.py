@@ -83,7 +83,7 @@ class TestANewSlot:
 def test_without_its_entry_a_slot_is_unknown():
     with pytest.raises(
         InvalidPolicy,
-        match=r"slot 'updates'. A policy has params, compute, output, kv_cache, grads, opt_state, master, block",
+        match=r"slot 'updates'. A policy has params, compute, output, kv_cache, backward, grads, opt_state, m",
     ):
         Policy(updates="bf16")
 

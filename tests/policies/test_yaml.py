@@ -129,7 +129,7 @@ ERRORS = {
         "params: f32\n\ncomptue: bf16\n",
         InvalidPolicy,
         [
-            "p.yaml:3: unknown slot 'comptue'. A policy has params, compute, output, kv_cache, grads, opt_state,",
+            "p.yaml:3: unknown slot 'comptue'. A policy has params, compute, output, kv_cache, backward, grads,",
             "Did you mean 'compute'?",
         ],
     ),

@@ -18,7 +18,7 @@ from perparam.training import grad, value_and_grad
 
 ROWS, IN, OUT = 6, 40, 24
 BLOCK = (16, 32)
-FORMATS = ("f8_e4m3fn", "f8_e5m2", "int8", "mxfp8")
+FORMATS = ("f8_e4m3fn", "int8", *(pytest.param(format, marks=pytest.mark.slow) for format in ("f8_e5m2", "mxfp8")))
 FLOAT32_STEP = 2.0**-24
 
 
@@ -69,17 +69,17 @@ def test_a_scaled_array_has_one_array_as_its_gradient():
     assert gradient["n"] is None
 
 
-@pytest.mark.parametrize("compute", [None, "bf16", "f8_e4m3fn"])
+@pytest.mark.parametrize("compute", [pytest.param(None, marks=pytest.mark.slow), "bf16", "f8_e4m3fn"])
 def test_x_is_the_one_that_was_multiplied(compute):
     params, x, block = operands()
-    x = x if compute == "f8_e4m3fn" else x.astype(jnp.bfloat16)
+    x = x.astype(jnp.bfloat16) if compute is None else x
 
     def loss(params):
         y = scaled_matmul(x, params["kernel"], params["scale_inv"], block=block, compute=compute)
         return y.astype(jnp.float32).sum()
 
     gradient = grad(loss)(params)["kernel"]
-    used = quantize_rows(x, "f8_e4m3fn").dequantize() if compute == "f8_e4m3fn" else x
+    used = quantize_rows(x, "f8_e4m3fn").dequantize() if compute == "f8_e4m3fn" else x.astype(jnp.bfloat16)
     expected = np.asarray(used, np.float64).sum(axis=0)
     assert (abs(gradient - expected) <= ROWS * FLOAT32_STEP * abs(np.asarray(used, np.float64)).sum(axis=0)).all()
 
@@ -105,8 +105,10 @@ def stacked(params, x, body):
     return (jax.lax.scan(lambda x, layer: (body(x, layer), None), x, params)[0] ** 2).sum()
 
 
-@pytest.mark.parametrize("format", ["f8_e4m3fn", "int8"])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    ("format", "remat"),
+    [("int8", True), *(pytest.param("f8_e4m3fn", remat, marks=pytest.mark.slow) for remat in (False, True))],
+)
 def test_layers_in_a_scan(format, remat):
     params, x, block = operands(format, layers=3)
 
@@ -190,6 +192,7 @@ class TestFlax:
         # The same program but for the places of casts.
         chex.assert_trees_all_close(gradient["kernel"], wanted, rtol=0, atol=float(abs(wanted).max()) * 1e-6)
 
+    @pytest.mark.slow
     def test_statistics_are_not_parameters(self):
         class Net(nn.Module):
             @nn.compact
