@@ -43,6 +43,7 @@ def bind(module: AnyModule, policy: PolicyLike, *, methods: Iterable[str] = ("__
     A narrow kernel without a compute dtype is dequantised to the dtype of the first floating-point input of the method
     that was called, and to float32 outside of `methods`.
 
+    >>> import numpy as np
     >>> layer = bind(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), {"params": {"kernel": "f8_e4m3fn"}, "compute": "bf16"})
     >>> {name: x.dtype.name for name, x in nnx.state(layer).items()}
     {'bias': 'float32', 'kernel': 'float8_e4m3fn', 'scale_inv': 'float32'}

@@ -2,6 +2,7 @@
 
 A module with an argument `policy` applies it itself.  Any other module runs unchanged: its parameters are in their
 storage format, and inside the compiled program each is cast or dequantised to its compute dtype before the module runs.
+Flax's linear layers multiply in a narrow format where the policy computes their kernels so: see `stock`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def init(module: AnyModule, policy: PolicyLike, key: Any, *inputs: Any, **kwargs
 
     The result is Linen's variable dict or an `nnx.State`.  A kernel that is quantised has its `scale_inv` beside it.
 
+    >>> import jax, numpy as np
     >>> variables = init(nn.Dense(3), {"params": {"kernel": "f8_e4m3fn"}}, jax.random.key(0), np.ones((1, 2), "f4"))
     >>> {name: x.dtype.name for name, x in variables["params"].items()}
     {'kernel': 'float8_e4m3fn', 'scale_inv': 'float32', 'bias': 'float32'}

@@ -148,7 +148,7 @@ def stock(rngs):
 
 
 KINDS = sorted(stock(None))
-wide = st.sampled_from([None, "f32", "bf16", "f16"])
+wide = st.sampled_from([None, "f32", "bf16"])  # not every product in f16 exists on CPUs
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ wide = st.sampled_from([None, "f32", "bf16", "f16"])
     kind=st.sampled_from(KINDS),
     kernel=st.sampled_from(["f8_e4m3fn", "int8", "mxfp8", "bf16", None]),
     default=wide,
-    compute=st.sampled_from(["bf16", "f32", "f16", {"kernel": "f32", "default": "bf16"}, None]),
+    compute=st.sampled_from(["bf16", "f32", {"kernel": "f32", "default": "bf16"}, None]),
     output=wide,
     inputs=st.sampled_from(["float32", "bfloat16"]),
 )
