@@ -142,7 +142,7 @@ def _seen(window: int | None, queries: Places, slots: Places) -> jax.Array:
     if isinstance(queries, tuple):
         same = queries[1][:, :, None] == slots[1][:, None, :]
         return same & _seen(window, queries[0], slots[0])
-    assert isinstance(slots, jax.Array)
+    assert not isinstance(slots, tuple)
     distance = queries[:, :, None] - slots[:, None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
