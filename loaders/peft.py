@@ -90,6 +90,17 @@ def load_lora(model: M, folder: str | os.PathLike[str]) -> M:
     The adapters are stored as the model's policy says (rules for `lora_a` and `lora_b`), or in the dtype of the file;
     they can be trained on. Dropout is not applied: `lora_dropout` is for training.
 
+    >>> import tempfile
+    >>> from perparam.models import Qwen3, Qwen3Config
+    >>> from perparam.training import add_lora
+    >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, head_dim=4)
+    >>> config = Qwen3Config(**sizes, num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=True)
+    >>> base = Qwen3(config, rngs=nnx.Rngs(0))
+    >>> with tempfile.TemporaryDirectory() as work:
+    ...     folder = save_lora(add_lora(base, 2, 4, "q_proj", rngs=nnx.Rngs(1)), work + "/adapter")
+    ...     load_lora(base, folder).layers[0].self_attn.q_proj.lora_a.shape
+    (2, 4)
+
     Raises:
       MissingFile: no such folder, or not these files.
       UnsupportedConfig: another kind of adapter, or a setting that is not implemented, such as DoRA, by its field.
