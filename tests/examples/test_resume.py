@@ -101,12 +101,12 @@ def killed_while_saving(process, folder):
 
 @pytest.mark.thorough
 def test_a_run_that_is_killed_at_any_moment_has_the_same_losses(tmp_path):
-    steps, folder, cache = 24, tmp_path / "killed", tmp_path / "cache"
+    steps, folder, cache = 18, tmp_path / "killed", tmp_path / "cache"
     _, whole = completed(started(tmp_path / "whole", cache, steps))
     assert list(whole) == list(range(steps))
     assert len({scale for _, scale in whole.values()}) > 2
     moments, found, during = random.Random(0), {}, 0
-    for kill in range(6):
+    for kill in range(4):
         process = started(folder, cache, steps)
         if kill % 2:
             before = set(folder.glob("*"))
