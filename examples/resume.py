@@ -19,6 +19,7 @@ import tempfile
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint
@@ -56,7 +57,7 @@ def begin(devices: int = 1) -> tuple[nnx.GraphDef, State]:
         model = perparam.load_model(checkpoint, POLICY, sharding=mesh, progress=False)
     graphdef, variables = nnx.split(model)
     parameters = nnx.to_pure_dict(variables)
-    return graphdef, {"parameters": parameters, "optimizer": OPTIMIZER.init(parameters), "position": np.int32(0)}
+    return graphdef, {"parameters": parameters, "optimizer": OPTIMIZER.init(parameters), "position": jnp.int32(0)}
 
 
 def batch(position: int, vocabulary: int = 1024, rows: int = 4, length: int = 16) -> np.ndarray:
@@ -90,6 +91,7 @@ def checkpoints(folder: str | os.PathLike[str]) -> orbax.checkpoint.CheckpointMa
         max_to_keep=2,
         # A save ends before the next step, which overwrites the arrays in place: on a CPU Orbax would write from them.
         enable_async_checkpointing=False,
+        cleanup_tmp_directories=True,  # those of saves that were killed
     )
     return orbax.checkpoint.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
 

@@ -21,13 +21,17 @@ def by_kernel(platform: str, kernel: Callable[..., Any], plain: Callable[..., An
 
 
 def differentiated_as(plain: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, an implementation of `plain`; its derivatives and batches are those of `plain`."""
+    """`function`, an implementation of `plain`; its derivatives and batches are those of `plain`.
+
+    A value that is differentiated has the bits of `function` too, so that a model in training and one that generates
+    agree about the probabilities of tokens.  XLA removes what only the value of `plain` needs.
+    """
     result = jax.custom_jvp(batched_as(plain, function))
 
     @result.defjvp
     def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        results: tuple[Any, Any] = jax.jvp(plain, primals, tangents)
-        return results
+        _, tangent = jax.jvp(plain, primals, tangents)
+        return result(*primals), tangent
 
     return result
 

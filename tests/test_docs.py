@@ -7,6 +7,7 @@ import pkgutil
 import re
 
 import jax
+import numpy as np
 import pytest
 
 import perparam
@@ -85,6 +86,17 @@ def test_the_page_on_loading_runs(capsys):
     assert own == "float8_e4m3fn (2, 3)"
     assert files == "['config.json', 'model.safetensors', 'policy.yaml', 'tokenizer.json', 'tokenizer_config.json']"
     assert perparam.load_model(names["small"], names["small"] / "policy.yaml").config.quantization is not None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_on_training_runs(capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        names = run_blocks(ROOT / "docs" / "training.md")
+    printed = capsys.readouterr().out
+    assert "mu:dynamic8, nu:dynamic8" in printed  # the plan
+    assert "layers merged; the largest" in printed
+    np.testing.assert_allclose(names["w"], 0.8, rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -73,9 +73,9 @@ def divided(model, lora=False):
     return graphdef, nnx.to_pure_dict(trainable), nnx.to_pure_dict(frozen)
 
 
-def overfitted(policy, steps, learning_rate, *, rounding="nearest", lora=False):
+def overfitted(policy, steps, learning_rate, *, rounding="nearest", lora=False, config=CONFIG):
     """`(losses, model)` of Adam, whose rate falls linearly to zero, on TOKENS."""
-    graphdef, trainable, frozen = divided(model_under(policy, lora=lora), lora)
+    graphdef, trainable, frozen = divided(model_under(policy, lora=lora, config=config), lora)
     tx = with_policy(optax.adam(optax.linear_schedule(learning_rate, 0.0, steps)), policy, rounding=rounding)
     losses, trainable, _ = run(graphdef, trainable, frozen, tx=tx, steps=steps)
     return np.asarray(losses), nnx.merge(graphdef, nnx.State(trainable), nnx.State(frozen))
