@@ -36,10 +36,11 @@ from jax.typing import ArrayLike
 from perparam.models import flash
 from perparam.policies import matmul_override, scaled_matmuls
 from perparam.policies.checks import Trial
-from perparam.policies.formats import Format, ScaledArray, stored_format
+from perparam.policies.formats import Format, stored_format
 from perparam.policies.matmul import hopper, hopper_grouped, oracle, trials
 from perparam.policies.matmul.dispatch import describe
 from perparam.policies.matmul.grouped_calls import GroupedCall
+from perparam.policies.scaled_array import ScaledArray
 from perparam.policies.targets import Target
 
 E4M3, E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)

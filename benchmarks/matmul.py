@@ -40,8 +40,9 @@ import torch_cuda
 from shapes import ROWS, SHAPES, linears
 
 from perparam.policies import matmul_override, matmul_plan, quantize, scaled_matmul
-from perparam.policies.formats import Format, ScaledArray
+from perparam.policies.formats import Format
 from perparam.policies.matmul import cpu, dispatch, oracle, quantize_rows
+from perparam.policies.scaled_array import ScaledArray
 from perparam.policies.targets import HOPPER, here, multiprocessors
 
 BF16, E4M3 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)

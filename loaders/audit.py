@@ -17,11 +17,12 @@ from ..models.heads import check_causal_lm
 from ..policies.blocks import Block, block_amax, expand, split_blocks
 from ..policies.dtypes import largest
 from ..policies.errors import InvalidTokens, count
-from ..policies.formats import Format, ScaledArray
+from ..policies.formats import Format
 from ..policies.labels import human_bytes
 from ..policies.plan import Plan, Row, plan
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
+from ..policies.scaled_array import ScaledArray
 from ..policies.store import store_param
 from ..policies.tables import Column, Report, Table, json_lines
 from ..policies.trees import parameters

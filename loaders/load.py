@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from ..models.decoder import Decoder, assemble
 from ..models.sharding.arrays import as_model_sharding, shardings
 from ..policies.errors import InvalidSharding, UnknownDtype, named
-from ..policies.formats import ScaledArray
 from ..policies.paths import scale_path
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import Resolved, ResolvedParam, resolve
+from ..policies.scaled_array import ScaledArray
 from .bare import BareCheckpoint, open_parameters, warn_if_guessed
 from .checkpoint import Checkpoint, open_checkpoint
 from .placement import Placement

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ..policies.errors import UnsupportedCast
-from ..policies.formats import ScaledArray
 from ..policies.matmul import scaled_matmul
+from ..policies.scaled_array import ScaledArray
 
 CHUNK = 4096
 """Default number of outputs of a slice: 16 KiB of float32 logits for a token, and 38 slices for Qwen3's vocabulary."""

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..policies.formats import Format, ScaledArray
+from ..policies.formats import Format
 from ..policies.matmul import grouped_matmuls
 from ..policies.matmul.sharded import Names, rounded_part
 from ..policies.matmul.shards import vary_alike
+from ..policies.scaled_array import ScaledArray
 from ..policies.scales import F32
 from .adapters import ExpertAdapters
 

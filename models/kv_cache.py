@@ -16,9 +16,10 @@ import numpy as np
 
 from ..policies.dtypes import is_narrow, saturating_cast
 from ..policies.errors import InvalidTokens
-from ..policies.formats import Format, quantize_in_one_pass
+from ..policies.formats import Format
 from ..policies.matmul.shards import vary
 from ..policies.native import library
+from ..policies.scaled_array import quantize_in_one_pass
 from ..policies.scales import F32, least_rule
 from ..policies.targets import here
 from .by_platform import by_kernel, differentiated_as

@@ -17,12 +17,13 @@ from flax import nnx
 from jax.nn import initializers
 
 from ..policies.dtypes import saturating_cast
-from ..policies.formats import Format, ScaledArray, quantize, stored_format
+from ..policies.formats import Format, stored_format
 from ..policies.matmul import scaled_matmul, scaled_matmuls
 from ..policies.matmul.sharded import Split, sharded_matmuls
 from ..policies.paths import proxy_path, scale_path
 from ..policies.presets import PolicyLike, get_policy
 from ..policies.resolved import too_flat
+from ..policies.scaled_array import ScaledArray, quantize
 from ..policies.scales import F32
 from ..policies.scope import Scope
 from ..policies.trees import Narrow

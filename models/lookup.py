@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..policies.formats import ScaledArray
 from ..policies.matmul.sharded import Part, Split, array_specs, local, over_devices, spec
+from ..policies.scaled_array import ScaledArray
 from ..policies.scales import decode_scales
 from ..policies.trainable import straight_through
 

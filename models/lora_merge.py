@@ -13,7 +13,8 @@ from flax import nnx
 
 from ..policies.dtypes import saturating_cast
 from ..policies.errors import InvalidAdapter, count
-from ..policies.formats import Format, ScaledArray, quantize
+from ..policies.formats import Format
+from ..policies.scaled_array import ScaledArray, quantize
 from ..policies.tables import Column, Report, Table, json_lines
 from .layers import Linear, pair
 from .lora_layers import linear_layers, remove_adapter

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from ..policies.errors import InvalidTokens, UnsupportedTask
-from ..policies.formats import ScaledArray
+from ..policies.scaled_array import ScaledArray
 from . import taps
 from .cross_entropy import CHUNK, IGNORED, cross_entropy_of, rows, slice_size
 from .decoder import Decoder

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from ..policies.formats import ScaledArray
 from ..policies.matmul.sharded import Split
+from ..policies.scaled_array import ScaledArray
 from ..policies.scope import Scope
 from .adapters import Adapter, ExpertAdapters
 from .experts import ExpertKernels, mixture

@@ -21,7 +21,7 @@ from .errors import (
     UnsupportedCast,
     UnsupportedConfig,
 )
-from .formats import FORMATS, Format, ScaledArray, as_format, dequantize, quantize, register_format
+from .formats import FORMATS, Format, as_format, register_format
 from .include import preset_names
 from .matmul import Choice, Target, matmul_override, matmul_plan, scaled_matmul, scaled_matmuls
 from .plan import Plan, Row
@@ -29,6 +29,7 @@ from .policy import Policy
 from .presets import PolicyLike, get_policy
 from .resolved import Resolved, ResolvedParam, resolve
 from .rules import Rule, SlotRules
+from .scaled_array import ScaledArray, dequantize, quantize
 from .scope import ParamSpec, Scope
 from .slots import SLOTS, Slot
 from .training.by_path import path_labels, path_mask, trainable

@@ -20,11 +20,12 @@ from . import dtypes
 from .cast import cast_floats
 from .compute import as_computed
 from .errors import UnsupportedCast
-from .formats import Format, ScaledArray, stored_format
+from .formats import Format, stored_format
 from .modules import activations_of
 from .paths import proxy_path, scale_path
 from .policy import Policy
 from .products import NarrowKernel
+from .scaled_array import ScaledArray
 from .scales import F32
 from .trees import Narrow
 

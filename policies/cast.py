@@ -12,9 +12,9 @@ from flax import nnx
 from . import dtypes
 from .decisions import decide
 from .errors import InvalidPolicy, UnsupportedCast
-from .formats import ScaledArray
 from .paths import is_scale, scale_path
 from .rules import PolicyRules, Rule
+from .scaled_array import ScaledArray
 from .trees import check_array, map_parameters, parameters, rebox, unbox
 
 

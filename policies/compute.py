@@ -9,10 +9,11 @@ import numpy as np
 
 from . import dtypes
 from .errors import UnsupportedCast
-from .formats import Format, ScaledArray
+from .formats import Format
 from .products import NarrowKernel
 from .resolved import resolve
 from .rules import PolicyRules
+from .scaled_array import ScaledArray
 from .trees import arrays, replace_parameters
 
 

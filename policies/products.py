@@ -18,8 +18,9 @@ import numpy as np
 
 from .blocks import Block, block_sides, grid_shape
 from .errors import UnsupportedCast
-from .formats import Format, ScaledArray
+from .formats import Format
 from .matmul import scaled_matmul
+from .scaled_array import ScaledArray
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["compute", "path", "backward"])

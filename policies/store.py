@@ -10,9 +10,10 @@ import numpy as np
 from . import dtypes
 from .blocks import block_sides
 from .errors import InvalidScale
-from .formats import Format, ScaledArray, quantize
+from .formats import Format
 from .hosts import on_host
 from .resolved import Resolved, ResolvedParam, change
+from .scaled_array import ScaledArray, quantize
 from .scales import decode_scales, encode_scales
 from .trees import arrays, replace_parameters
 

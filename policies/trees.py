@@ -20,8 +20,9 @@ from flax.core import FrozenDict, meta
 
 from .blocks import Block
 from .errors import UnsupportedCast
-from .formats import Format, ScaledArray
+from .formats import Format
 from .paths import is_scale, scale_path
+from .scaled_array import ScaledArray
 from .trainable import TrainableValues
 from .training.states import PolicyState
 

@@ -8,9 +8,9 @@ from helpers import dtype, largest, spread
 from matmuls import ROUNDING, Case
 
 import perparam
-from perparam.policies.formats import ScaledArray
 from perparam.policies.matmul import matmul_override, quantize_rows, scaled_matmul
 from perparam.policies.native import library
+from perparam.policies.scaled_array import ScaledArray
 
 required = pytest.mark.skipif(library.unavailable() is not None, reason=f"native kernels: {library.unavailable()}")
 """The mark of tests of the native library, which is missing where no compiler was, or where PERPARAM_CPU is off."""

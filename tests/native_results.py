@@ -10,8 +10,8 @@ from matmuls import FP8, Case
 from native_matmuls import drawn, multiply
 
 from perparam import quantize
-from perparam.policies.formats import ScaledArray
 from perparam.policies.matmul import grouped_matmuls, matmul_override, scaled_matmul
+from perparam.policies.scaled_array import ScaledArray
 
 CASES = (
     Case(1, (300, 500)),

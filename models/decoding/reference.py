@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...policies.formats import ROW_BLOCK, Format, quantize_in_one_pass
+from ...policies.formats import ROW_BLOCK, Format
+from ...policies.scaled_array import quantize_in_one_pass
 from ...policies.scales import E4M3, F32
 from .. import attention, rope
 from ..kv_cache import LayerCache

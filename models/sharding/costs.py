@@ -25,9 +25,9 @@ import jax
 from jax.sharding import NamedSharding
 
 from ...policies.dtypes import is_narrow
-from ...policies.formats import ScaledArray
 from ...policies.matmul.sharded import Names, Part, ProductPlan, product_plan
 from ...policies.resolved import Resolved, ResolvedParam
+from ...policies.scaled_array import ScaledArray
 from ...policies.scales import F32
 from ..config import DecoderConfig
 from .arrays import shardings, splits

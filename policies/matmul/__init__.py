@@ -1,6 +1,6 @@
 """The block-scaled matmul: public functions, the oracle that defines the result, and one file per implementation."""
 
-from ..formats import quantize_rows
+from ..scaled_array import quantize_rows
 from ..targets import Target
 from .dispatch import IMPLEMENTATIONS, Choice, matmul_override, matmul_plan
 from .face import scaled_matmul, scaled_matmuls

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from .. import dtypes
 from ..blocks import DEFAULT_BLOCK
 from ..errors import UnsupportedCast
-from ..formats import Format, ScaledArray, quantize, quantize_rows
+from ..formats import Format
+from ..scaled_array import ScaledArray, quantize, quantize_rows
 from ..scales import E4M3
 from . import oracle
 from .calls import Call, Operands

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import count
-from ..formats import FORMATS, Format, ScaledArray
+from ..formats import FORMATS, Format
+from ..scaled_array import ScaledArray
 from .calls import Call, Implementation, Operands, one_by_one
 from .shards import vary
 from .xla import FEW_ROWS

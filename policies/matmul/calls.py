@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import dtypes
 from ..blocks import Block
-from ..formats import Format, ScaledArray, quantize_rows
+from ..formats import Format
+from ..scaled_array import ScaledArray, quantize_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ from jax.typing import ArrayLike, DTypeLike
 from .. import dtypes
 from ..blocks import DEFAULT_BLOCK, Block, as_block, check_grid, grid_shape
 from ..errors import UnsupportedCast
-from ..formats import Format, ScaledArray, as_format, quantize, scaled_array, stored_format
+from ..formats import Format, as_format, stored_format
+from ..scaled_array import ScaledArray, quantize, scaled_array
 from ..scales import F32
 from ..targets import Target, here
 from ..trainable import TrainableValues

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .. import dtypes
 from ..errors import UnsupportedCast
-from ..formats import Format, ScaledArray, as_format
+from ..formats import Format, as_format
+from ..scaled_array import ScaledArray
 from ..targets import here
 from . import grouped_dispatch
 from .backward import check_backward, frozen, with_empty_proxy

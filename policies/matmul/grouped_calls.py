@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from ..checks import Trial
-from ..formats import Format, ScaledArray
+from ..formats import Format
+from ..scaled_array import ScaledArray
 from ..targets import Target
 from .calls import Call
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..formats import ScaledArray
+from ..scaled_array import ScaledArray
 from ..targets import targeting
 from .backward import cotangent, frozen
 from .face import scaled_matmuls

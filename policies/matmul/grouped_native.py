@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ..formats import quantize_rows
+from ..scaled_array import quantize_rows
 from . import native
 from .calls import Operands
 from .grouped_calls import GroupedCall, GroupedImplementation, Kernel

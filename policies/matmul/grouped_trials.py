@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import dtypes
 from ..checks import Trial
-from ..formats import ScaledArray, quantize_rows
+from ..scaled_array import ScaledArray, quantize_rows
 from . import trials
 from .calls import Call, Operands
 from .grouped_calls import GroupedCall, Kernel

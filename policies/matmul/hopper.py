@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from .. import dtypes
 from ..blocks import Block
 from ..errors import count
-from ..formats import ROW_BLOCK, Format, ScaledArray, stored_format
+from ..formats import ROW_BLOCK, Format, stored_format
+from ..scaled_array import ScaledArray
 from ..scales import E4M3, F32, decode_scales
 from ..targets import multiprocessors
 from . import hopper_costs

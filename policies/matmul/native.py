@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from ..formats import ScaledArray
 from ..native import library
 from ..native.tables import bfloat16_table
+from ..scaled_array import ScaledArray
 from ..scales import decode_scales
 from .calls import Call, Implementation, Operands
 from .shards import vary

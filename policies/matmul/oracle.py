@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import dtypes
-from ..formats import ScaledArray
+from ..scaled_array import ScaledArray
 from .calls import Call, Implementation, Operands, one_by_one
 
 if TYPE_CHECKING:

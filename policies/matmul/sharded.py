@@ -25,7 +25,8 @@ from jax.typing import DTypeLike
 from .. import dtypes
 from ..blocks import DEFAULT_BLOCK, block_sides
 from ..errors import InvalidSharding
-from ..formats import Format, ScaledArray, quantize_rows
+from ..formats import Format
+from ..scaled_array import ScaledArray, quantize_rows
 from .backward import frozen
 from .dispatch import describe
 from .face import scaled_matmuls

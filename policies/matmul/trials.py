@@ -17,7 +17,8 @@ import numpy as np
 from .. import dtypes
 from ..blocks import grid_shape
 from ..checks import Trial
-from ..formats import Format, ScaledArray, quantize_rows
+from ..formats import Format
+from ..scaled_array import ScaledArray, quantize_rows
 from . import oracle
 from .calls import Call, Implementation, Operands, Quantizer
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import dtypes
 from ..blocks import expand
-from ..formats import ScaledArray
+from ..scaled_array import ScaledArray
 from ..scales import decode_scales
 from . import oracle
 from .calls import Call, Implementation, Operands, one_by_one

@@ -17,10 +17,10 @@ from flax import nnx
 
 from .. import dtypes
 from ..errors import InvalidGradients, count
-from ..formats import ScaledArray
 from ..paths import is_scale, proxy_path, scale_path
 from ..presets import PolicyLike, get_policy
 from ..rules import SlotRules
+from ..scaled_array import ScaledArray
 from ..scales import F32
 from ..trainable import TrainableValues
 from ..trees import Narrow, is_leaf, map_parameters, parameters, rebox, unbox

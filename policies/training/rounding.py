@@ -19,7 +19,8 @@ from jax.typing import ArrayLike, DTypeLike
 from .. import dtypes
 from ..blocks import expand
 from ..errors import UnsupportedCast
-from ..formats import Format, ScaledArray, as_operands, as_scales, fresh_scales, quantize
+from ..formats import Format
+from ..scaled_array import ScaledArray, as_operands, as_scales, fresh_scales, quantize
 from ..scales import F32, decode_scales, encode_scales
 from .random_bits import random_bits
 

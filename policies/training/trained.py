@@ -15,10 +15,11 @@ from flax import nnx
 from .. import dtypes
 from ..blocks import DEFAULT_BLOCK
 from ..errors import InvalidGradients, InvalidScale, UnsupportedCast
-from ..formats import Format, ScaledArray
+from ..formats import Format
 from ..paths import is_scale, proxy_path, scale_path
 from ..resolved import resolve
 from ..rules import PolicyRules
+from ..scaled_array import ScaledArray
 from ..scales import F32
 from ..trees import ArrayInfo, Narrow, component, is_leaf, is_linen, rebox, unbox
 from .proxies import Proxy

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from perparam.models.cross_entropy import rows, slice_size
 from perparam.policies import UnsupportedCast
-from perparam.policies.formats import quantize
 from perparam.policies.matmul import scaled_matmul
+from perparam.policies.scaled_array import quantize
 from perparam.training import chunked_cross_entropy
 
 EPSILON = 2.0**-24

@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from perparam.policies.formats import scaled_array
 from perparam.policies.matmul import grouped_matmul, matmul_override, scaled_matmul, scaled_matmuls
+from perparam.policies.scaled_array import scaled_array
 
 FP8 = "float8_e4m3fn"
 OUT, IN, ROWS = 512, 1024, 8

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from perparam.policies.formats import as_format, quantize
+from perparam.policies.formats import as_format
 from perparam.policies.matmul import scaled_matmuls
 from perparam.policies.matmul.sharded import Split, sharded_matmuls
+from perparam.policies.scaled_array import quantize
 
 ERROR = 1e-6
 """Sums of up to 128 float32 products in another order: sqrt(128) * 2**-24 = 7e-7."""

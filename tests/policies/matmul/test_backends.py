@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from matmuls import FP8, ON_CPU, W8A8_ERROR, W8A16_ERROR, Case, exact, marks, relative_error, takers, widened
 
 from perparam.policies import UnsupportedCast
-from perparam.policies.formats import scaled_array
 from perparam.policies.matmul import matmul_override, quantize_rows, scaled_matmul, scaled_matmuls
 from perparam.policies.matmul.calls import Operands
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS
+from perparam.policies.scaled_array import scaled_array
 
 pytestmark = pytest.mark.optimised
 

@@ -11,10 +11,10 @@ import pytest
 from helpers import dtype, reference_dequantize, reference_quantize
 from matmuls import FP8, ROUNDING, Case, assert_product, takers, widened
 
-from perparam.policies.formats import scaled_array
 from perparam.policies.matmul import matmul_override, scaled_matmul
 from perparam.policies.matmul.calls import Operands
 from perparam.policies.matmul.gradients import gradient_of_x
+from perparam.policies.scaled_array import scaled_array
 
 # The product is linear in each operand, so central differences are exact up to float64's rounding, with any step.
 NARROW = (

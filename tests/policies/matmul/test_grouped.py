@@ -14,10 +14,10 @@ from matmuls import FP8, W8A8_ERROR, W8A16_ERROR, assert_product, relative_error
 
 from perparam import quantize
 from perparam.policies.errors import UnsupportedCast
-from perparam.policies.formats import ScaledArray
 from perparam.policies.matmul import grouped_loop, grouped_matmul, matmul_override, scaled_matmul
 from perparam.policies.matmul.grouped import grouped_matmuls
 from perparam.policies.matmul.grouped_loop import tile_height
+from perparam.policies.scaled_array import ScaledArray
 
 OUT, IN, BLOCK = 40, 72, (16, 24)
 SIZES = {

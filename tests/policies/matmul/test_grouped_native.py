@@ -17,8 +17,8 @@ from native_matmuls import required
 from native_results import groups
 
 from perparam import quantize
-from perparam.policies.formats import ScaledArray
 from perparam.policies.matmul import grouped_matmul, grouped_matmuls, matmul_override, scaled_matmul
+from perparam.policies.scaled_array import ScaledArray
 
 pytestmark = [pytest.mark.optimised, required]
 

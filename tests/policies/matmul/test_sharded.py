@@ -10,8 +10,9 @@ from devices import run_on_devices
 from jax.sharding import AxisType
 
 from perparam.policies.errors import InvalidSharding
-from perparam.policies.formats import as_format, quantize
+from perparam.policies.formats import as_format
 from perparam.policies.matmul.sharded import Part, Split, needs_more, product_plan, sharded_matmuls
+from perparam.policies.scaled_array import quantize
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from jax import export
 from matmuls import FP8, Case
 
 from perparam.policies import as_format
-from perparam.policies.formats import quantize_rows
 from perparam.policies.matmul import (
     Target,
     hopper,
@@ -30,6 +29,7 @@ from perparam.policies.matmul import (
     warpgroup,
 )
 from perparam.policies.matmul.dispatch import IMPLEMENTATIONS, choose, describe
+from perparam.policies.scaled_array import quantize_rows
 
 W8A16, W8A8, PREFILL = Case(1), Case(1, compute=FP8), Case(129, compute=FP8)
 

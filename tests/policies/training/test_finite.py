@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from perparam.policies import UnsupportedCast
-from perparam.policies.formats import quantize, scaled_array
+from perparam.policies.scaled_array import quantize, scaled_array
 from perparam.training import all_finite, select_tree
 
 FLOATS = ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e8m0fnu"]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from perparam.policies.dtypes import as_dtype, largest
 from perparam.policies.errors import InvalidScale, UnsupportedCast
-from perparam.policies.formats import as_format, dequantize, quantize
+from perparam.policies.formats import as_format
+from perparam.policies.scaled_array import dequantize, quantize
 from perparam.policies.training.rounding import requantize, stochastic_cast
 
 FLOAT8 = ("f8_e4m3fn", "f8_e5m2", "f8_e3m4", "f8_e4m3b11fnuz", "f8_e4m3fnuz", "f8_e5m2fnuz")

@@ -19,7 +19,7 @@ from perparam.policies import (
     UnsupportedCast,
     quantize,
 )
-from perparam.policies.formats import scaled_array
+from perparam.policies.scaled_array import scaled_array
 from perparam.policies.training.optimizer import with_policy
 from perparam.policies.training.states import NoUpdate, StoredUpdate
 from perparam.policies.trees import Narrow
