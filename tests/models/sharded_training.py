@@ -3,8 +3,8 @@
 A line is `{"name", "losses", "fell", "misplaced", "gathers", "plan", "allocated", "whole", "collectives"}`: the largest
 relative difference of a loss from that of one device; the last loss over the first; arrays of the optimizer's state
 that are not divided as their parameter; the float all-gathers of a training step whose result has the shape of a
-narrow kernel; the bytes of parameters and optimizer on one device by the plan, those that are allocated before and after
-training, and those of one copy of all; the collectives of a step. Or it is `{"name", "raised"}`.
+narrow kernel; the bytes of parameters and optimizer on one device by the plan, those that are allocated before and
+after training, and those of one copy of all; the collectives of a step. Or it is `{"name", "raised"}`.
 """
 
 import json
