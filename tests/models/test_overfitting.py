@@ -13,14 +13,17 @@ LEARNT = 0.01
 
 STEPS, LEARNING_RATE = 300, 5e-3
 
-CURVES = 0.05
+CURVES = 0.1
 """The largest difference in nats between the losses of bfloat16 with masters and of float32, at any of 300 steps.
 
 The parameters that compute differ by bfloat16's rounding, a relative 2**-9, as do activations: logits with a standard
-deviation of up to 2.5 that carry a relative 2e-2 move a loss by up to 0.05, as in `tests/examples/test_finetune.py`.
+deviation of up to 2.5 that carry a relative 2e-2 move a loss by up to 0.05, as in `tests/examples/test_finetune.py`. In
+the first 20 steps, in which the loss falls by 0.2 a step, a quarter of a step earlier or later is as much again.
+Measured: 0.041.
 """
 
 QUARTER = 0.25
+"""Of narrow values: measured are 9 % that moved by rounding to nearest, and 80 % by the others."""
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,15 @@ def training_logits(graphdef, trainable, policy):
 
 
 # xtuner#2044: a trainer and a generator that round differently disagree about the probabilities of the same tokens.
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:blocks of"
-)  # kernels with a side of 64 and 128 in blocks of 32 suit no other library
-@pytest.mark.parametrize("name", ["FP8 and masters", "bf16 and masters"])
+@pytest.mark.filterwarnings("ignore:blocks of")  # which other libraries cannot load
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("FP8 and masters", marks=pytest.mark.slow),
+        pytest.param("bf16 and masters", marks=pytest.mark.thorough),
+        pytest.param("FP8, stochastic rounding", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_generator_has_the_logits_of_the_trainer(tmp_path, name):
     policy = POLICIES[name]
     graphdef, trainable, frozen = divided(model_under(policy))
