@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perparam.models.cross_entropy import rows, slice_size
+from perparam.models.cross_entropy import slice_size
+from perparam.models.head_slices import rows
 from perparam.policies import UnsupportedCast
 from perparam.policies.formats import quantize
 from perparam.policies.matmul import scaled_matmul
