@@ -21,7 +21,7 @@ from ..policies.errors import InvalidGradients
 from ..policies.formats import ScaledArray
 from ..policies.matmul.sharded import WHOLE, array_specs, local, over_devices, spec
 from ..policies.matmul.shards import vary
-from .head_slices import Arrays, Head, Kernel, Layout, Logits, rows
+from .head_slices import Arrays, Head, Kernel, Layout, Logits, rows, with_rows
 
 IGNORED = -100
 """The label of tokens without a loss, as in PyTorch and transformers."""
@@ -194,10 +194,7 @@ class _Slices:
             softmax = jnp.exp(y.astype(jnp.float32) - peak) / total
             d = gradient * (softmax - _is_own(flat, start, size).astype(jnp.float32))
             dx_part, drows_part, dwhole_part = pull(d.astype(y.dtype))
-            drows = {
-                name: jax.lax.dynamic_update_slice_in_dim(array, drows_part[name], start, 0)
-                for name, array in drows.items()
-            }
+            drows = {name: with_rows(array, drows_part[name], start) for name, array in drows.items()}
             dx = dx + dx_part.astype(jnp.float32)
             return dx, jax.tree.map(lambda a, b: a + b.astype(jnp.float32), dwhole, dwhole_part), drows
 
@@ -229,14 +226,10 @@ class _Slices:
     def _slice(
         self, arrays: Arrays, stored: Kernel | None, start: ArrayLike, size: int
     ) -> tuple[Arrays, Kernel | None]:
-        """The arrays of a slice; in place of a proxy, zeros.
-
-        Without the barrier XLA may widen the whole kernel once before the loop, and keep the wide copy in memory.
-        """
+        """The arrays of a slice; in place of a proxy, zeros."""
         others = {name: x for name, x in arrays["rows"].items() if name != "proxy"}
         sliced = {name: rows(x, start, size) for name, x in others.items()}
         kernel = None if stored is None else rows(stored, start, size)
-        sliced, kernel = jax.lax.optimization_barrier((sliced, kernel))
         if "proxy" in arrays["rows"]:
             assert isinstance(kernel, ScaledArray)
             sliced["proxy"] = vary(jnp.zeros(kernel.shape, arrays["rows"]["proxy"].dtype), kernel.values)

@@ -106,10 +106,53 @@ def layout_of(
 def rows(kernel: Any, start: ArrayLike, size: int) -> Any:
     """Rows from `start` on of an array (out, ...); those of a narrow kernel begin where a block does."""
     if not isinstance(kernel, ScaledArray):
-        return jax.lax.dynamic_slice_in_dim(kernel, start, size)
-    values = jax.lax.dynamic_slice_in_dim(kernel.values, start, size)
+        return _rows(kernel, start, size)
+    values = _rows(kernel.values, start, size)
     if kernel.scale_inv.shape[0] == 1:  # one block for all rows
         return dataclasses.replace(kernel, values=values)
     down = kernel.block[0]
-    scales = jax.lax.dynamic_slice_in_dim(kernel.scale_inv, jnp.asarray(start) // down, -(-size // down))
-    return ScaledArray(values, scales, kernel.format)
+    return ScaledArray(values, _rows(kernel.scale_inv, jnp.asarray(start) // down, -(-size // down)), kernel.format)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _rows(array: jax.Array, start: ArrayLike, size: int) -> jax.Array:
+    """Rows of an array, sliced as bits, behind an optimization barrier.
+
+    XLA's CPU backend would widen a whole array of 16 or 8 bits before the loop, and keep the wide copy in memory.
+    """
+    array, start = jax.lax.optimization_barrier((array, start))
+    bits: Any = jax.lax.optimization_barrier(jax.lax.dynamic_slice_in_dim(_bits(array), start, size))
+    return _of_bits(bits, array.dtype)
+
+
+@_rows.defjvp
+def _rows_jvp(size: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    array, start = primals
+    return _rows(array, start, size), jax.lax.dynamic_slice_in_dim(tangents[0], start, size)
+
+
+@jax.custom_jvp
+def with_rows(array: jax.Array, part: jax.Array, start: ArrayLike) -> jax.Array:
+    """The array with the rows `part` from `start` on, written as bits.
+
+    XLA's CPU backend would convert a whole array of 16 bits for it, to float32 and back.
+    """
+    bits: Any = jax.lax.dynamic_update_slice_in_dim(_bits(array), _bits(part), start, 0)
+    return _of_bits(bits, array.dtype)
+
+
+@with_rows.defjvp
+def _with_rows_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    start = primals[2]
+    return with_rows(*primals), jax.lax.dynamic_update_slice_in_dim(tangents[0], tangents[1], start, 0)
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    if array.dtype.itemsize > 2:
+        return array
+    bits: Any = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+    return bits
+
+
+def _of_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+    return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)

@@ -16,6 +16,7 @@ from ..policies.errors import InvalidTokens, UnsupportedTask
 from ..policies.formats import ScaledArray
 from ..policies.matmul.sharded import Split
 from ..policies.paths import proxy_path, scale_path
+from ..policies.trainable import TrainableValues
 from ..policies.trees import Narrow
 from . import taps
 from .cross_entropy import CHUNK, slice_size_of
@@ -176,11 +177,12 @@ def _logits_of(head: Any, name: str, output: np.dtype, is_part: bool) -> Logits:
         kernel, scales, proxy = name, scale_path(name), proxy_path(name)
         if isinstance(part.kernel, ScaledArray):
             block = part.kernel.format.block
-            setattr(module, kernel, Narrow(part.kernel.values, block=block))
-            setattr(module, scales, Narrow(part.kernel.scale_inv, block=block))
+            values: Any = part.kernel.values
             if part.kernel.proxy is not None:
-                setattr(module, proxy, getattr(module, proxy).replace(part.kernel.proxy))
-            elif hasattr(module, proxy):
+                values = TrainableValues(values, part.kernel.proxy)
+            setattr(module, kernel, Narrow(values, block=block))
+            setattr(module, scales, Narrow(part.kernel.scale_inv, block=block))
+            if hasattr(module, proxy):
                 delattr(module, proxy)
         else:
             setattr(module, kernel, getattr(module, kernel).replace(part.kernel))
