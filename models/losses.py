@@ -51,7 +51,9 @@ def next_token_loss(
     chunk           outputs of the head that are computed at a time, see `chunked_cross_entropy`
 
     A token counts if it, and the token before it, is real and of the same sequence: `label_count` has their number.
-    Without any, the loss is 0. Logits have the bits of those that `model(input_ids)` returns.
+    Without any, the loss is 0. Logits have the bits of those that `model(input_ids)` returns. Derivatives are those of
+    reverse mode. Over a mesh, each device computes its rows of the head for its tokens, and gathers the columns of one
+    slice at a time; XLA divides the products of a batch that does not divide evenly, and may gather the head.
 
     Raises:
       InvalidTokens: as in a call of the model; labels outside the vocabulary, except under jit.
@@ -70,7 +72,7 @@ def next_token_loss(
     split: Split | None = head.split
     layout = layout_of(np.dtype(head.activations or x.dtype), arrays.kernel, split, x.shape[0], head.compute)
     size_of = functools.partial(slice_size_of, arrays.kernel, head.compute, head.backward, chunk=chunk)
-    losses = head_losses(_logits_of(head, name, model.output, layout is not None), x, arrays, targets, size_of, layout)
+    losses = head_losses(_logits_of(head, name, model.output), x, arrays, targets, size_of, layout)
     return losses.sum() / jnp.maximum((targets != IGNORED).sum(dtype=jnp.int32), 1).astype(jnp.float32)
 
 
@@ -161,14 +163,14 @@ def _arrays(head: Any, name: str) -> Head:
         variables = {each: getattr(head, each, None) for each in names}
         return {each: variable[...] for each, variable in variables.items() if variable is not None}
 
-    return Head(weights(head, name), found(_BY_OUTPUT), found(_WHOLE))
+    others, whole = found(_BY_OUTPUT), found(_WHOLE)
+    if whole:
+        whole["lora_a"], others["lora_b"] = head.adapter.placed(whole["lora_a"], others["lora_b"])
+    return Head(weights(head, name), others, whole)
 
 
-def _logits_of(head: Any, name: str, output: np.dtype, is_part: bool) -> Logits:
-    """A function that returns the logits of a slice of a head, computed by a module of the same class.
-
-    is_part  whether it runs on each device of a mesh, on the device's part
-    """
+def _logits_of(head: Any, name: str, output: np.dtype) -> Logits:
+    """A function that returns the logits of a slice of a head, computed by a module of the same class."""
     graphdef, state = nnx.split(head)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
@@ -189,7 +191,7 @@ def _logits_of(head: Any, name: str, output: np.dtype, is_part: bool) -> Logits:
         for each, array in (part.others | part.whole).items():
             setattr(module, each, getattr(module, each).replace(array))
         module.split = None  # the device has its part, or XLA divides the product
-        if is_part and not isinstance(module, Embedding) and module.adapter is not None:
+        if not isinstance(module, Embedding) and module.adapter is not None:
             module.adapter = dataclasses.replace(module.adapter, splits=(None, None))
         y: jax.Array = module.attend(x) if isinstance(module, Embedding) else module(x)
         return y.astype(output)
