@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,16 +13,22 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from ..policies.errors import InvalidTokens, UnsupportedTask
+from ..policies.matmul.sharded import Split
+from ..policies.paths import proxy_path, scale_path
 from ..policies.scaled_array import ScaledArray
+from ..policies.trainable import TrainableValues
+from ..policies.trees import Narrow
 from . import taps
-from .cross_entropy import CHUNK, IGNORED, cross_entropy_of, rows, slice_size
+from .cross_entropy import CHUNK, slice_size_of
 from .decoder import Decoder
+from .head_losses import IGNORED, head_losses
+from .head_slices import Head, Logits, layout_of
 from .heads import check_causal_lm
-from .layers import Embedding, Linear, pair
+from .layers import Embedding, Linear, weights
 from .segments import checked_segments
 from .tokens import checked_tokens, integers
 
-_BY_OUTPUT = ("kernel", "bias", "lora_b")
+_BY_OUTPUT = ("bias", "lora_b")
 _WHOLE = ("lora_a",)
 
 
@@ -43,7 +51,9 @@ def next_token_loss(
     chunk           outputs of the head that are computed at a time, see `chunked_cross_entropy`
 
     A token counts if it, and the token before it, is real and of the same sequence: `label_count` has their number.
-    Without any, the loss is 0. Logits have the bits of those that `model(input_ids)` returns.
+    Without any, the loss is 0. Logits have the bits of those that `model(input_ids)` returns. Derivatives are those of
+    reverse mode. Over a mesh, each device computes its rows of the head for its tokens, and gathers the columns of one
+    slice at a time; XLA divides the products of a batch that does not divide evenly, and may gather the head.
 
     Raises:
       InvalidTokens: as in a call of the model; labels outside the vocabulary, except under jit.
@@ -52,17 +62,17 @@ def next_token_loss(
     check_causal_lm(model.config.task, "next_token_loss")
     head = model.embed_tokens if model.lm_head is None else model.lm_head
     path = "embed_tokens" if model.lm_head is None else "lm_head"
-    block = _block(path, head)
+    name = _kernel_name(path, head)
     vocabulary = model.config.vocab_size
     targets = _targets(vocabulary, input_ids, attention_mask, labels, segment_ids)
     hidden, _ = model.hidden(input_ids, attention_mask, segment_ids=segment_ids)
     x = taps.tap("norm", model.norm(hidden))
 
-    def logits(x: jax.Array, start: ArrayLike, size: int) -> jax.Array:
-        part: Any = _slice(head, start, size)
-        return (part.attend(x) if isinstance(part, Embedding) else part(x)).astype(model.output)
-
-    losses = cross_entropy_of(logits, x, targets, vocabulary, slice_size(vocabulary, block, chunk))
+    arrays = _arrays(head, name)
+    split: Split | None = head.split
+    layout = layout_of(np.dtype(head.activations or x.dtype), arrays.kernel, split, x.shape[0], head.compute)
+    size_of = functools.partial(slice_size_of, arrays.kernel, head.compute, head.backward, chunk=chunk)
+    losses = head_losses(_logits_of(head, name, model.output), x, arrays, targets, size_of, layout)
     return losses.sum() / jnp.maximum((targets != IGNORED).sum(dtype=jnp.int32), 1).astype(jnp.float32)
 
 
@@ -128,40 +138,62 @@ def _checked_labels(labels: ArrayLike, shape: tuple[int, ...], vocabulary: int |
     return jnp.asarray(array, jnp.int32)
 
 
-def _block(path: str, head: nnx.Module) -> int:
-    """The number of outputs of a head that share scales; 1 for a head that is not narrow.
+def _kernel_name(path: str, head: nnx.Module) -> str:
+    """The name of the kernel of a head.
 
     Raises:
       UnsupportedTask: a head with parameters for which it is not known how outputs depend on them.
     """
-    known = ("embedding", "embedding_scale_inv") if isinstance(head, Embedding) else (*_BY_OUTPUT, *_WHOLE, "scale_inv")
+    name = "embedding" if isinstance(head, Embedding) else "kernel"
+    of_kernel = (name, scale_path(name), proxy_path(name))
+    known = of_kernel if isinstance(head, Embedding) else (*of_kernel, *_BY_OUTPUT, *_WHOLE)
     parameters = [str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(head))]
-    others = [name for name in parameters if name not in known]
-    if others or not isinstance(head, (Embedding, Linear)):
+    if not isinstance(head, (Embedding, Linear)) or any(each not in known for each in parameters):
         raise UnsupportedTask(
             f"{path}: a {type(head).__name__} with the parameters {', '.join(parameters)} cannot be computed in slices "
             "of its outputs, which a Linear can, with a bias or adapter. Use perparam.training.chunked_cross_entropy."
         )
-    name, scales = ("embedding", "embedding_scale_inv") if isinstance(head, Embedding) else ("kernel", "scale_inv")
-    kernel, scale_inv = getattr(head, name), getattr(head, scales)
-    return 1 if scale_inv is None else pair(kernel, scale_inv).block[0]
+    return name
 
 
-def _slice(head: Any, start: ArrayLike, size: int) -> Any:
-    """The same module with `size` outputs from `start` on."""
+def _arrays(head: Any, name: str) -> Head:
+    """The arrays of a head whose kernel has this name."""
+
+    def found(names: tuple[str, ...]) -> dict[str, jax.Array]:
+        variables = {each: getattr(head, each, None) for each in names}
+        return {each: variable[...] for each, variable in variables.items() if variable is not None}
+
+    others, whole = found(_BY_OUTPUT), found(_WHOLE)
+    if whole:
+        whole["lora_a"], others["lora_b"] = head.adapter.placed(whole["lora_a"], others["lora_b"])
+    return Head(weights(head, name), others, whole)
+
+
+def _logits_of(head: Any, name: str, output: np.dtype) -> Logits:
+    """A function that returns the logits of a slice of a head, computed by a module of the same class."""
     graphdef, state = nnx.split(head)
-    part = nnx.merge(graphdef, state)
-    name, scales = ("embedding", "embedding_scale_inv") if isinstance(head, Embedding) else ("kernel", "scale_inv")
-    kernel, scale_inv = getattr(head, name), getattr(head, scales)
-    whole = kernel[...] if scale_inv is None else pair(kernel, scale_inv)
-    sliced = rows(whole, start, size)
-    if isinstance(sliced, ScaledArray):
-        setattr(part, name, kernel.replace(sliced.values))
-        setattr(part, scales, scale_inv.replace(sliced.scale_inv))
-    else:
-        setattr(part, name, kernel.replace(sliced))
-    for other in _BY_OUTPUT:
-        if other != name and (variable := getattr(head, other, None)) is not None:
-            setattr(part, other, variable.replace(rows(variable[...], start, size)))
-    part.split = None  # of a model on a mesh: XLA divides the product
-    return part
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+    def logits(x: jax.Array, part: Head) -> jax.Array:
+        module: Any = nnx.merge(graphdef, shapes)
+        kernel, scales, proxy = name, scale_path(name), proxy_path(name)
+        if isinstance(part.kernel, ScaledArray):
+            block = part.kernel.format.block
+            values: Any = part.kernel.values
+            if part.kernel.proxy is not None:
+                values = TrainableValues(values, part.kernel.proxy)
+            setattr(module, kernel, Narrow(values, block=block))
+            setattr(module, scales, Narrow(part.kernel.scale_inv, block=block))
+            if hasattr(module, proxy):
+                delattr(module, proxy)
+        else:
+            setattr(module, kernel, getattr(module, kernel).replace(part.kernel))
+        for each, array in (part.others | part.whole).items():
+            setattr(module, each, getattr(module, each).replace(array))
+        module.split = None  # the device has its part, or XLA divides the product
+        if not isinstance(module, Embedding) and module.adapter is not None:
+            module.adapter = dataclasses.replace(module.adapter, splits=(None, None))
+        y: jax.Array = module.attend(x) if isinstance(module, Embedding) else module(x)
+        return y.astype(output)
+
+    return logits

@@ -1,5 +1,6 @@
 """`chunked_cross_entropy`: optax's losses and gradients, from logits that never exist as a whole."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -12,11 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perparam.models.cross_entropy import rows, slice_size
+from perparam.models.cross_entropy import slice_size
+from perparam.models.head_slices import rows
 from perparam.policies import UnsupportedCast
+from perparam.policies.errors import InvalidGradients
 from perparam.policies.matmul import scaled_matmul
 from perparam.policies.scaled_array import quantize
-from perparam.training import chunked_cross_entropy
+from perparam.policies.trainable import TrainableValues
+from perparam.training import chunked_cross_entropy, grad
 
 EPSILON = 2.0**-24
 FEATURES = 24
@@ -124,6 +128,68 @@ def test_partial_gradients_of_bfloat16_states_are_added_in_float32():
     assert many.any()
 
 
+@pytest.mark.parametrize(("format", "block"), [("f8_e4m3fn", (16, 24)), pytest.param("int8", (-1, 8), marks=THOROUGH)])
+def test_the_gradient_of_a_narrow_head_is_that_of_its_weight(format, block):
+    hidden, head, labels = case(6, 61)
+    head = quantize(head, format, block)
+
+    def loss(head):
+        return chunked_cross_entropy(hidden, head, labels, chunk=10, compute="f32").sum()
+
+    found, exact = jax.jit(lambda head: (grad(loss)(head), jax.grad(loss)(head.dequantize())))(head)
+    assert found.dtype == jnp.float32
+    # As above, of softmax and one-hot: logits of the two kernels are sums in different orders.
+    d = jax.nn.softmax(hidden @ head.dequantize().T) + jax.nn.one_hot(labels, 61)
+    relative = loss_error(61, 10) + 2 * (24 * 40 + 61) * EPSILON
+    assert (jnp.abs(found - exact) <= relative * (d.T @ jnp.abs(hidden))).all()
+    assert exact.any()
+
+
+@pytest.mark.parametrize("vocabulary", [pytest.param(300, marks=THOROUGH)])
+def test_a_kernel_that_a_product_quantises_is_sliced_by_its_blocks(vocabulary):
+    hidden, head, labels = case(6, vocabulary)
+    losses = [
+        jax.jit(lambda *call, c=c: chunked_cross_entropy(*call, labels, chunk=c, compute="f8_e4m3fn"))(hidden, head)
+        for c in (1, vocabulary)
+    ]
+    assert jnp.abs(losses[0] - losses[1]).max() <= loss_error(vocabulary, 128) + 2 * 24 * EPSILON * 60
+
+
+# Derivatives again.
+
+
+@pytest.mark.slow
+def test_second_derivatives_of_a_plain_head_are_those_of_optax():
+    hidden, head, labels = case(5, 61)
+
+    def second(losses):
+        def first(hidden, head):
+            gradients = jax.grad(lambda *both: losses(*both, labels).sum(), (0, 1))(hidden, head)
+            return sum(jnp.sin(each).sum() for each in gradients)
+
+        return jax.jit(jax.grad(first, (0, 1)))(hidden, head)
+
+    found, exact = second(lambda *call: chunked_cross_entropy(*call, chunk=16)), second(plain)
+    # Sums of sums of 61 and 24 products, in two orders, for both derivatives.
+    for one, other in zip(found, exact, strict=True):
+        assert jnp.abs(one - other).max() <= 4 * (61 + 24 + 40) * EPSILON * max(jnp.abs(other).max(), 1) * 24
+
+
+def test_second_derivatives_of_a_narrow_head_that_is_trained_are_an_error():
+    hidden, head, labels = case(2, 8)
+    scaled = quantize(head, "f8_e4m3fn", (8, 24))
+
+    def loss(hidden, proxy):
+        return chunked_cross_entropy(hidden, dataclasses.replace(scaled, proxy=proxy), labels).sum()
+
+    proxy = jnp.zeros((8, FEATURES))
+    first = jax.value_and_grad(loss)
+    for function in (lambda h, p: first(h, p)[0], lambda h, p: first(h, p)[1].sum()):
+        for of in (0, 1):
+            with pytest.raises(InvalidGradients, match=r"cannot be differentiated again, .*Dequantize the head first"):
+                jax.grad(function, of)(hidden, proxy)
+
+
 # What has no loss.
 
 
@@ -185,9 +251,10 @@ def test_no_array_has_as_many_elements_as_tokens_times_vocabulary(trained):
 
 
 @pytest.mark.slow
-def test_a_step_over_the_vocabulary_of_qwen3_takes_a_tenth_of_the_memory():
-    hidden = jax.ShapeDtypeStruct((512, 64), jnp.float32)
-    head = jax.ShapeDtypeStruct((151936, 64), jnp.float32)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_step_over_the_vocabulary_of_qwen3_takes_a_tenth_of_the_memory(dtype):
+    hidden = jax.ShapeDtypeStruct((512, 128), dtype)
+    head = jax.ShapeDtypeStruct((151936, 128), dtype)
     labels = jax.ShapeDtypeStruct((512,), jnp.int32)
 
     def temporary(losses):
@@ -195,8 +262,8 @@ def test_a_step_over_the_vocabulary_of_qwen3_takes_a_tenth_of_the_memory():
         return step.lower(hidden, head, labels).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(plain) > 4 * 512 * 151936
-    # Two slices of logits and one of the head's gradient, with what is between them.
-    assert temporary(chunked_cross_entropy) < 8 * 4 * 512 * 4096 < 4 * 512 * 151936 / 4
+    # Two slices of logits and one of the head's gradient, with what is between them; less than a float32 head.
+    assert temporary(chunked_cross_entropy) < 8 * 4 * 512 * 4096 < min(4 * 512 * 151936 / 4, 4 * 128 * 151936)
 
 
 # Errors.
@@ -213,3 +280,12 @@ def test_labels_are_integers_for_each_state():
 def test_a_chunk_is_a_positive_number(chunk):
     with pytest.raises(UnsupportedCast, match=r"chunk: expected a positive number of outputs, found .* Write 4096"):
         slice_size(100, 1, chunk)
+
+
+def test_values_without_their_scales_are_an_error():
+    hidden, head, labels = case(2, 8)
+    values = TrainableValues(quantize(head, "int8", (1, 24)).values, head)
+    with pytest.raises(
+        UnsupportedCast, match=r"head: found the TrainableValues .* without scales. Pass perparam.Scaled"
+    ):
+        chunked_cross_entropy(hidden, values, labels)

@@ -1,5 +1,7 @@
 """`next_token_loss`: that of the logits a model returns, for every head, and which tokens count."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from perparam import Policy
 from perparam.models import Linear, Qwen3, Qwen3Config
 from perparam.models.losses import _targets
 from perparam.policies.errors import InvalidTokens, UnsupportedTask
-from perparam.training import accumulate, label_count, next_token_loss, pack
+from perparam.training import accumulate, add_lora, add_proxies, label_count, next_token_loss, pack, value_and_grad
 
 FLOAT32_ERROR = 2e-5
 """Of losses: sums of 61 exponentials in two orders, 2 * (61 + 3 * 4) * 2**-24 = 9e-6, and logits that differ by sums of
@@ -67,6 +69,124 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(policy, tied):
     assert abs(loss - plain_loss) <= FLOAT32_ERROR
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(plain_gradients), strict=True):
         assert jnp.abs(one - other).max() <= FLOAT32_ERROR * max(jnp.abs(other).max(), 1e-3)
+
+
+THOROUGH = pytest.mark.thorough
+ALL_FP8 = Policy(**FP8, compute="f32", block=(16, 24))
+TRAINED = {
+    "FP8": (ALL_FP8, {}),
+    "FP8, tied": (ALL_FP8, {"tie_word_embeddings": True}),
+    "FP8 dynamic": (POLICIES["FP8 dynamic"], {}),
+    "int8": (Policy({**FP8["params"], "kernel": "int8"}, compute="f32", block=(16, 24)), {}),
+}
+
+
+def assert_equal_gradients(found, exact):
+    found, exact = (dict(jax.tree_util.tree_leaves_with_path(each)) for each in (found, exact))
+    assert found.keys() == exact.keys()
+    for path, one in found.items():
+        assert one.dtype == exact[path].dtype, path
+        assert jnp.abs(one - exact[path]).max() <= FLOAT32_ERROR * max(jnp.abs(exact[path]).max(), 1e-3), path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FP8",
+        pytest.param("FP8, tied", marks=pytest.mark.slow),
+        *(pytest.param(n, marks=THOROUGH) for n in list(TRAINED)[2:]),
+    ],
+)
+def test_a_narrow_head_that_is_trained_has_the_gradients_of_the_whole_logits(name):
+    policy, changes = TRAINED[name]
+    model = build(policy, **{"tie_word_embeddings": False} | changes)
+    head = "embed_tokens/embedding" if changes else "lm_head/kernel"
+    others = () if changes else ("norm/scale",)
+
+    @nnx.jit
+    def both(model):
+        run = functools.partial(value_and_grad, trainable=(head, *others))
+        return run(lambda m: next_token_loss(m, IDS, chunk=20))(model), run(lambda m: plain(m, IDS))(model)
+
+    (loss, found), (exact_loss, exact) = both(model)
+    assert abs(loss - exact_loss) <= FLOAT32_ERROR
+    gradient = functools.reduce(lambda node, key: node[key], head.split("/"), found)
+    assert (gradient.dtype, bool(gradient[...].all(axis=0).any())) == (jnp.float32, True)
+    assert_equal_gradients(found, exact)
+
+
+@pytest.mark.thorough
+def test_so_it_has_in_trees_and_with_persistent_proxies():
+    model = build(ALL_FP8, tie_word_embeddings=False)
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def trees(state):
+        run = functools.partial(value_and_grad, trainable="lm_head/kernel")
+        return [run(lambda s, f=f: f(nnx.merge(graphdef, nnx.State(s))))(state)[1] for f in (chunks, whole)]
+
+    def chunks(model):
+        return next_token_loss(model, IDS, chunk=20)
+
+    def whole(model):
+        return plain(model, IDS)
+
+    assert_equal_gradients(*trees(nnx.to_pure_dict(state)))
+    add_proxies(model, "lm_head/kernel")
+    assert_equal_gradients(*nnx.jit(lambda m: tuple(nnx.grad(f)(m) for f in (chunks, whole)))(model))
+
+
+@pytest.mark.parametrize(
+    "policy", [pytest.param("FP8 weight-only", marks=pytest.mark.slow), pytest.param("f32", marks=THOROUGH)]
+)
+def test_a_head_with_an_adapter_has_the_gradients_of_the_whole_logits(policy):
+    policy = (
+        None if policy == "f32" else Policy({"**/lora_{a,b}?": "f32", **FP8["params"]}, compute="f32", block=(16, 24))
+    )
+    model = add_lora(build(policy, tie_word_embeddings=False), 3, 6, "lm_head", rngs=nnx.Rngs(1))
+    model.lm_head.lora_b[...] = jax.random.normal(jax.random.key(2), model.lm_head.lora_b.shape)
+
+    @nnx.jit
+    def both(model):
+        state = nnx.DiffState(0, nnx.LoRAParam)
+        return tuple(
+            nnx.grad(f, argnums=state)(model)
+            for f in (lambda m: next_token_loss(m, IDS, chunk=20), lambda m: plain(m, IDS))
+        )
+
+    found, exact = both(model)
+    assert set(found["lm_head"]) == {"lora_a", "lora_b"}
+    assert_equal_gradients(found, exact)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("params", ["f32", "f8_e4m3fn"])
+def test_narrow_products_in_gradients_are_those_of_the_whole_logits(params):
+    """Of 128 tokens and slices of 128 outputs, whose blocks are those of the whole: only sums are in another order.
+
+    A sum in another order moves a few values to their neighbour in FP8, a relative 2**-3 of a block of 128: of the
+    norm, 2**-3 / sqrt(128) for each value that moves.
+    """
+    policy = Policy(
+        {"lm_head/kernel": params, "default": "f32"}, compute="f32", backward={"lm_head/kernel": "f8_e4m3fn"}
+    )
+    model = build(policy, vocab_size=300, tie_word_embeddings=False)
+    ids = np.random.default_rng(3).integers(0, 300, (2, 64))
+
+    @nnx.jit
+    def grads(model):
+        run = functools.partial(value_and_grad, trainable=("lm_head/kernel", "norm/scale"))
+        return [run(f)(model)[1] for f in (lambda m: next_token_loss(m, ids, chunk=1), lambda m: plain(m, ids))]
+
+    found, exact = grads(model)
+    wide, _ = nnx.jit(lambda m: [value_and_grad(lambda m: plain(m, ids), trainable="lm_head/kernel")(m)[1], 0])(
+        model.with_policy(policy.replace(backward=None))
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        assert jnp.linalg.norm(one - other) <= 2.0**-6 / 128**0.5 * jnp.linalg.norm(other)
+    of_head = found["lm_head"]["kernel"][...]
+    error = jnp.linalg.norm(of_head - wide["lm_head"]["kernel"][...]) / jnp.linalg.norm(of_head)
+    assert 1e-3 < error < 2.0**-4  # e4m3 has a relative error of 2**-4
 
 
 @pytest.mark.slow

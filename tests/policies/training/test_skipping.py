@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+from perparam import Policy, quantize
 from perparam.policies import UnsupportedCast
-from perparam.training import DynamicLossScale, NoOpLossScale, StaticLossScale, with_loss_scale
+from perparam.training import DynamicLossScale, NoOpLossScale, StaticLossScale, with_loss_scale, with_policy
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,36 @@ def test_updates_that_return_the_new_parameter_are_applied_or_skipped():
     assert after["k"].astype(jnp.float32)[:3].tolist() == [0, 0, 448]
     after, _ = step(tx)(params, state, {"k": good["k"].at[0].set(jnp.nan)})
     chex.assert_trees_all_equal(bits(after), bits(params))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", pytest.param("stochastic", marks=pytest.mark.thorough)])
+def test_a_skipped_step_keeps_every_bit_of_scaled_pairs_masters_and_the_step_count(rounding):
+    kernel = quantize(jnp.arange(-8.0, 8).reshape(2, 8) / 3, "f8_e4m3fn", (2, 4))
+    params = {
+        "dense": {"kernel": kernel.values, "scale_inv": kernel.scale_inv, "bias": jnp.array([-0.0, 1], "bfloat16")}
+    }
+    policy = Policy(
+        {"kernel": "f8_e4m3fn", "default": "bf16"},
+        master="f32",
+        opt_state={"mu": "bf16", "default": "f32"},
+        block=(2, 4),
+    )
+    tx = with_loss_scale(with_policy(optax.adamw(0.1), policy, rounding=rounding), DynamicLossScale(64.0))
+    gradients = {"dense": {"kernel": jnp.full((2, 8), 64.0), "scale_inv": None, "bias": jnp.array([-64.0, 64])}}
+    params, before = step(tx)(params, tx.init(params), gradients)
+    bad = {"dense": gradients["dense"] | {"kernel": gradients["dense"]["kernel"].at[1, 3].set(jnp.inf)}}
+    after, state = step(tx)(params, before, bad)
+    chex.assert_trees_all_equal(bits(after), bits(params))
+    chex.assert_trees_all_equal(bits(state.inner_state), bits(before.inner_state))
+    assert (state.loss_scale.loss_scale, state.last_finite, state.total_notfinite) == (32, False, 1)
+    moved, state = step(tx)(after, state, gradients)
+    for changed in (
+        moved["dense"]["kernel"] != after["dense"]["kernel"],
+        moved["dense"]["bias"] != after["dense"]["bias"],
+    ):
+        assert changed.any()
+    counts = [int(optax.tree_utils.tree_get(each.inner_state, "step")) for each in (before, state)]
+    assert counts == [1, 2]
 
 
 def test_the_state_is_the_same_tree_after_every_step_and_can_be_donated():
