@@ -117,9 +117,13 @@ def rows(kernel: Kernel, start: ArrayLike, size: int) -> Kernel:
     """Rows from `start` on of a kernel (out, in); those of a narrow kernel begin where a block does."""
     if not isinstance(kernel, ScaledArray):
         return jax.lax.dynamic_slice_in_dim(kernel, start, size)
-    values = jax.lax.dynamic_slice_in_dim(kernel.values, start, size)
-    if kernel.scale_inv.shape[0] == 1:  # one block for all rows
-        return dataclasses.replace(kernel, values=values)
-    down = kernel.block[0]
-    scales = jax.lax.dynamic_slice_in_dim(kernel.scale_inv, jnp.asarray(start) // down, -(-size // down))
-    return ScaledArray(values, scales, kernel.format)
+    values, scales, proxy = kernel.values, kernel.scale_inv, kernel.proxy
+    if scales.shape[0] > 1:  # otherwise one block has all rows
+        down = kernel.block[0]
+        scales = jax.lax.dynamic_slice_in_dim(scales, jnp.asarray(start) // down, -(-size // down))
+    return dataclasses.replace(
+        kernel,
+        values=jax.lax.dynamic_slice_in_dim(values, start, size),
+        scale_inv=scales,
+        proxy=None if proxy is None else jax.lax.dynamic_slice_in_dim(proxy, start, size),
+    )

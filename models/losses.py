@@ -12,15 +12,16 @@ from jax.typing import ArrayLike
 
 from ..policies.errors import InvalidTokens, UnsupportedTask
 from ..policies.formats import ScaledArray
+from ..policies.paths import proxy_path, scale_path
 from . import taps
 from .cross_entropy import CHUNK, IGNORED, cross_entropy_of, rows, slice_size
 from .decoder import Decoder
 from .heads import check_causal_lm
-from .layers import Embedding, Linear, pair
+from .layers import Embedding, Linear, weights
 from .segments import checked_segments
 from .tokens import checked_tokens, integers
 
-_BY_OUTPUT = ("kernel", "bias", "lora_b")
+_BY_OUTPUT = ("bias", "lora_b")
 _WHOLE = ("lora_a",)
 
 
@@ -134,7 +135,8 @@ def _block(path: str, head: nnx.Module) -> int:
     Raises:
       UnsupportedTask: a head with parameters for which it is not known how outputs depend on them.
     """
-    known = ("embedding", "embedding_scale_inv") if isinstance(head, Embedding) else (*_BY_OUTPUT, *_WHOLE, "scale_inv")
+    name = _matrix(head)
+    known = [name, scale_path(name), proxy_path(name), *(() if isinstance(head, Embedding) else (*_BY_OUTPUT, *_WHOLE))]
     parameters = [str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(head))]
     others = [name for name in parameters if name not in known]
     if others or not isinstance(head, (Embedding, Linear)):
@@ -142,26 +144,30 @@ def _block(path: str, head: nnx.Module) -> int:
             f"{path}: a {type(head).__name__} with the parameters {', '.join(parameters)} cannot be computed in slices "
             "of its outputs, which a Linear can, with a bias or adapter. Use perparam.training.chunked_cross_entropy."
         )
-    name, scales = ("embedding", "embedding_scale_inv") if isinstance(head, Embedding) else ("kernel", "scale_inv")
-    kernel, scale_inv = getattr(head, name), getattr(head, scales)
-    return 1 if scale_inv is None else pair(kernel, scale_inv).block[0]
+    kernel = weights(head, name)
+    return kernel.block[0] if isinstance(kernel, ScaledArray) else 1
+
+
+def _matrix(head: nnx.Module) -> str:
+    """The name of the parameter of a head by which it multiplies."""
+    return "embedding" if isinstance(head, Embedding) else "kernel"
 
 
 def _slice(head: Any, start: ArrayLike, size: int) -> Any:
     """The same module with `size` outputs from `start` on."""
     graphdef, state = nnx.split(head)
     part = nnx.merge(graphdef, state)
-    name, scales = ("embedding", "embedding_scale_inv") if isinstance(head, Embedding) else ("kernel", "scale_inv")
-    kernel, scale_inv = getattr(head, name), getattr(head, scales)
-    whole = kernel[...] if scale_inv is None else pair(kernel, scale_inv)
-    sliced = rows(whole, start, size)
+    name = _matrix(head)
+    sliced = rows(weights(head, name), start, size)
+    arrays: dict[str, Any] = {name: sliced}
     if isinstance(sliced, ScaledArray):
-        setattr(part, name, kernel.replace(sliced.values))
-        setattr(part, scales, scale_inv.replace(sliced.scale_inv))
-    else:
-        setattr(part, name, kernel.replace(sliced))
+        arrays = {name: sliced.values, scale_path(name): sliced.scale_inv}
+        if sliced.proxy is not None:
+            arrays[proxy_path(name)] = sliced.proxy
+    for own, array in arrays.items():
+        setattr(part, own, getattr(head, own).replace(array))
     for other in _BY_OUTPUT:
-        if other != name and (variable := getattr(head, other, None)) is not None:
+        if (variable := getattr(head, other, None)) is not None:
             setattr(part, other, variable.replace(rows(variable[...], start, size)))
     part.split = None  # of a model on a mesh: XLA divides the product
     return part

@@ -16,7 +16,7 @@ from perparam.models.cross_entropy import rows, slice_size
 from perparam.policies import UnsupportedCast
 from perparam.policies.formats import quantize
 from perparam.policies.matmul import scaled_matmul
-from perparam.training import chunked_cross_entropy
+from perparam.training import chunked_cross_entropy, grad
 
 EPSILON = 2.0**-24
 FEATURES = 24
@@ -105,6 +105,19 @@ def test_rows_of_a_narrow_kernel_have_their_scales():
     whole = head.dequantize()
     for start, size in ((0, 16), (16, 32), (48, 13)):
         assert (rows(head, start, size).dequantize() == whole[start : start + size]).all()
+
+
+@pytest.mark.parametrize("block", [(16, 24), pytest.param((128, 128), marks=SLOW)])
+def test_a_narrow_head_that_is_trained_has_the_gradient_of_its_weight(block):
+    hidden, head, labels = case(6, 61)
+    head = quantize(head, "f8_e4m3fn", block)
+
+    def gradient(losses):
+        return grad(lambda head: losses(hidden, head, labels).mean())(head)
+
+    found, exact = gradient(lambda *call: chunked_cross_entropy(*call, chunk=10)), gradient(plain)
+    assert jnp.abs(exact).max() > 0.1
+    assert jnp.abs(found - exact).max() <= 1e-5 * jnp.abs(exact).max()  # as above
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from perparam import Policy
 from perparam.models import Linear, Qwen3, Qwen3Config
 from perparam.models.losses import _targets
 from perparam.policies.errors import InvalidTokens, UnsupportedTask
-from perparam.training import accumulate, label_count, next_token_loss, pack
+from perparam.training import accumulate, label_count, next_token_loss, pack, value_and_grad
 
 FLOAT32_ERROR = 2e-5
 """Of losses: sums of 61 exponentials in two orders, 2 * (61 + 3 * 4) * 2**-24 = 9e-6, and logits that differ by sums of
@@ -67,6 +67,19 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(policy, tied):
     assert abs(loss - plain_loss) <= FLOAT32_ERROR
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(plain_gradients), strict=True):
         assert jnp.abs(one - other).max() <= FLOAT32_ERROR * max(jnp.abs(other).max(), 1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_narrow_heads_that_are_trained_have_the_gradients_of_the_whole_logits(tied):
+    model, head = build(POLICIES["FP8 weight-only"], tie_word_embeddings=tied), "embed_tokens" if tied else "lm_head"
+
+    def gradient(loss):
+        found = value_and_grad(loss, trainable=f"{head}/*")(model)[1][head]
+        return found["embedding" if tied else "kernel"][...]
+
+    found, exact = gradient(lambda m: next_token_loss(m, IDS, chunk=20)), gradient(lambda m: plain(m, IDS))
+    assert jnp.abs(exact).max() > 1e-2
+    assert jnp.abs(found - exact).max() <= FLOAT32_ERROR * jnp.abs(exact).max()
 
 
 @pytest.mark.slow
