@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -55,7 +58,9 @@ def add_lora(
       loss, gradients = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
 
     The model's policy decides on their dtypes, such as by the rule `lora_a?: bf16`; without one they are float32, and
-    computed in the activations' dtype. Layers with different ranks are targets of several calls.
+    computed in the activations' dtype. A default of `params` is a rule: under the preset "bf16" they are bfloat16, in
+    which small updates are lost; write `"lora_*?": f32` before it. Layers with different ranks are targets of several
+    calls.
 
     >>> from perparam.models import Linear
     >>> layer = add_lora(Linear(4, 3, policy="fp8_weight_only", rngs=nnx.Rngs(0)), 2, 4, "**", rngs=nnx.Rngs(1))
@@ -64,15 +69,18 @@ def add_lora(
 
     Raises:
       UnmatchedRule: a pattern that matches no linear layer and does not end with '?'.
-      InvalidAdapter: a rank or alpha that is not positive, a layer that has an adapter, a policy under which adapters
-        would be narrow.
+      InvalidAdapter: other arguments, such as a rank or alpha that is not positive; a layer that has an adapter; a
+        policy under which adapters would be narrow.
     """
-    if not isinstance(rank, int) or rank < 1 or not alpha > 0:
+    positive = isinstance(rank, numbers.Integral) and isinstance(alpha, numbers.Real) and rank > 0 < alpha < math.inf
+    if not positive:
         raise InvalidAdapter(
             f"rank and alpha are positive numbers, and rank is an integer: found rank {shown(rank)} and alpha "
             f"{shown(alpha)}. Usual values are 8 and 16."
         )
-    adapter = Adapter(rank, float(alpha), rslora)
+    if not isinstance(rngs, nnx.Rngs):
+        raise InvalidAdapter(f"rngs: expected random keys of NNX, found {shown(rngs)}. Write nnx.Rngs(0), for example.")
+    adapter = Adapter(int(rank), float(alpha), rslora)
     return with_adapters(model, dict.fromkeys(_chosen(model, targets), adapter), peft_uniform(rngs))
 
 
@@ -98,6 +106,9 @@ def with_adapters(model: M, adapters: Mapping[str, Adapter], draw: Draw) -> M:
     sharding, config = getattr(model, "sharding", None), getattr(model, "config", None)
     policy, found = _policy(model), None
     if sharding is not None and isinstance(config, DecoderConfig):
+        # Its patterns are of all parameters, and need not match any of these.
+        patterns = {f"{key.removesuffix('?')}?": spec for key, spec in sharding.patterns.items()}
+        sharding = dataclasses.replace(sharding, patterns=patterns)
         places, found = shardings(sharding, config, shapes), splits(sharding, config, shapes)
         draw = _placed(draw, places)
     insert_adapters(changed, adapters, Scope(policy, policy.activations, splits=found), draw)
@@ -117,6 +128,11 @@ def _placed(draw: Draw, places: Mapping[str, Any]) -> Draw:
 
 def _chosen(model: nnx.Module, targets: str | Iterable[str]) -> list[str]:
     """The paths of the linear layers that any of the patterns matches, in the model's order."""
+    if isinstance(targets, Mapping) or not isinstance(targets, Iterable):
+        raise InvalidAdapter(
+            f'targets: expected patterns of the paths of linear layers, found {shown(targets)}. Write "q_proj", for '
+            "example; layers with different ranks are targets of several calls."
+        )
     texts = [targets] if isinstance(targets, str) else list(targets)
     patterns = {text: Pattern.of(text.removesuffix("?")) for text in texts}
     paths = list(linear_layers(model))
@@ -131,6 +147,11 @@ def _chosen(model: nnx.Module, targets: str | Iterable[str]) -> list[str]:
 
 def _unmatched(model: nnx.Module, text: str, pattern: Pattern, paths: Sequence[str]) -> str:
     """The message of the error for a pattern that matches no linear layer."""
+    if not paths:
+        return (
+            f"{text!r} (targets): {type(model).__name__} has no linear layers of perparam, such as "
+            "perparam.models.Linear, and only these can have adapters. Build it from them."
+        )
     message = f"{text!r} (targets) matches none of {count(len(paths), 'linear layer')}."
     others = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if path}
     matched = {path: type(module).__name__ for path, module in others.items() if pattern.matches(path)}

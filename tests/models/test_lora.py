@@ -10,11 +10,13 @@ import optax
 import pytest
 from checkpoints import FAMILIES, fields, relative_error
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import perparam
 from perparam.loaders import read_config
 from perparam.models import Llama, Qwen2, Qwen3, Qwen3Moe, layers
 from perparam.models.lora_layers import linear_layers
+from perparam.models.sharding.model_sharding import ModelSharding
 from perparam.policies import Narrow
 from perparam.policies.errors import InvalidAdapter, UnmatchedRule, UnsupportedExport
 from perparam.policies.trees import parameters
@@ -384,6 +386,32 @@ def test_no_target_at_all_is_an_error():
 def test_ranks_and_alphas_that_are_not_positive_are_refused(rank, alpha):
     with pytest.raises(InvalidAdapter, match=r"found rank .* and alpha .* Usual values are 8 and 16"):
         add_lora(model(), rank, alpha, "q_proj", rngs=nnx.Rngs(0))
+
+
+def test_arguments_of_another_kind_are_refused():
+    layer = perparam.Linear(4, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(InvalidAdapter, match=r"found rank 2 and alpha '4'\. Usual"):
+        add_lora(layer, 2, "4", "**", rngs=nnx.Rngs(0))
+    with pytest.raises(InvalidAdapter, match=r"rngs: expected random keys of NNX, found 0\. Write nnx\.Rngs\(0\)"):
+        add_lora(layer, 2, 4, "**", rngs=0)
+    for targets in (None, {"q_proj": 8}):
+        with pytest.raises(InvalidAdapter, match=r"targets: expected patterns of the paths .* Write \"q_proj\""):
+            add_lora(layer, 2, 4, targets, rngs=nnx.Rngs(0))
+    adapter = add_lora(layer, np.int64(2), np.float32(4), "**", rngs=nnx.Rngs(0)).adapter
+    assert (adapter.rank, adapter.alpha) == (2, 4.0)
+
+
+def test_a_module_without_linear_layers_of_perparam_is_an_error():
+    with pytest.raises(UnmatchedRule, match=r"Sequential has no linear layers of perparam, such as .* Build it"):
+        add_lora(nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0))), 2, 4, "layers/0", rngs=nnx.Rngs(0))
+
+
+def test_a_layout_with_patterns_of_other_parameters_takes_adapters():
+    mesh = jax.make_mesh((1,), ("model",))
+    layout = ModelSharding(mesh, {}, {"embed_tokens/embedding": PartitionSpec("model"), "lora_b?": PartitionSpec()})
+    base = model().with_policy("f32")
+    base.sharding = layout
+    assert add_lora(base, 2, 4, "q_proj", rngs=nnx.Rngs(0)).layers[0].self_attn.q_proj.adapter.rank == 2
 
 
 def test_a_layer_gets_one_adapter():
