@@ -104,6 +104,8 @@ def _targets(
     vocabulary  None: ids and labels are not checked against it
     """
     if segment_ids is not None:
+        if attention_mask is not None:
+            raise InvalidTokens("segment_ids: expected no attention_mask. Mark padding with 0.")
         segments = jnp.asarray(checked_segments(segment_ids, input_ids))
         follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     ids, mask = checked_tokens(

@@ -272,6 +272,8 @@ def test_labels_that_do_not_fit_are_errors():
     model = build()
     with pytest.raises(InvalidTokens, match=r"labels: expected the shape of input_ids, \(2, 7\), found \(2, 6\)"):
         next_token_loss(model, IDS, labels=IDS[:, :6])
+    with pytest.raises(InvalidTokens, match=r"segment_ids: expected no attention_mask\. Mark padding with 0"):
+        label_count(IDS, np.ones_like(IDS), segment_ids=np.ones_like(IDS))
     labels = IDS.copy()
     labels[1, 3] = 61
     with pytest.raises(InvalidTokens, match=r"labels\[1, 3\] is 61, outside the vocabulary of 61. Write -100"):
