@@ -113,6 +113,14 @@ def test_updates_that_return_the_new_parameter_are_applied_or_skipped():
     chex.assert_trees_all_equal(bits(after), bits(params))
 
 
+def test_updates_are_added_to_arrays_of_numpy():
+    inner = optax.stateless(lambda updates, params: jax.tree.map(lambda g: Rounded(-g), updates))
+    tx = with_loss_scale(inner, DynamicLossScale(2.0))
+    params = {"k": np.ones(2, "float32")}
+    updates, _ = tx.update({"k": jnp.full(2, 0.5)}, tx.init(params), params)
+    assert optax.apply_updates(params, updates)["k"].tolist() == [0.75, 0.75]
+
+
 def test_the_state_is_the_same_tree_after_every_step_and_can_be_donated():
     tx = with_loss_scale(CHAIN, DynamicLossScale(8.0))
     update = jax.jit(tx.update, donate_argnums=1)
