@@ -62,7 +62,9 @@ def with_policy(
     float64.  State has the dtypes that `tx.init` gives to float32 parameters, unless a rule of `opt_state` applies.
 
     NaN and infinity in gradients reach the parameters, as in optax; `optax.apply_if_finite(tx, 5)` as `tx` skips such
-    steps.  Transformations that follow belong inside too: `with_policy(optax.chain(tx, other), policy)`.
+    steps.  Transformations that follow belong inside too: `with_policy(optax.chain(tx, other), policy)`.  With narrow
+    pairs, so do `multi_transform`, `masked`, `MultiSteps`, `inject_hyperparams` and `add_decayed_weights`, which expect
+    gradients of the structure and dtypes of the parameters.
 
     >>> import optax, perparam
     >>> policy = perparam.Policy("bf16", master="f32", opt_state={"mu": "bf16"})
@@ -174,7 +176,9 @@ class _Optimizer:
                 continue
             given = None
             if amax[path] is not None:
-                given, amax[path] = _delayed_scales(amax[path], new, param.format)
+                before = amax[path]
+                given, now = _delayed_scales(before, new, param.format)
+                amax[path] = jnp.where(moved, now, before)  # the stored values may be clipped, and have smaller ones
             stored = requantize(new, param.format, key=key, scale_inv=given)
             values[path], scales[path] = StoredUpdate(stored.values, moved), StoredUpdate(stored.scale_inv, moved)
         return view.updates(values, scales, NoUpdate()), PolicyState(
@@ -212,7 +216,7 @@ class _Optimizer:
         after, new_structure = state_leaves(inner_state, keys)
         check_structure(structure, new_structure)
         # A transformation may promote its state, as inject_hyperparams does with moments in bf16.
-        after = [_with_dtype_of(leaf, x) for leaf, x in zip(after, widened, strict=True)]
+        after = [_with_dtype_of(leaf, x) for leaf, x in zip(after, map(jnp.asarray, widened), strict=True)]
         stored = narrow(slot, after, lambda x, dtype, path, i: _rounded(x, dtype, _key(random, path, i + 1)))
         kept = [
             old.value if old.path is not None and gradients[old.path] is None else x

@@ -267,6 +267,14 @@ class TestDelayedScales:
         assert values == [7.0, 3.5]
         assert scales == [7 / 448, 14 / 448]
 
+    def test_a_step_that_moves_nothing_keeps_the_magnitudes_of_a_clipped_array(self):
+        tx = with_policy(optax.sgd(1.0), self.policy, scales="delayed")
+        params = self.policy.store({"kernel": jnp.ones((4, 4))})
+        params, state = after(tx, params, [{"kernel": jnp.full((4, 4), -3.0)}])
+        still, state = step(tx, params, state, {"kernel": jnp.zeros((4, 4))})
+        assert_same_bits(still, params)
+        np.testing.assert_array_equal(state.amax["kernel"], [[4.0]])  # the stored 1.0 is clipped
+
     def test_a_block_of_zeros_gets_a_fresh_scale(self):
         tx = with_policy(optax.sgd(1.0), self.policy, scales="delayed")
         params = self.policy.store({"kernel": jnp.zeros((4, 4))})
