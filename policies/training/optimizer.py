@@ -7,6 +7,7 @@ transformation gives without a policy.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -150,7 +151,7 @@ class _Optimizer:
         wide = {p.path: p.wide() if masters[p.path] is None else masters[p.path].astype(p.wide_dtype) for p in view}
         gradients = view.by_path(pure(updates), "gradient")
         still = {path for path, gradient in gradients.items() if gradient is None}
-        random = _Random(self._seed, state.step, list(view.trained)) if self._stochastic else None
+        random = _Random(self._seed, state.step) if self._stochastic else None
         moves, inner_state = self._inner_update(view, gradients, wide, state.inner, random, extra_args)
         values: dict[str, Any] = {}
         scales: dict[str, Any] = {}
@@ -233,15 +234,14 @@ class _Optimizer:
 
 
 class _Random:
-    """The random keys of one step: `fold_in(fold_in(key(seed), step), index of the parameter)`."""
+    """The random keys of one step: `fold_in(fold_in(key(seed), step), crc32(path of the parameter))`."""
 
-    def __init__(self, seed: int, step: jax.Array, paths: list[str]):
+    def __init__(self, seed: int, step: jax.Array):
         self._key = jax.random.fold_in(jax.random.key(seed), step)
-        self._index = {path: index for index, path in enumerate(paths)}
 
     def key(self, path: str, state: int = 0) -> jax.Array:
         """Returns the key for a parameter, or with `state` the one for an array of its state, counted from 1."""
-        key = jax.random.fold_in(self._key, self._index[path])
+        key = jax.random.fold_in(self._key, np.uint32(zlib.crc32(path.encode())))
         return jax.random.fold_in(key, state) if state else key
 
 

@@ -249,6 +249,17 @@ class TestStochasticRounding:
         assert abs(values["stochastic"] - expected) < 6 * 2**-7 * (4 * 0.0128 / 4096) ** 0.5
 
 
+def test_random_numbers_depend_on_the_path_of_the_parameter_not_on_others():
+    tx, w = with_policy(optax.sgd(0.003), Policy(), rounding="stochastic"), jnp.ones(4096, "bfloat16")
+    both, _ = after(tx, {"a": w, "b": w}, [{"a": w, "b": w}])
+    alone, _ = after(tx, {"b": w}, [{"b": w}])
+    assert_same_bits(both["b"], alone["b"])
+    groups = optax.multi_transform({"one": tx, "two": tx}, {"a": "one", "b": "two"})
+    divided, _ = after(groups, {"a": w, "b": w}, [{"a": w, "b": w}])
+    assert_same_bits(divided, both)
+    assert not np.array_equal(bits(divided["a"]), bits(divided["b"]))
+
+
 class TestDelayedScales:
     policy = Policy({"kernel": "f8_e4m3fn"}, block=(4, 4))
 
