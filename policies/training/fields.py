@@ -24,10 +24,10 @@ from ..scales import F32
 from ..trees import component
 from .state_formats import LINEAR_SECOND_MOMENT, MIN_SIZE, SECOND_MOMENTS, StateArray, StateFormat, encode_state
 
-_NOT_NEGATIVE = frozenset({"nu", "nu_max", "v_row", "v_col", "sum_of_squares", "e_g", "e_x"})
+_NOT_NEGATIVE = frozenset({"nu", "nu_max", "v_row", "v_col", "sum_of_squares", "e_g", "e_x", "exp_avg_sq"})
 """Fields of optax's states that are never negative."""
 
-_SQUARES = {"FactoredState": "v", "ScaleByAdanState": "n"}
+_SQUARES = {"FactoredState": "v", "ScaleByAdanState": "n", "ScaleBySimplifiedAdEMAMixState": "n"}
 """The same, for names that have another meaning in other states."""
 
 Cast = Callable[[jax.Array, np.dtype, str, int], jax.Array]

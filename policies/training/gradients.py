@@ -248,7 +248,7 @@ def _of_modules(
         ["/".join(map(str, keys)) for keys, leaf in state if not isinstance(leaf, Proxy) and _is_wide(leaf.dtype)]
         for state in states
     ]
-    paths = [[*paths, *(place.path for place in each)] for paths, each in zip(wide, places, strict=True)]
+    paths = [[*paths, *dict.fromkeys(place.path for place in each)] for paths, each in zip(wide, places, strict=True)]
     selected = list(map(frozenset, _selected(paths, trainable)))
 
     def dtype_of(chosen: frozenset[str], path: str) -> np.dtype | None:

@@ -7,6 +7,7 @@ transformation gives without a policy.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -62,7 +63,9 @@ def with_policy(
     float64.  State has the dtypes that `tx.init` gives to float32 parameters, unless a rule of `opt_state` applies.
 
     NaN and infinity in gradients reach the parameters, as in optax; `optax.apply_if_finite(tx, 5)` as `tx` skips such
-    steps.  Transformations that follow belong inside too: `with_policy(optax.chain(tx, other), policy)`.
+    steps.  Transformations that follow belong inside too: `with_policy(optax.chain(tx, other), policy)`.  With narrow
+    pairs, so do `multi_transform`, `masked`, `MultiSteps`, `inject_hyperparams` and `add_decayed_weights`, which expect
+    gradients of the structure and dtypes of the parameters.
 
     >>> import optax, perparam
     >>> policy = perparam.Policy("bf16", master="f32", opt_state={"mu": "bf16"})
@@ -148,7 +151,7 @@ class _Optimizer:
         wide = {p.path: p.wide() if masters[p.path] is None else masters[p.path].astype(p.wide_dtype) for p in view}
         gradients = view.by_path(pure(updates), "gradient")
         still = {path for path, gradient in gradients.items() if gradient is None}
-        random = _Random(self._seed, state.step, list(view.trained)) if self._stochastic else None
+        random = _Random(self._seed, state.step) if self._stochastic else None
         moves, inner_state = self._inner_update(view, gradients, wide, state.inner, random, extra_args)
         values: dict[str, Any] = {}
         scales: dict[str, Any] = {}
@@ -175,10 +178,12 @@ class _Optimizer:
                     rounded = jnp.where(move != 0, rounded, param.values)
                 values[path] = StoredUpdate(rounded, jnp.array(True))
                 continue
-            given = None
+            given, moved = None, jnp.any(move != 0)
             if amax[path] is not None:
-                given, amax[path] = _delayed_scales(amax[path], new, param.format)
-            stored, moved = requantize(new, param.format, key=key, scale_inv=given), jnp.any(move != 0)
+                before = amax[path]
+                given, now = _delayed_scales(before, new, param.format)
+                amax[path] = jnp.where(moved, now, before)  # the stored values may be clipped, and have smaller ones
+            stored = requantize(new, param.format, key=key, scale_inv=given)
             values[path], scales[path] = StoredUpdate(stored.values, moved), StoredUpdate(stored.scale_inv, moved)
         return view.updates(values, scales, NoUpdate()), PolicyState(
             step=optax.safe_increment(state.step),
@@ -215,7 +220,7 @@ class _Optimizer:
         after, new_structure = state_leaves(inner_state, keys)
         check_structure(structure, new_structure)
         # A transformation may promote its state, as inject_hyperparams does with moments in bf16.
-        after = [_with_dtype_of(leaf, x) for leaf, x in zip(after, widened, strict=True)]
+        after = [_with_dtype_of(leaf, x) for leaf, x in zip(after, map(jnp.asarray, widened), strict=True)]
         stored = narrow(slot, after, lambda x, dtype, path, i: _rounded(x, dtype, _key(random, path, i + 1)))
         kept = [
             old.value if old.path is not None and gradients[old.path] is None else x
@@ -232,15 +237,14 @@ class _Optimizer:
 
 
 class _Random:
-    """The random keys of one step: `fold_in(fold_in(key(seed), step), index of the parameter)`."""
+    """The random keys of one step: `fold_in(fold_in(key(seed), step), crc32(path of the parameter))`."""
 
-    def __init__(self, seed: int, step: jax.Array, paths: list[str]):
+    def __init__(self, seed: int, step: jax.Array):
         self._key = jax.random.fold_in(jax.random.key(seed), step)
-        self._index = {path: index for index, path in enumerate(paths)}
 
     def key(self, path: str, state: int = 0) -> jax.Array:
         """Returns the key for a parameter, or with `state` the one for an array of its state, counted from 1."""
-        key = jax.random.fold_in(self._key, self._index[path])
+        key = jax.random.fold_in(self._key, np.uint32(zlib.crc32(path.encode())))
         return jax.random.fold_in(key, state) if state else key
 
 

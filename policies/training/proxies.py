@@ -51,7 +51,7 @@ def add_proxies(model: nnx.Module, trainable: Trainable = "**", dtype: DTypeLike
     if not dtypes.is_activation(dtypes.as_dtype(dtype)):
         raise InvalidPolicy(f"proxies are f32, bf16 or f16, found {dtypes.dtype_name(dtypes.as_dtype(dtype))}.")
     places = kernel_places(model)
-    chosen = choice(trainable, [place.path for place in places])
+    chosen = choice(trainable, list(dict.fromkeys(place.path for place in places)))
     attach(places, lambda path: dtypes.as_dtype(dtype) if chosen(path) else None)
 
 
@@ -64,7 +64,7 @@ def remove_proxies(model: nnx.Module) -> None:
 class KernelPlace:
     """The place of a narrow kernel in a module.
 
-    path    the kernel's path in the whole model
+    path    the kernel's path in the state of the whole model: of a kernel that modules share, the first one alone
     module  the module that has it
     name    its name there
     """
@@ -87,12 +87,15 @@ class KernelPlace:
 
 def kernel_places(model: nnx.Module) -> list[KernelPlace]:
     """Returns the places of the narrow kernels of a model; one that modules share has several."""
-    return [
-        KernelPlace("/".join(map(str, (*keys, name))), module, name)
+    found = [
+        ("/".join(map(str, (*keys, name))), module, name, id(value))
         for keys, module in nnx.iter_modules(model)
         for name, value in vars(module).items()
         if isinstance(value, Narrow) and not is_scale(name) and vars(module).get(scale_path(name)) is not None
     ]
+    listed = {"/".join(map(str, keys)) for keys, _ in nnx.to_flat_state(nnx.state(model, Narrow))}
+    paths = {kernel: path for path, _, _, kernel in found if path in listed}
+    return [KernelPlace(paths[kernel], module, name) for _, module, name, kernel in found]
 
 
 def attach(places: list[KernelPlace], dtype_of: Callable[[str], np.dtype | None]) -> list[KernelPlace]:

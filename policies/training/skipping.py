@@ -83,7 +83,10 @@ class _Skippable:
     update: Any
     applied: jax.Array
 
+    __array_ufunc__ = None  # numpy arrays leave `+` to this class
+
     def __radd__(self, parameter: Any) -> Any:
+        parameter = jnp.asarray(parameter)
         return select_tree(self.applied, parameter + self.update, parameter)
 
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import dtypes
-from ..blocks import Block, block_amax, expand
+from ..blocks import Block, block_amax, expand, grid_shape
 from ..errors import UnknownDtype
 from ..formats import Format, as_format
 from ..scales import E4M3, F32, amax_rule
@@ -37,7 +37,7 @@ BLOCK = 256
 MIN_SIZE = 4096
 """The fewest values of an array that a rule for a whole field stores in 8 bits, as in bitsandbytes and torchao."""
 
-SECOND_MOMENTS = frozenset({"nu", "nu_max", "v", "v_row", "v_col", "n", "sum_of_squares", "e_g", "e_x"})
+SECOND_MOMENTS = frozenset({"nu", "nu_max", "v", "v_row", "v_col", "n", "sum_of_squares", "e_g", "e_x", "exp_avg_sq"})
 """Fields of optax's states with averages or sums of squares, by whose square root updates are divided."""
 
 LINEAR_SECOND_MOMENT = (
@@ -151,7 +151,7 @@ def encode_state(values: jax.Array, format: StateFormat, *, unsigned: bool = Fal
 
 @functools.partial(jax.jit, static_argnames=("format", "unsigned"))
 def _encode(values: jax.Array, format: StateFormat, unsigned: bool) -> StateArray:
-    flat = values.astype(jnp.float32).reshape(1, -1)
+    flat = _rows(values.astype(jnp.float32))
     amax = block_amax(flat, _FLAT)
     # A scale of zero would make the quotients NaN, and CPUs flush subnormal ones to zero.
     least = dtypes.smallest_normal(F32)
@@ -167,10 +167,19 @@ def _encode(values: jax.Array, format: StateFormat, unsigned: bool) -> StateArra
 
 @jax.jit
 def _decode(state: StateArray) -> jax.Array:
-    flat = state.codes.reshape(1, -1)
+    flat = _rows(state.codes)
     table = _table(state.unsigned)
     values = jnp.asarray(table)[flat.astype(jnp.int32)] if state.format.dynamic else flat.astype(jnp.float32)
-    return (values * expand(state.scales.reshape(1, -1), flat.shape, _FLAT)).reshape(state.codes.shape)
+    scales = state.scales.reshape(grid_shape(flat.shape, _FLAT))
+    return (values * expand(scales, flat.shape, _FLAT)).reshape(state.codes.shape)
+
+
+def _rows(array: jax.Array) -> jax.Array:
+    """Returns an array with axes of rows, whose blocks along the last axis are those of the flattened array.
+
+    It is flattened only where a row does not end with a block: XLA would gather an array that is divided over devices.
+    """
+    return array if array.ndim > 1 and array.shape[-1] % BLOCK == 0 else array.reshape(1, -1)
 
 
 def _dynamic_codes(quotients: jax.Array, unsigned: bool) -> jax.Array:

@@ -154,10 +154,10 @@ class TrainedParameters:
             if found.get(kernel) is None and _is_array(found.get(proxy_path(kernel))):
                 found[kernel] = found.pop(proxy_path(kernel))
         known = set(self.paths)
-        for path, leaf in found.items():
-            if path is not None and path not in known and not is_scale(path) and _is_array(leaf):
+        for other, leaf in found.items():
+            if other is not None and other not in known and not is_scale(other) and _is_array(leaf):
                 raise InvalidGradients(
-                    f"{path}: a {what} of shape {tuple(leaf.shape)}, but the parameters have no such path. Pass "
+                    f"{other}: a {what} of shape {tuple(leaf.shape)}, but the parameters have no such path. Pass "
                     f"{what}s of the structure of the parameters."
                 )
         result: dict[str, Any] = {}

@@ -1,6 +1,8 @@
 """Prints, for each optimizer on 8 devices, what its state is divided over and how it differs from one device."""
 
 import json
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from perparam import Policy
 from perparam.policies.training.optimizer import with_policy
+from perparam.policies.training.state_formats import STATE_FORMATS, encode_state
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -75,3 +78,12 @@ for name, (tx, policy) in CASES.items():
             }
         )
     )
+
+# State in 8 bits of a parameter that is divided by columns.
+columns = NamedSharding(mesh, PartitionSpec(None, "x"))
+kernel = jax.device_put(jax.random.normal(jax.random.key(2), (64, 8 * 256)), columns)
+for name in STATE_FORMATS:
+    program = jax.jit(lambda x, name=name: encode_state(x, STATE_FORMATS[name])).lower(kernel).compile()
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", program.as_text())
+    gathered = max((math.prod(map(int, dims.split(","))) for dims in found), default=0)
+    print(json.dumps({"name": name, "gathered": gathered, "size": kernel.size}))

@@ -12,9 +12,10 @@ from flax import nnx
 
 import perparam
 from perparam import Policy, dequantize, quantize, scaled_matmul
+from perparam.models import Linear
 from perparam.policies import InvalidGradients, UnmatchedRule
 from perparam.policies.matmul import grouped_matmul, quantize_rows
-from perparam.training import grad, value_and_grad
+from perparam.training import add_proxies, grad, value_and_grad
 
 ROWS, IN, OUT = 6, 40, 24
 BLOCK = (16, 32)
@@ -214,6 +215,35 @@ class TestFlax:
         assert sorted(gradient) == ["bias", "kernel"]
         expected = np.broadcast_to(np.asarray(x.sum(axis=0))[:, None], (IN, OUT))
         np.testing.assert_allclose(gradient["kernel"][...], expected, rtol=0, atol=ROWS * 4 * ROWS * FLOAT32_STEP)
+
+
+class Shared(nnx.Module):
+    """Two layers with one kernel."""
+
+    def __init__(self):
+        self.one, self.two = (Linear(8, 8, policy={"params": {"kernel": "int8"}}, rngs=nnx.Rngs(0)) for _ in "12")
+        self.two.kernel, self.two.scale_inv = self.one.kernel, self.one.scale_inv
+
+    def __call__(self, x):
+        return self.two(jnp.tanh(self.one(x)))
+
+
+class TestKernelsThatModulesShare:
+    @pytest.mark.parametrize("trainable", ["**", "one/kernel"])
+    def test_the_gradient_is_that_of_all_uses_at_the_path_of_the_state(self, trainable):
+        model, x = Shared(), jax.random.normal(jax.random.key(1), (3, 8))
+        gradient = grad(lambda model: model(x).sum(), trainable=trainable)(model)
+        weight = dequantize(model.one.kernel[...], model.one.scale_inv[...])
+        expected = jax.grad(lambda weight: (jnp.tanh(x @ weight.T) @ weight.T).sum())(weight)
+        assert [keys for keys, _ in nnx.to_flat_state(gradient)] == [("one", "kernel")]
+        found = gradient["one"]["kernel"][...]
+        np.testing.assert_allclose(found, expected, atol=float(abs(expected).max()) * 2 * 8 * 3 * FLOAT32_STEP)
+
+    def test_another_path_is_no_parameter_as_in_the_state(self):
+        model = Shared()
+        for choose in (lambda: add_proxies(model, "two/kernel"), lambda: grad(print, trainable="two/kernel")(model)):
+            with pytest.raises(UnmatchedRule, match=r"'two/kernel' \(trainable\) matches none of 1 trainable"):
+                choose()
 
 
 class TestArguments:

@@ -144,6 +144,14 @@ def test_a_skipped_step_keeps_every_bit_of_scaled_pairs_masters_and_the_step_cou
     assert counts == [1, 2]
 
 
+def test_updates_are_added_to_arrays_of_numpy():
+    inner = optax.stateless(lambda updates, params: jax.tree.map(lambda g: Rounded(-g), updates))
+    tx = with_loss_scale(inner, DynamicLossScale(2.0))
+    params = {"k": np.ones(2, "float32")}
+    updates, _ = tx.update({"k": jnp.full(2, 0.5)}, tx.init(params), params)
+    assert optax.apply_updates(params, updates)["k"].tolist() == [0.75, 0.75]
+
+
 def test_the_state_is_the_same_tree_after_every_step_and_can_be_donated():
     tx = with_loss_scale(CHAIN, DynamicLossScale(8.0))
     update = jax.jit(tx.update, donate_argnums=1)

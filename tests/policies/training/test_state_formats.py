@@ -60,6 +60,15 @@ def test_dynamic_codes_are_the_nearest_of_the_published_table(unsigned):
     np.testing.assert_array_equal(state.decode().ravel(), table.astype(np.float32)[nearest] * scales)
 
 
+@pytest.mark.parametrize("format", STATE_FORMATS.values(), ids=str)
+def test_rows_of_whole_blocks_have_the_codes_of_the_flattened_array(format):
+    values = drawn(5, (2, 3, 512))
+    state, flat = (encode_state(x, format) for x in (values, values.ravel()))
+    np.testing.assert_array_equal(state.scales, flat.scales)
+    np.testing.assert_array_equal(state.codes.ravel(), flat.codes)
+    np.testing.assert_array_equal(state.decode().ravel(), flat.decode())
+
+
 def test_float8_codes_are_saturated_quotients():
     values = np.asarray(drawn(1, (3, 300)))
     state = encode_state(jnp.asarray(values), E4M3)

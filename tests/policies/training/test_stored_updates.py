@@ -249,6 +249,17 @@ class TestStochasticRounding:
         assert abs(values["stochastic"] - expected) < 6 * 2**-7 * (4 * 0.0128 / 4096) ** 0.5
 
 
+def test_random_numbers_depend_on_the_path_of_the_parameter_not_on_others():
+    tx, w = with_policy(optax.sgd(0.003), Policy(), rounding="stochastic"), jnp.ones(4096, "bfloat16")
+    both, _ = after(tx, {"a": w, "b": w}, [{"a": w, "b": w}])
+    alone, _ = after(tx, {"b": w}, [{"b": w}])
+    assert_same_bits(both["b"], alone["b"])
+    groups = optax.multi_transform({"one": tx, "two": tx}, {"a": "one", "b": "two"})
+    divided, _ = after(groups, {"a": w, "b": w}, [{"a": w, "b": w}])
+    assert_same_bits(divided, both)
+    assert not np.array_equal(bits(divided["a"]), bits(divided["b"]))
+
+
 class TestDelayedScales:
     policy = Policy({"kernel": "f8_e4m3fn"}, block=(4, 4))
 
@@ -266,6 +277,14 @@ class TestDelayedScales:
             np.testing.assert_array_equal(state.amax["kernel"], [[value]])
         assert values == [7.0, 3.5]
         assert scales == [7 / 448, 14 / 448]
+
+    def test_a_step_that_moves_nothing_keeps_the_magnitudes_of_a_clipped_array(self):
+        tx = with_policy(optax.sgd(1.0), self.policy, scales="delayed")
+        params = self.policy.store({"kernel": jnp.ones((4, 4))})
+        params, state = after(tx, params, [{"kernel": jnp.full((4, 4), -3.0)}])
+        still, state = step(tx, params, state, {"kernel": jnp.zeros((4, 4))})
+        assert_same_bits(still, params)
+        np.testing.assert_array_equal(state.amax["kernel"], [[4.0]])  # the stored 1.0 is clipped
 
     def test_a_block_of_zeros_gets_a_fresh_scale(self):
         tx = with_policy(optax.sgd(1.0), self.policy, scales="delayed")

@@ -86,6 +86,7 @@ class TestValues:
             ("grads: {scale_inv: f32}", InvalidPolicy, r"^p:1: grads: scale_inv: scales are computed from their"),
             ("master: {kernel: f8_e4m3fn}", UnknownDtype, r"^p:1: master: kernel: master cannot be f8_e4m3fn."),
             ("opt_state: {nu: int8}", InvalidPolicy, r"^p:1: opt_state: nu: int8 has linear codes.* Write dynamic8"),
+            ("opt_state: {exp_avg_sq: int8}", InvalidPolicy, r"opt_state: exp_avg_sq: int8 has linear codes"),
             ("opt_state: {v/**: int8}", InvalidPolicy, r"opt_state: v/\*\*: int8 has linear codes"),
             ("opt_state: {mu: f8_e5m2}", UnknownDtype, r"^p:1: opt_state: mu: state is stored in 8 bits as dynamic8"),
             ("opt_state: {mu: {dtype: int8, block: [1, 8]}}", UnknownDtype, r"in blocks of 256 consecutive values"),

@@ -162,6 +162,16 @@ def test_injected_hyperparameters_promote_no_moment():
     assert dtypes_of(state)[".inner.inner_state[0].mu['dense']['kernel']"] == ("bfloat16", (48, 40))
 
 
+def test_an_injected_hyperparameter_can_be_set_to_a_number():
+    tx = with_policy(optax.inject_hyperparams(optax.sgd)(learning_rate=1.0), Policy())
+    params = {"w": jnp.ones(2)}
+    state = tx.init(params)
+    state.inner.hyperparams["learning_rate"] = 0.5
+    updates, state = tx.update({"w": jnp.ones(2)}, state, params)
+    assert updates["w"].tolist() == [-0.5, -0.5]
+    assert state.inner.hyperparams["learning_rate"].dtype == jnp.float32
+
+
 def test_state_without_a_rule_keeps_the_dtype_that_init_gave_it():
     mean = jax.tree.map(lambda x: x.astype("bfloat16"), PARAMS)
     promoting = optax.GradientTransformation(
