@@ -60,7 +60,7 @@ def next_token_loss(
       UnsupportedTask: a model without a language-model head, or with a head whose outputs cannot be sliced.
     """
     check_causal_lm(model.config.task, "next_token_loss")
-    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    head: Any = model.embed_tokens if model.lm_head is None else model.lm_head
     path = "embed_tokens" if model.lm_head is None else "lm_head"
     name = _kernel_name(path, head)
     vocabulary = model.config.vocab_size

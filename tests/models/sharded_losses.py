@@ -1,8 +1,8 @@
 """A program for eight devices: `next_token_loss` of models over several meshes, with a line of JSON for each.
 
-A line is `{"name", "loss", "gradient", "placed", "gathers", "slices", "divided"}`: the relative errors of the loss and of
-the worst gradient against one device; whether each gradient is divided as its parameter; the all-gathers of a step
-whose result has the shape of the whole head or of a device's rows of it, and the number of those of a slice; whether the
+A line is `{"name", "loss", "gradient", "placed", "gathers", "slices", "divided"}`: the relative errors of the loss and
+of the worst gradient against one device; whether each gradient is divided as its parameter; the all-gathers of a step
+whose result has the shape of the whole head or of a device's rows of it; the number of those of a slice; whether the
 head's own layout is used. Or it is `{"name", "raised"}`.
 """
 
@@ -83,7 +83,7 @@ def report(name, sharding, policy, rows):
             "gradient": max(float(np.linalg.norm(a - np.asarray(b)) / np.linalg.norm(a)) for a, b, _ in pairs),
             "placed": all(b.sharding.is_equivalent_to(c.sharding, b.ndim) for _, b, c in pairs),
             "gathers": [each for each in gathers if tuple(map(int, each.split(","))) in shapes],
-            "slices": sum(each in (f"{CHUNK},256", "96,256") for each in gathers),
+            "slices": sum(each in (f"{CHUNK},256", "64,256") for each in gathers),
             "divided": found[-1] is not None,
         }
     except Exception as problem:  # the others still run
