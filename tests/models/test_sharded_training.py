@@ -15,7 +15,8 @@ NARROW_ERROR = 6e-4
 """Losses of FP8 kernels that are quantised from masters in each step.
 
 A master that differs in its last bits can be rounded to another neighbour, a relative 2**-4 away, if it is within these
-bits of the middle: one in some 1e4 values, so that products of 256 to 768 of them differ by about 2**-4 * 1e-2 = 6e-4. Measured: 4e-5.
+bits of the middle: one in some 1e4 values, so that products of 256 to 768 of them differ by about 2**-4 * 1e-2 = 6e-4.
+Measured: 4e-5.
 """
 
 QUICK = ("masters, both", "LoRA, tensor parallel", "masters, tokens travel")
