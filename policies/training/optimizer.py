@@ -26,7 +26,7 @@ from ..scales import encode_scales
 from .fields import StateLeaf, check_rules, check_structure, narrow, state_leaves, widen
 from .rounding import requantize, stochastic_cast
 from .states import NoUpdate, PolicyState, StoredUpdate
-from .trained import Trained, TrainedParameters, placed, pure
+from .trained import Trained, TrainedParameters, in_variables, placed, pure
 
 Rounding = Literal["nearest", "stochastic"]
 Scales = Literal["fresh", "delayed"]
@@ -185,7 +185,7 @@ class _Optimizer:
                 amax[path] = jnp.where(moved, now, before)  # the stored values may be clipped, and have smaller ones
             stored = requantize(new, param.format, key=key, scale_inv=given)
             values[path], scales[path] = StoredUpdate(stored.values, moved), StoredUpdate(stored.scale_inv, moved)
-        return view.updates(values, scales, NoUpdate()), PolicyState(
+        return in_variables(view.updates(values, scales, NoUpdate()), params), PolicyState(
             step=optax.safe_increment(state.step),
             inner=inner_state,
             master=view.tree(masters),

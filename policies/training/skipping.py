@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from ..dtypes import dtype_name
 from ..errors import UnsupportedCast
@@ -99,7 +100,8 @@ def _unless_skipped(finite: jax.Array, update: Any) -> Any:
 
 def _adds_itself(update: Any) -> bool:
     """Returns whether an update is not an array, and adds itself to a parameter, as those of `with_policy` do."""
-    return hasattr(type(update), "__radd__") and not isinstance(update, (jax.Array, np.ndarray, np.generic, int, float))
+    others = jax.Array, np.ndarray, np.generic, int, float, nnx.Variable
+    return hasattr(type(update), "__radd__") and not isinstance(update, others)
 
 
 def _check_dtypes(new: Any, old: Any) -> None:

@@ -190,6 +190,18 @@ def pure(params: Any) -> Any:
     return nnx.as_pure(params) if isinstance(params, nnx.State) else params
 
 
+def in_variables(updates: Any, params: Any) -> Any:
+    """Returns the updates of `pure(params)` as `optax.apply_updates` takes them: those of a state in its variables."""
+    if not isinstance(params, nnx.State):
+        return updates
+    flat = dict(nnx.to_flat_state(updates))
+    leaves = [
+        (keys, leaf.replace(flat[keys]) if isinstance(leaf, nnx.Variable) else flat[keys])
+        for keys, leaf in nnx.to_flat_state(params)
+    ]
+    return nnx.from_flat_state(leaves)
+
+
 def placed(array: jax.Array, like: Any) -> jax.Array:
     """Returns an array of a parameter's shape on the parameter's devices; traced arrays are left to the compiler."""
     concrete = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)

@@ -1,5 +1,7 @@
 """`with_policy` on parameters that are stored in other formats than float32: masters, scaled pairs, and what stays."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
 
+import perparam
 from perparam import Policy
 from perparam.policies import (
     InvalidGradients,
@@ -23,6 +26,7 @@ from perparam.policies.scaled_array import scaled_array
 from perparam.policies.training.optimizer import with_policy
 from perparam.policies.training.states import NoUpdate, StoredUpdate
 from perparam.policies.trees import Narrow
+from perparam.training import StaticLossScale, grad, with_loss_scale
 
 BLOCK = (16, 16)
 FP8 = Policy({"kernel": "f8_e4m3fn", "default": "bf16"}, block=BLOCK)
@@ -471,3 +475,23 @@ class TestErrors:
 def test_a_scaled_array_stays_one():
     params, _ = after(with_policy(optax.sgd(0.1), FP8), FP8.store(WIDE, scaled=True), [GRADIENT])
     assert isinstance(params["dense"]["kernel"], ScaledArray)
+
+
+@pytest.mark.parametrize("storage", ["f32", {"kernel": "f8_e4m3fn", "default": "bf16"}], ids=str)
+def test_a_state_of_variables_is_updated_as_its_mapping_is(storage):
+    """The state that `perparam.init` returns; `nnx.Optimizer` passes one with arrays."""
+    module, x = functools.partial(nnx.Linear, 8, 4), jnp.ones((2, 8))
+    policy = Policy(storage, "f32", "f32", master="f32")
+    state = perparam.init(module, policy, jax.random.key(0))
+    gradients = grad(lambda state: perparam.apply(module, policy, state, x).sum())
+    tx = with_loss_scale(with_policy(optax.adam(0.1), policy), StaticLossScale(1.0))
+
+    @jax.jit
+    def after(params, gradient):
+        return optax.apply_updates(params, tx.update(gradient, tx.init(params), params)[0])
+
+    gradient = gradients(state)
+    moved = after(state, gradient)
+    assert jax.tree.structure(moved) == jax.tree.structure(state)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(moved), after(nnx.to_pure_dict(state), nnx.to_pure_dict(gradient)))
+    assert (moved["bias"][...] != state["bias"][...]).all()
