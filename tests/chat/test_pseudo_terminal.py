@@ -95,6 +95,7 @@ def test_lines_that_begin_with_a_slash_are_commands(talk):
     assert " world there" in talk.say("hello")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_answer_but_not_the_program(talk):
     for _ in range(2):
         talk.terminal.sendline("the")

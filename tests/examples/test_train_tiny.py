@@ -65,6 +65,7 @@ def test_an_epoch_has_each_row_once_and_rows_are_pieces_of_the_text():
     assert set(next(drawn)[:, 0] % 20) != set(starts % 20)
 
 
+@pytest.mark.slow
 def test_bits_per_byte_count_each_token_once_with_half_a_window_of_context():
     model = perparam.models.Qwen3(SMALL, policy="f32", rngs=nnx.Rngs(0))
     before, tokens = np.arange(40) % 300, (7 * np.arange(45)) % 300

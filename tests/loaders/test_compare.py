@@ -95,13 +95,8 @@ def test_the_first_policy_agrees_with_itself(found):
     assert {row.tokens_per_second for row in found.rows} == {123.45}
 
 
-@pytest.mark.parametrize(
-    ("name", "tolerance"),
-    [
-        ("f32", FLOAT32),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [("narrow", FLOAT32), ("bf16", BF16)]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tolerance"), [("f32", FLOAT32), ("narrow", FLOAT32), ("bf16", BF16)])
 def test_the_measures_are_what_numpy_makes_of_the_logits(name, tolerance, found, folder):
     (row,) = (row for row in found.rows if row.name == name)
     perplexity, kl, top1 = measured(folder, POLICIES[name], WINDOW)

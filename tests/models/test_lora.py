@@ -168,6 +168,7 @@ def errors(gradients, layer):
     ]
 
 
+@pytest.mark.slow
 def test_gradients_of_the_first_layers_adapters_flow_through_the_frozen_bases():
     _, gradients = loss_and_gradients(adapted(policy=EXACT, depth=2))
     for layer in (0, 1):

@@ -89,6 +89,7 @@ def test_weights_are_computed_in_float32_and_rounded_once():
     np.testing.assert_allclose(np.asarray(weights, np.float32), exact, rtol=2**-8)
 
 
+@pytest.mark.slow
 def test_decoding_a_token_reads_the_kernels_of_its_experts_alone(monkeypatch):
     products = []
     product = grouped_loop.scaled_matmuls

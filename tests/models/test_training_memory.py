@@ -16,8 +16,12 @@ EIGHT_BITS = Policy(
 )  # fmt: skip
 CASES = {**POLICIES, "8-bit moments": EIGHT_BITS, "delayed scales": POLICIES["FP8, stochastic rounding"]}
 
+QUICK = ("8-bit moments", "LoRA over FP8")
 
-@pytest.mark.parametrize("name", CASES)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+)
 def test_the_plan_is_what_is_allocated(name):
     policy, lora = CASES[name], name == "LoRA over FP8"
     tx = with_policy(optax.adamw(1e-3), policy, scales="delayed" if name == "delayed scales" else "fresh")

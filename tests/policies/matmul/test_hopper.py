@@ -130,6 +130,7 @@ class TestColumns:
     def test_w8a16_has_the_dtype_of_x(self, x, of):
         self.check(8, [128], 256, x, x, of=of)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("outs", [(384, 128, 128), *slow((128, 256))])
     @pytest.mark.parametrize("narrow", [True, *slow(False)])
     def test_several_kernels_in_one_launch(self, outs, narrow):
@@ -196,6 +197,7 @@ class TestGrouped:
     def test_tiles_of_several_groups(self, x):
         assert_products(grouped_products(self.RAGGED, [256], 256, x, processors=3))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("x", ["bfloat16", *slow(FP8)])
     def test_several_kernels_in_one_launch(self, x):
         assert_products(grouped_products(self.RAGGED, [128, 256], 128, x, "bfloat16", processors=5), "bfloat16")

@@ -54,6 +54,7 @@ class TestEveryShape:
     def test_w8a16_is_one_kernel(self, shape):
         assert kernels_of(Case(8, shape)) == 1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("shape", some(0), ids=str)
     def test_w8a8_of_many_rows_is_a_kernel_that_quantises_and_one_that_multiplies(self, shape):
         assert kernels_of(Case(512, shape, compute=FP8)) == 2
