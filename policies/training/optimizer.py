@@ -7,6 +7,7 @@ transformation gives without a policy.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from .. import dtypes
 from ..blocks import block_amax
 from ..decisions import decide
 from ..errors import InvalidGradients, InvalidPolicy
+from ..explicit_axes import on_auto_axes
 from ..formats import Format
 from ..rules import PolicyRules
 from ..scales import encode_scales
@@ -287,7 +289,8 @@ def _rounded(values: jax.Array, dtype: np.dtype, key: jax.Array | None) -> jax.A
 
 def _amax(values: jax.Array, format: Format) -> jax.Array:
     assert format.block is not None
-    return block_amax(values, format.block)
+    amax: jax.Array = on_auto_axes(functools.partial(block_amax, block=format.block), values)
+    return amax
 
 
 def _delayed_scales(before: jax.Array, values: jax.Array, format: Format) -> tuple[jax.Array, jax.Array]:
