@@ -40,6 +40,10 @@ def bind(module: AnyModule, policy: PolicyLike, *, methods: Iterable[str] = ("__
     kernels are of the type `Narrow`, which `nnx.grad` and `nnx.Optimizer` over `nnx.Param` ignore; gradients of others
     have their stored dtype.
 
+    The class of the copy is made here, so that it can be copied by `copy.deepcopy`, but not pickled.  Of two bound
+    modules with equal policies, one that is called within the other counts as a part of it: its inputs and results are
+    not cast.
+
     A narrow kernel without a compute dtype is dequantised to the dtype of the first floating-point input of the method
     that was called, and to float32 outside of `methods`.
 

@@ -26,6 +26,7 @@ from jax.typing import ArrayLike, DTypeLike
 from . import dtypes
 from .blocks import DEFAULT_BLOCK, Block, as_block, block_amax, block_sides, check_grid, expand, grid_shape
 from .errors import UnsupportedCast
+from .explicit_axes import on_auto_axes
 from .formats import ROW_BLOCK, Format, as_format, stored_format
 from .scales import F32, can_scale, decode_scales, encode_scales
 from .trainable import TrainableValues, straight_through
@@ -113,7 +114,8 @@ class ScaledArray:
           InvalidScale: if the shape of the scales does not fit the shape of the values in the format's block.
         """
         check_grid(self.shape, self.scale_inv.shape, self._block)
-        result: jax.Array = _dequantize(self.frozen(), dtypes.as_dtype(dtype))
+        wide = functools.partial(_dequantize, format=self.format, dtype=dtypes.as_dtype(dtype))
+        result: jax.Array = on_auto_axes(wide, self.values, self.scale_inv)
         return result if self.proxy is None else straight_through(result, self.proxy)
 
 
@@ -161,7 +163,7 @@ def quantize(
     """
     weight, format = as_operands(weight, dtype, block, scale_dtype)
     given = None if scale_inv is None else as_scales(scale_inv, weight.shape, format)
-    result: ScaledArray = _quantize(weight, format, given)
+    result: ScaledArray = on_auto_axes(functools.partial(_quantize, format=format), weight, given)
     return result
 
 
@@ -207,7 +209,7 @@ def as_scales(scale_inv: ArrayLike, shape: tuple[int, ...], format: Format) -> j
 
 
 @functools.partial(jax.jit, static_argnames=("format",))
-def _quantize(weight: jax.Array, format: Format, scale_inv: jax.Array | None = None) -> ScaledArray:
+def _quantize(weight: jax.Array, scale_inv: jax.Array | None, *, format: Format) -> ScaledArray:
     scales = fresh_scales(weight, format, exact=True) if scale_inv is None else decode_scales(scale_inv)
     assert format.block is not None
     assert format.scale is not None
@@ -286,7 +288,8 @@ def dequantize(
     return scaled_array(kernel, scale_inv, block).dequantize(dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype",))
-def _dequantize(array: ScaledArray, dtype: np.dtype) -> jax.Array:
-    weight = array.values.astype(jnp.float32) * expand(decode_scales(array.scale_inv), array.shape, array.block)
+@functools.partial(jax.jit, static_argnames=("format", "dtype"))
+def _dequantize(values: jax.Array, scale_inv: jax.Array, *, format: Format, dtype: np.dtype) -> jax.Array:
+    assert format.block is not None
+    weight = values.astype(jnp.float32) * expand(decode_scales(scale_inv), values.shape, format.block)
     return dtypes.saturating_cast(weight, dtype)

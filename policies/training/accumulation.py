@@ -29,7 +29,9 @@ def accumulate(
                     tokens, whose mean the loss is (`perparam.training.label_count`); None: all weights are equal
 
     Every array of a batch that has axes is divided along the first one, and others go to all microbatches; microbatch i
-    has the rows i, i + steps, ..., so that a batch that is divided over devices stays where it is. Losses and gradients
+    has the rows i, i + steps, ..., so that a batch that is divided over devices stays where it is. A key of
+    `jax.random.key` is split, so that each microbatch has dropout masks of its own; a key of `jax.random.PRNGKey` is an
+    array like any other, and would be divided: pass `jax.random.wrap_key_data(key)`. Losses and gradients
     are added in float32, and the means are rounded once to the dtypes that `value_and_grad` returns. Auxiliary data are
     stacked along a new first axis. State of a module other than parameters, such as the averages of norms, passes from
     one microbatch to the next.
@@ -98,10 +100,14 @@ def _as_pure(value_and_grad: ValueAndGrad, parameters: Any) -> tuple[Callable[..
 
 
 def _divide(tree: Any, steps: int) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], Any]]:
-    """Returns `(divided, whole, join)`: arrays (steps, n / steps, ...), other leaves, and the inverse for one step."""
+    """Returns `(divided, whole, join)`: arrays (steps, n / steps, ...) and keys, others, and the inverse for one step."""
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     divided, whole, is_divided = [], [], []
     for keys, leaf in paths:
+        if steps > 1 and _is_key(leaf):
+            is_divided.append(True)
+            divided.append(jax.random.split(leaf, steps))
+            continue
         is_divided.append(bool(np.ndim(leaf)) if not isinstance(leaf, jax.Array) else leaf.ndim > 0)
         if not is_divided[-1]:
             whole.append(leaf)
@@ -120,6 +126,11 @@ def _divide(tree: Any, steps: int) -> tuple[list[Any], list[Any], Callable[[list
         return jax.tree.unflatten(structure, [next(parts) if flag else next(others) for flag in is_divided])
 
     return divided, whole, join
+
+
+def _is_key(leaf: Any) -> bool:
+    """Returns whether a leaf is one PRNG key, of a type of its own."""
+    return isinstance(leaf, jax.Array) and leaf.ndim == 0 and bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def _is_summed(leaf: Any) -> bool:

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from ..errors import ShadowedRule, UnmatchedRule, count
-from ..paths import is_scale
+from ..paths import is_scale, scale_path
 from ..patterns import Pattern
 from ..trees import is_leaf, path_of
 from .partition import partition
@@ -58,6 +58,7 @@ def path_mask(patterns: Patterns) -> Callable[[Any], Any]:
     """Returns a function of a tree of parameters that returns booleans: True where the path matches one of `patterns`.
 
     It is a `mask` for optax, as in `optax.masked` and `optax.adamw(…, mask=…)`, for trees, Linen variables and states.
+    Scales have the value of their kernel.
 
     >>> path_mask("**/kernel")({"dense": {"kernel": jax.numpy.ones((2, 2)), "bias": jax.numpy.ones(2)}})
     {'dense': {'bias': False, 'kernel': True}}
@@ -74,6 +75,9 @@ def path_labels(labels: Mapping[str, Patterns], default: str | None = None) -> C
 
     labels   the patterns of each label; of several that match a path, the first label applies
     default  the label of parameters that no pattern matches
+
+    The scales of a narrow kernel have the label of the kernel, since they are trained together; patterns do not see
+    them.
 
     >>> label = path_labels({"fast": "head/*"}, default="frozen")
     >>> label({"body": {"kernel": jax.numpy.ones((2, 2))}, "head": {"kernel": jax.numpy.ones((2, 2))}})
@@ -110,19 +114,21 @@ def path_labels(labels: Mapping[str, Patterns], default: str | None = None) -> C
 
 
 def _by_path(choose: Callable[[str], str | None], params: Any) -> Any:
-    """Returns `params` with each leaf, which can be a variable or box, replaced by `choose(path)`."""
+    """Returns `params` with each leaf, which can be a variable or box, replaced by `choose(path)`.
 
-    def visit(keys: tuple[Any, ...], _: Any) -> str:
-        path = path_of(keys, params)
-        name = choose(path)
+    Scales have the result of their kernel: an optimizer needs both.
+    """
+    # What `optax.masked` left out is a leaf as well: of the groups of a `multi_transform`, each sees the others so.
+    leaves, structure = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: isinstance(node, optax.MaskedNode) or is_leaf(node)
+    )
+    paths = [path_of(keys, params) for keys, _ in leaves]
+    kernels = {scale_path(path): path for path in paths}
+    names = {path: choose(path) for path in paths if path not in kernels}
+    for path, name in names.items():
         if name is None:
             raise UnmatchedRule(f"{path}: no pattern matches this parameter. Add one for it, or give a default label.")
-        return name
-
-    # What `optax.masked` left out is a leaf as well: of the groups of a `multi_transform`, each sees the others so.
-    return jax.tree_util.tree_map_with_path(
-        visit, params, is_leaf=lambda node: isinstance(node, optax.MaskedNode) or is_leaf(node)
-    )
+    return jax.tree_util.tree_unflatten(structure, [names[kernels.get(path, path)] for path in paths])
 
 
 def _raise_without_effect(text: str, pattern: Pattern, label: str, paths: list[str]) -> None:

@@ -30,6 +30,9 @@ _NOT_NEGATIVE = frozenset({"nu", "nu_max", "v_row", "v_col", "sum_of_squares", "
 _SQUARES = {"FactoredState": "v", "ScaleByAdanState": "n", "ScaleBySimplifiedAdEMAMixState": "n"}
 """The same, for names that have another meaning in other states."""
 
+_SIGNED = {"SophiaState": "nu"}
+"""Fields that may be negative in these states: Sophia's estimate of the diagonal of the Hessian."""
+
 Cast = Callable[[jax.Array, np.dtype, str, int], jax.Array]
 """`cast(values, dtype, path, index)` returns values in a 16-bit dtype; the index counts the arrays of a parameter."""
 
@@ -60,21 +63,21 @@ def state_leaves(state: Any, keys: Mapping[tuple[Any, ...], str]) -> tuple[list[
 
     keys  the path of each parameter by its keys in the tree that the optimizer was initialised with
     """
-    squares = {
-        prefix: _SQUARES[type(node).__name__]
-        for prefix, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=_has_squares)[0]
-        if _has_squares(node)
+    states = {
+        prefix: type(node).__name__
+        for prefix, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=_has_own_names)[0]
+        if _has_own_names(node)
     }
     flat, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, StateArray))
-    return [_state_leaf(place, value, keys, squares) for place, value in flat], treedef
+    return [_state_leaf(place, value, keys, states) for place, value in flat], treedef
 
 
-def _has_squares(node: Any) -> bool:
-    return type(node).__name__ in _SQUARES
+def _has_own_names(node: Any) -> bool:
+    return type(node).__name__ in _SQUARES.keys() | _SIGNED.keys()
 
 
 def _state_leaf(
-    place: tuple[Any, ...], value: Any, keys: Mapping[tuple[Any, ...], str], squares: Mapping[tuple[Any, ...], str]
+    place: tuple[Any, ...], value: Any, keys: Mapping[tuple[Any, ...], str], states: Mapping[tuple[Any, ...], str]
 ) -> StateLeaf:
     if not (isinstance(value, StateArray) or dtypes.is_floating(getattr(value, "dtype", np.int32))):
         return StateLeaf(value)
@@ -84,7 +87,8 @@ def _state_leaf(
         if place[start:] in keys and not isinstance(field, jax.tree_util.SequenceKey) and not scalar_at_root:
             name = component(field)
             if name != "hyperparams":  # a learning rate, which a parameter could be called too
-                unsigned = name in _NOT_NEGATIVE or squares.get(place[: start - 1]) == name
+                state = states.get(place[: start - 1], "")
+                unsigned = name in _NOT_NEGATIVE - {_SIGNED.get(state)} or _SQUARES.get(state) == name
                 return StateLeaf(value, name, keys[place[start:]], unsigned)
     return StateLeaf(value)
 

@@ -7,7 +7,7 @@ transformation gives without a policy.
 
 from __future__ import annotations
 
-import zlib
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,12 +20,15 @@ from .. import dtypes
 from ..blocks import block_amax
 from ..decisions import decide
 from ..errors import InvalidGradients, InvalidPolicy
+from ..explicit_axes import on_auto_axes
 from ..formats import Format
+from ..presets import PolicyLike, get_policy
 from ..rules import PolicyRules
 from ..scales import encode_scales
 from .fields import StateLeaf, check_rules, check_structure, narrow, state_leaves, widen
-from .rounding import requantize, stochastic_cast
+from .rounding import requantize
 from .states import NoUpdate, PolicyState, StoredUpdate
+from .step_random import StepRandom, key_of, rounded
 from .trained import Trained, TrainedParameters, in_variables, placed, pure
 
 Rounding = Literal["nearest", "stochastic"]
@@ -34,7 +37,7 @@ Scales = Literal["fresh", "delayed"]
 
 def with_policy(
     tx: optax.GradientTransformation,
-    policy: PolicyRules,
+    policy: PolicyLike,
     *,
     rounding: Rounding = "nearest",
     scales: Scales = "fresh",
@@ -43,7 +46,7 @@ def with_policy(
     """Returns `tx` with its state, gradients and masters in the formats of the policy's slots, and float32 arithmetic.
 
     tx        any optax transformation; extra arguments of `update` are passed on
-    policy    its slots `grads`, `opt_state` and `master` apply; parameters keep the format in which they are stored
+    policy    any value that `get_policy` accepts; its slots `grads`, `opt_state` and `master` apply; parameters keep the format in which they are stored
     rounding  how new values are rounded to the dtype that keeps them from step to step, which is the master's, or the
               parameter's without a master, and to 16-bit state.  "nearest", or "stochastic": up or down with the
               probability that makes the mean right.  A copy of a master is rounded to nearest.  The random numbers
@@ -59,8 +62,8 @@ def with_policy(
     for its scales.  A parameter whose gradient is None, and what the transformation moves by exactly zero, keeps its
     bits; so do None, `optax.MaskedNode` and integers in the place of parameters.
 
-    A master exists where the slot `master` has a dtype and the parameter is stored in another one than this, float32 or
-    float64.  State has the dtypes that `tx.init` gives to float32 parameters, unless a rule of `opt_state` applies.
+    A parameter has a master if the slot `master` has a dtype for it, unless it is stored in that dtype, in float32 or
+    in float64.  State has the dtypes that `tx.init` gives to float32 parameters, unless a rule of `opt_state` applies.
 
     NaN and infinity in gradients reach the parameters, as in optax; `optax.apply_if_finite(tx, 5)` as `tx` skips such
     steps.  Transformations that follow belong inside too: `with_policy(optax.chain(tx, other), policy)`.  With narrow
@@ -80,7 +83,7 @@ def with_policy(
     Raises:
       UnmatchedRule, ShadowedRule: from `init`, for a rule of `grads`, `opt_state` or `master` without effect.
       InvalidGradients: from `update`, for gradients that do not fit the parameters, by path.
-      InvalidPolicy: for another value of `rounding` or `scales`.
+      InvalidPolicy: for another value of `rounding` or `scales`, and for an invalid policy.
     """
     for name, value, allowed in (
         ("rounding", rounding, ("nearest", "stochastic")),
@@ -88,10 +91,8 @@ def with_policy(
     ):
         if value not in allowed:
             raise InvalidPolicy(f"{name}: expected {' or '.join(map(repr, allowed))}, found {value!r}.")
-    if not isinstance(policy, PolicyRules):
-        raise InvalidPolicy(f"policy: expected a Policy, found {policy!r}. Use get_policy, which accepts names.")
     inner = optax.with_extra_args_support(tx)
-    optimizer = _Optimizer(inner, policy, rounding == "stochastic", scales == "delayed", seed)
+    optimizer = _Optimizer(inner, get_policy(policy), rounding == "stochastic", scales == "delayed", seed)
     return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
 
 
@@ -151,7 +152,7 @@ class _Optimizer:
         wide = {p.path: p.wide() if masters[p.path] is None else masters[p.path].astype(p.wide_dtype) for p in view}
         gradients = view.by_path(pure(updates), "gradient")
         still = {path for path, gradient in gradients.items() if gradient is None}
-        random = _Random(self._seed, state.step) if self._stochastic else None
+        random = StepRandom(self._seed, state.step) if self._stochastic else None
         moves, inner_state = self._inner_update(view, gradients, wide, state.inner, random, extra_args)
         values: dict[str, Any] = {}
         scales: dict[str, Any] = {}
@@ -167,16 +168,16 @@ class _Optimizer:
                 values[path] = move  # optax's own
                 continue
             new = wide[path] + move
-            key = _key(random, path)
+            key = key_of(random, path)
             if masters[path] is not None:
                 # By element, so that XLA has one loop: a flag for the array would need all of `move` before.
-                masters[path] = jnp.where(move != 0, _rounded(new, masters[path].dtype, key), masters[path])
+                masters[path] = jnp.where(move != 0, rounded(new, masters[path].dtype, key), masters[path])
                 new, key = masters[path].astype(param.wide_dtype), None
             if not _scaled(param):
-                rounded = _rounded(new, param.format.values, key)
+                value = rounded(new, param.format.values, key)
                 if masters[path] is None:  # of a master it is a copy
-                    rounded = jnp.where(move != 0, rounded, param.values)
-                values[path] = StoredUpdate(rounded, jnp.array(True))
+                    value = jnp.where(move != 0, value, param.values)
+                values[path] = StoredUpdate(value, jnp.array(True))
                 continue
             given, moved = None, jnp.any(move != 0)
             if amax[path] is not None:
@@ -198,7 +199,7 @@ class _Optimizer:
         gradients: Mapping[str, Any],
         wide: Mapping[str, jax.Array],
         state: Any,
-        random: _Random | None,
+        random: StepRandom | None,
         extra_args: Mapping[str, Any],
     ) -> tuple[dict[str, Any], Any]:
         """Returns the update of each parameter by the wrapped transformation, and its state as it is stored.
@@ -221,7 +222,7 @@ class _Optimizer:
         check_structure(structure, new_structure)
         # A transformation may promote its state, as inject_hyperparams does with moments in bf16.
         after = [_with_dtype_of(leaf, x) for leaf, x in zip(after, map(jnp.asarray, widened), strict=True)]
-        stored = narrow(slot, after, lambda x, dtype, path, i: _rounded(x, dtype, _key(random, path, i + 1)))
+        stored = narrow(slot, after, lambda x, dtype, path, i: rounded(x, dtype, key_of(random, path, i + 1)))
         kept = [
             old.value if old.path is not None and gradients[old.path] is None else x
             for old, x in zip(before, stored, strict=True)
@@ -236,27 +237,8 @@ class _Optimizer:
         return received
 
 
-class _Random:
-    """The random keys of one step: `fold_in(fold_in(key(seed), step), crc32(path of the parameter))`."""
-
-    def __init__(self, seed: int, step: jax.Array):
-        self._key = jax.random.fold_in(jax.random.key(seed), step)
-
-    def key(self, path: str, state: int = 0) -> jax.Array:
-        """Returns the key for a parameter, or with `state` the one for an array of its state, counted from 1."""
-        key = jax.random.fold_in(self._key, np.uint32(zlib.crc32(path.encode())))
-        return jax.random.fold_in(key, state) if state else key
-
-
-def _key(random: _Random | None, path: str, state: int = 0) -> jax.Array | None:
-    return None if random is None else random.key(path, state)
-
-
 def master_dtype(policy: PolicyRules, param: Trained) -> np.dtype | None:
-    """Returns the dtype of the master of a parameter; None without one.
-
-    A parameter needs none that is stored in the master's dtype, or in float32 or float64.
-    """
+    """Returns the dtype of the master of a parameter; None without one, as for one stored in f32, f64 or this dtype."""
     dtype = policy.master.dtype(param.path)
     return None if param.format.values in (dtype, np.float32, np.float64) else dtype
 
@@ -278,16 +260,10 @@ def _with_dtype_of(leaf: StateLeaf, before: Any) -> StateLeaf:
     return leaf
 
 
-def _rounded(values: jax.Array, dtype: np.dtype, key: jax.Array | None) -> jax.Array:
-    if key is None or values.dtype == dtype or dtype.itemsize >= 4:
-        return dtypes.saturating_cast(values, dtype)
-    drawn: jax.Array = stochastic_cast(values, dtype, key)
-    return drawn
-
-
 def _amax(values: jax.Array, format: Format) -> jax.Array:
     assert format.block is not None
-    return block_amax(values, format.block)
+    amax: jax.Array = on_auto_axes(functools.partial(block_amax, block=format.block), values)
+    return amax
 
 
 def _delayed_scales(before: jax.Array, values: jax.Array, format: Format) -> tuple[jax.Array, jax.Array]:

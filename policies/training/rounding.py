@@ -19,6 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 from .. import dtypes
 from ..blocks import expand
 from ..errors import UnsupportedCast
+from ..explicit_axes import on_auto_axes
 from ..formats import Format
 from ..scaled_array import ScaledArray, as_operands, as_scales, fresh_scales, quantize
 from ..scales import F32, decode_scales, encode_scales
@@ -52,12 +53,12 @@ def stochastic_cast(x: ArrayLike, dtype: DTypeLike, key: jax.Array) -> jax.Array
             f"stochastic rounding to {dtypes.dtype_name(to)} is not supported. Write f32, bf16, f16, a float8 type or "
             "int8."
         )
-    result: jax.Array = _stochastic_cast(x, to, key)
+    result: jax.Array = on_auto_axes(functools.partial(_stochastic_cast, dtype=to), x, key)
     return result
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
-def _stochastic_cast(x: jax.Array, dtype: np.dtype, key: jax.Array) -> jax.Array:
+def _stochastic_cast(x: jax.Array, key: jax.Array, *, dtype: np.dtype) -> jax.Array:
     x = dtypes.saturating_cast(x, F32)
     if dtype == F32:
         return x
@@ -126,12 +127,12 @@ def requantize(
         return quantize(weight, format, scale_inv=scale_inv)
     weight, format = as_operands(weight, format)
     scales = None if scale_inv is None else as_scales(scale_inv, weight.shape, format)
-    result: ScaledArray = _requantize(weight, format, key, scales)
+    result: ScaledArray = on_auto_axes(functools.partial(_requantize, format=format), weight, key, scales)
     return result
 
 
 @functools.partial(jax.jit, static_argnames=("format",))
-def _requantize(weight: jax.Array, format: Format, key: jax.Array, scale_inv: jax.Array | None) -> ScaledArray:
+def _requantize(weight: jax.Array, key: jax.Array, scale_inv: jax.Array | None, *, format: Format) -> ScaledArray:
     """Returns a float32 array rounded stochastically.
 
     The quotient may be off by an ulp, without the barrier to fusion of `quantize`, so that XLA keeps no wide array.

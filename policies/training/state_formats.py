@@ -28,6 +28,7 @@ import numpy as np
 from .. import dtypes
 from ..blocks import Block, block_amax, expand, grid_shape
 from ..errors import UnknownDtype
+from ..explicit_axes import on_auto_axes
 from ..formats import Format, as_format
 from ..scales import E4M3, F32, amax_rule
 
@@ -133,7 +134,8 @@ class StateArray:
 
     def decode(self) -> jax.Array:
         """Returns the values in float32."""
-        values: jax.Array = _decode(self)
+        decode = functools.partial(_decode, format=self.format, unsigned=self.unsigned)
+        values: jax.Array = on_auto_axes(decode, self.codes, self.scales)
         return values
 
 
@@ -145,12 +147,12 @@ def encode_state(values: jax.Array, format: StateFormat, *, unsigned: bool = Fal
 
     A block with NaN or infinity decodes to NaN, so that it stays visible.
     """
-    result: StateArray = _encode(values, format, unsigned)
+    result: StateArray = on_auto_axes(functools.partial(_encode, format=format, unsigned=unsigned), values)
     return result
 
 
 @functools.partial(jax.jit, static_argnames=("format", "unsigned"))
-def _encode(values: jax.Array, format: StateFormat, unsigned: bool) -> StateArray:
+def _encode(values: jax.Array, *, format: StateFormat, unsigned: bool) -> StateArray:
     flat = _rows(values.astype(jnp.float32))
     amax = block_amax(flat, _FLAT)
     # A scale of zero would make the quotients NaN, and CPUs flush subnormal ones to zero.
@@ -165,13 +167,13 @@ def _encode(values: jax.Array, format: StateFormat, unsigned: bool) -> StateArra
     return StateArray(codes.reshape(values.shape), scales.reshape(-1), format, unsigned)
 
 
-@jax.jit
-def _decode(state: StateArray) -> jax.Array:
-    flat = _rows(state.codes)
-    table = _table(state.unsigned)
-    values = jnp.asarray(table)[flat.astype(jnp.int32)] if state.format.dynamic else flat.astype(jnp.float32)
-    scales = state.scales.reshape(grid_shape(flat.shape, _FLAT))
-    return (values * expand(scales, flat.shape, _FLAT)).reshape(state.codes.shape)
+@functools.partial(jax.jit, static_argnames=("format", "unsigned"))
+def _decode(codes: jax.Array, scales: jax.Array, *, format: StateFormat, unsigned: bool) -> jax.Array:
+    flat = _rows(codes)
+    table = _table(unsigned)
+    values = jnp.asarray(table)[flat.astype(jnp.int32)] if format.dynamic else flat.astype(jnp.float32)
+    scales = scales.reshape(grid_shape(flat.shape, _FLAT))
+    return (values * expand(scales, flat.shape, _FLAT)).reshape(codes.shape)
 
 
 def _rows(array: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from .. import dtypes
 from ..blocks import DEFAULT_BLOCK
-from ..errors import InvalidGradients, InvalidScale, UnsupportedCast
+from ..errors import InvalidGradients, InvalidScale, UnpairedScale, UnsupportedCast
 from ..formats import Format
 from ..paths import is_scale, proxy_path, scale_path
 from ..resolved import resolve
@@ -77,6 +77,7 @@ class TrainedParameters:
             if path is not None and _is_array(value):
                 infos |= _describe(path, value)
         proxies = {proxy_path(path) for path in by_path if path is not None and scale_path(path) in by_path}
+        _check_scales(by_path, policy)
         self.trained: dict[str, Trained] = {}
         for path, param in resolve(policy, infos, slots=()).params.items():
             if path in proxies or (param.format.scale is None and not dtypes.is_floating(param.format.values)):
@@ -248,6 +249,25 @@ def _describe(path: str, value: Any) -> dict[str, ArrayInfo]:
             scale_path(path): ArrayInfo(tuple(scales.shape), Format(np.dtype(scales.dtype))),
         }
     return {path: ArrayInfo(tuple(value.shape), Format(value.dtype))}
+
+
+def _check_scales(by_path: Mapping[str | None, Any], policy: PolicyRules) -> None:
+    """Raises UnpairedScale for a narrow kernel without its scales, which an optimizer cannot update.
+
+    Without scales an int8 array is one only if None or a MaskedNode is in their place, or if the policy stores it so.
+    """
+    for path, value in by_path.items():
+        if path is None or is_scale(path) or not _is_array(value) or not dtypes.is_narrow(value.dtype):
+            continue
+        if isinstance(value, ScaledArray) or _is_array(by_path.get(scale_path(path))):
+            continue
+        format = policy.params.format(path)
+        if scale_path(path) in by_path or dtypes.is_floating(value.dtype) or (format is not None and format.narrow):
+            raise UnpairedScale(
+                f"{path}: {dtypes.dtype_name(value.dtype)} {tuple(value.shape)} without its scales "
+                f"{scale_path(path)!r}, so it cannot be trained. Give the optimizer both, or neither: a mask or a label "
+                "of the kernel is that of its scales too, as those of perparam.training.path_mask and path_labels are."
+            )
 
 
 def _check_variables(params: Any, policy: PolicyRules) -> None:

@@ -48,14 +48,25 @@ def test_a_batch_of_no_real_rows_is_zero():
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
-def test_numbers_keys_and_keywords_go_to_every_microbatch():
-    def noisy(w, batch, key, *, scale):
-        return loss(w, batch, scale) + 0 * jax.random.normal(key)
+def test_numbers_and_keywords_go_to_every_microbatch():
+    def times(w, batch, factor, *, scale):
+        return loss(w, batch, scale) * factor
 
-    found = accumulate(jax.value_and_grad(noisy), 3, weight=lambda batch, key, scale: real(batch))(
-        W, BATCH, jax.random.key(0), scale=2.0
-    )
-    chex.assert_trees_all_close(found, jax.value_and_grad(loss)(W, BATCH, 2.0), rtol=REORDERED)
+    step = accumulate(jax.value_and_grad(times), 3, weight=lambda batch, factor, scale: real(batch))
+    chex.assert_trees_all_close(step(W, BATCH, 2.0, scale=2.0), jax.value_and_grad(loss)(W, BATCH, 4.0), rtol=REORDERED)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_typed_key_is_split_and_keys_of_rows_are_divided(steps):
+    def drawn(w, key, keys):
+        return w, (jax.random.normal(key), jax.random.key_data(keys))
+
+    key, keys = jax.random.key(0), jax.random.split(jax.random.key(1), 6)
+    (_, (noise, divided)), _ = accumulate(jax.value_and_grad(drawn, has_aux=True), steps)(jnp.float32(1), key, keys)
+    own = [key] if steps == 1 else jax.random.split(key, steps)
+    assert noise.tolist() == [jax.random.normal(each) for each in own]
+    assert len(set(noise.tolist())) == steps
+    assert divided.tolist() == [jax.random.key_data(keys[i::steps]).tolist() for i in range(steps)]
 
 
 def test_auxiliary_data_are_stacked_in_the_order_of_microbatches():

@@ -12,9 +12,9 @@ from helpers import bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perparam import bind, init
-from perparam.policies import Narrow, ShadowedRule, UnmatchedRule, parameters
-from perparam.training import partition, path_labels, path_mask, trainable
+from perparam import Policy, bind, dequantize, init
+from perparam.policies import Narrow, ShadowedRule, UnmatchedRule, UnpairedScale, parameters
+from perparam.training import partition, path_labels, path_mask, trainable, with_policy
 
 FP8 = {"params": {"kernel": "f8_e4m3fn"}}
 
@@ -171,3 +171,31 @@ class TestLabels:
     def test_labels_without_effect_and_parameters_without_label_are_errors(self, labels, error, message):
         with pytest.raises(error, match=message):
             path_labels(labels)(TREE)
+
+
+class TestScales:
+    NARROW = Policy({"**/kernel": "int8"}, block=(2, 2)).store({"a": TREE["a"], "c": {"kernel": jnp.ones((2, 2))}})
+
+    def test_they_have_the_label_of_their_kernel(self):
+        labels = path_labels({"fast": "a/kernel"}, default="slow")(self.NARROW)
+        assert labels["a"] == {"bias": "slow", "kernel": "fast", "scale_inv": "fast"}
+        assert labels["c"] == {"kernel": "slow", "scale_inv": "slow"}
+        assert path_mask("**/kernel")(self.NARROW)["a"] == {"bias": False, "kernel": True, "scale_inv": True}
+
+    def test_a_group_trains_both(self):
+        group = with_policy(optax.sgd(0.5), Policy())
+        transform = optax.multi_transform(
+            {"trained": group, "frozen": optax.set_to_zero()}, path_labels({"trained": "a/kernel"}, default="frozen")
+        )
+        ones = jax.tree.map(jnp.ones_like, self.NARROW)
+        ones = {name: layer | {"kernel": jnp.ones((2, 2))} for name, layer in ones.items()}
+        updates, _ = transform.update(ones, transform.init(self.NARROW), self.NARROW)
+        after = optax.apply_updates({"a": self.NARROW["a"]}, {"a": updates["a"]})["a"]
+        wide = dequantize(after["kernel"], after["scale_inv"], (2, 2))
+        np.testing.assert_allclose(wide, 0.5, rtol=2.0**-22)  # quantised and dequantised, two float32 operations
+
+    @pytest.mark.parametrize("scales", [{"scale_inv": optax.MaskedNode()}, {"scale_inv": None}, {}])
+    def test_a_kernel_without_them_is_an_error(self, scales):
+        params = {"kernel": self.NARROW["a"]["kernel"], **scales}
+        with pytest.raises(UnpairedScale, match=r"^kernel: int8 \(2, 2\) without its scales 'scale_inv', so it cannot"):
+            with_policy(optax.sgd(1.0), Policy({"kernel": "int8"})).init(params)

@@ -18,3 +18,16 @@ def test_state_and_masters_are_divided_as_their_parameters_are_and_have_the_bits
         for when in ("first", "last"):
             assert set(line[when].values()) == {128 // 8}, (when, line[when])
         assert all(line["same"].values()), line["same"]
+
+
+@pytest.mark.slow
+def test_on_explicit_axes_what_is_stored_has_the_parameters_sharding_and_the_bits_of_one_device():
+    """Scales are divided as the kernel where the devices divide their grid, and on every device elsewhere."""
+    lines = [json.loads(line) for line in run_on_devices(8, "policies/training/explicit_axes.py").splitlines()]
+    assert [line["name"] for line in lines] == ["delayed", "stochastic"]
+    for line, grid in zip(lines, ("x", None), strict=True):
+        assert all(line["same"].values()), line["same"]
+        for when in ("stored", "params"):
+            assert line["specs"][f"['{when}']['kernel']"] == ["x", None]
+            assert line["specs"][f"['{when}']['scale_inv']"] == [grid, None]
+        assert line["specs"]["['state'].inner[0].nu['kernel'].codes"] == ["x", None]

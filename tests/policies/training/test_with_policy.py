@@ -258,11 +258,24 @@ class TestRules:
             with_policy(optax.sgd(1.0), Policy(), rounding="up")
         with pytest.raises(InvalidPolicy, match=r"scales: expected 'fresh' or 'delayed', found 'old'."):
             with_policy(optax.sgd(1.0), Policy(), scales="old")
-        with pytest.raises(InvalidPolicy, match=r"policy: expected a Policy, found 'bf16'. Use get_policy"):
-            with_policy(optax.sgd(1.0), "bf16")
+        with pytest.raises(InvalidPolicy, match=r"'bf17' is neither a preset"):
+            with_policy(optax.sgd(1.0), "bf17")
+
+    def test_a_policy_is_anything_that_get_policy_accepts(self):
+        params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
+        state = with_policy(optax.sgd(1.0), {"master": "f32"}).init(params)
+        assert state.master["kernel"].dtype == jnp.float32
+        assert with_policy(optax.sgd(1.0), "bf16").init(params).master == {"kernel": None}
 
 
 class TestEightBitState:
+    def test_the_hessian_of_sophia_has_a_sign(self):
+        def made(tx):
+            return jax.eval_shape(with_policy(tx, Policy(opt_state="dynamic8")).init, {"kernel": jnp.ones((64, 64))})
+
+        states = [made(tx).inner[0] for tx in (optax.contrib.sophia(1.0), optax.adam(1.0))]
+        assert [state.nu["kernel"].unsigned for state in states] == [False, True]
+
     def test_small_arrays_and_embeddings_stay_wide_unless_a_path_names_them(self):
         params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64), "embedding": jnp.ones((64, 80))}
         policy = Policy(opt_state={"nu/**/{embedding,bias}": "f8_e4m3fn", "mu": "dynamic8", "default": "dynamic8"})
