@@ -34,5 +34,5 @@ def test_the_plan_is_what_is_allocated(name):
     def loss(trainable):
         return loss_of(nnx.merge(graphdef, nnx.State(trainable), nnx.State(frozen))(TOKENS), TOKENS)
 
-    _, gradients = jax.eval_shape(value_and_grad(loss), trainable)
+    _, gradients = jax.eval_shape(value_and_grad(loss, policy=policy), trainable)
     assert plan.training.gradient_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(gradients))
