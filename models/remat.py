@@ -24,8 +24,9 @@ def remat(model: M, paths: str | Iterable[str]) -> M:
     paths  patterns of the paths of modules, such as "layers/*", or "layers/{0..7}/mlp"
 
     Of the values in such a call, a derivative keeps the arguments only, and computes the others again, by the same
-    operations: projections that share a launch still do, and are computed again together if any of them is. The result shares its arrays with `model`, which is not changed, and has the same parameters. Generation
-    and observed values (`Decoder.observe`) are as before. Another policy (`with_policy`) leaves it where it is.
+    operations. Projections that share a launch still do, and are computed again together if any of them is. The result
+    shares its arrays with `model`, which is not changed, and has the same parameters. Generation and observed values
+    (`Decoder.observe`) are as before. Another policy (`with_policy`) leaves it where it is.
 
     XLA's CPU backend merges the second computation with the first, so that a compiled program takes as much memory as
     without it; its backends for GPUs and TPUs do not.

@@ -290,7 +290,9 @@ def test_a_chunk_may_be_an_integer_of_numpy():
 
 def test_hidden_states_and_head_are_arrays():
     hidden, head, labels = case(2, 8)
-    with pytest.raises(UnsupportedCast, match=r"head: expected an array, found Param\. Pass .* variable, head\[\.\.\.\]"):
+    with pytest.raises(
+        UnsupportedCast, match=r"head: expected an array, found Param\. Pass .* variable, head\[\.\.\.\]"
+    ):
         chunked_cross_entropy(hidden, nnx.Param(head), labels)
     with pytest.raises(UnsupportedCast, match=r"hidden: expected an array, found list\. Pass an array\."):
         chunked_cross_entropy(hidden.tolist(), head, labels)
