@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.typing import ArrayLike
 
 from ..policies.blocks import DEFAULT_BLOCK
@@ -57,16 +60,20 @@ def chunked_cross_entropy(
       UnsupportedCast: shapes or dtypes that do not fit.
       InvalidGradients: from a second derivative with a ScaledArray that has a proxy.
     """
+    if isinstance(head, TrainableValues):
+        raise UnsupportedCast(
+            "head: found the TrainableValues of a scaled pair without scales. Pass "
+            "perparam.ScaledArray(kernel, scale_inv, format)."
+        )
+    for name, value in (("hidden", hidden), ("head", head)):
+        if not isinstance(value, (jax.Array, np.ndarray, ScaledArray)):
+            remedy = f"the value of a variable, {name}[...]" if isinstance(value, nnx.Variable) else "an array"
+            raise UnsupportedCast(f"{name}: expected an array, found {type(value).__name__}. Pass {remedy}.")
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != hidden.shape[:-1]:
         raise UnsupportedCast(
             f"labels: expected integers of shape {hidden.shape[:-1]}, found {labels.dtype} {labels.shape}. Pass a "
             "label for each hidden state, and -100 for those without one."
-        )
-    if isinstance(head, TrainableValues):
-        raise UnsupportedCast(
-            "head: found the TrainableValues of a scaled pair without scales. Pass "
-            "perparam.ScaledArray(kernel, scale_inv, format)."
         )
 
     def logits(x: jax.Array, part: Head) -> jax.Array:
@@ -99,8 +106,9 @@ def slice_size(vocabulary: int, block: int, chunk: int) -> int:
     Raises:
       UnsupportedCast: a chunk that is not positive.
     """
-    if not isinstance(chunk, int) or chunk < 1:
+    if not isinstance(chunk, numbers.Integral) or chunk < 1:
         raise UnsupportedCast(
             f"chunk: expected a positive number of outputs, found {chunk!r}. Write 4096, for example."
         )
-    return min(vocabulary, chunk if block >= vocabulary else -(-chunk // block) * block)
+    size = int(chunk)
+    return min(vocabulary, size if block >= vocabulary else -(-size // block) * block)

@@ -7,7 +7,8 @@ both operands of a matmul are contiguous along the summed axis, as FP8 tensor co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from ..policies.scope import Scope
 from ..policies.trees import Narrow
 from .adapters import Adapter
 from .lookup import lookup, sharded_lookup
+from .plain import is_rematerialised, plain_class
 
 
 def scope_of(policy: PolicyLike | Scope) -> Scope:
@@ -136,7 +138,7 @@ class Linear(nnx.Module):
 
     def launch_key(self) -> tuple[Any, ...] | None:
         """Equal for projections of the same x that one kernel launch can compute; None for a layer that cannot join."""
-        if type(self) is not Linear or self.scale_inv is None:
+        if plain_class(self) is not Linear or self.scale_inv is None:
             return None
         return self.activations, self.compute, self.backward, pair(self.kernel, self.scale_inv).format
 
@@ -147,6 +149,14 @@ def project(x: jax.Array, *layers: nnx.Module) -> tuple[jax.Array, ...]:
     keys = {layer.launch_key() for layer in linears}
     if len(linears) < len(layers) or len(keys) > 1 or None in keys:
         return tuple(layer(x) for layer in layers)
+    if any(map(is_rematerialised, linears)):  # by a call that is not made here
+        together: tuple[jax.Array, ...] = jax.checkpoint(functools.partial(_joint, linears))(x)
+        return together
+    return _joint(linears, x)
+
+
+def _joint(linears: Sequence[Linear], x: jax.Array) -> tuple[jax.Array, ...]:
+    """`layer(x)` of layers with the same launch key, in one launch."""
     first = linears[0]
     kernels = [weights(layer, "kernel") for layer in linears]
     x = x.astype(first.activations or x.dtype)

@@ -57,8 +57,14 @@ def next_token_loss(
 
     Raises:
       InvalidTokens: as in a call of the model; labels outside the vocabulary, except under jit.
-      UnsupportedTask: a model without a language-model head, or with a head whose outputs cannot be sliced.
+      UnsupportedTask: another kind of model; one without a language-model head, or with a head whose outputs cannot be
+        sliced.
     """
+    if not isinstance(model, Decoder):
+        raise UnsupportedTask(
+            f"next_token_loss: expected a Decoder, such as perparam.models.Qwen3, found {type(model).__name__}. Pass "
+            "the hidden states and the head of another model to perparam.training.chunked_cross_entropy."
+        )
     check_causal_lm(model.config.task, "next_token_loss")
     head: Any = model.embed_tokens if model.lm_head is None else model.lm_head
     path = "embed_tokens" if model.lm_head is None else "lm_head"

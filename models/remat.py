@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from flax import nnx
 from ..policies.errors import UnmatchedRule, count
 from ..policies.patterns import Pattern
 from . import taps
+from .plain import is_rematerialised, plain_class
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -22,8 +24,9 @@ def remat(model: M, paths: str | Iterable[str]) -> M:
     paths  patterns of the paths of modules, such as "layers/*", or "layers/{0..7}/mlp"
 
     Of the values in such a call, a derivative keeps the arguments only, and computes the others again, by the same
-    operations. The result shares its arrays with `model`, which is not changed, and has the same parameters. Generation
-    and observed values (`Decoder.observe`) are as before. Another policy (`with_policy`) leaves it where it is.
+    operations. Projections that share a launch still do, and are computed again together if any of them is. The result
+    shares its arrays with `model`, which is not changed, and has the same parameters. Generation and observed values
+    (`Decoder.observe`) are as before. Another policy (`with_policy`) leaves it where it is.
 
     XLA's CPU backend merges the second computation with the first, so that a compiled program takes as much memory as
     without it; its backends for GPUs and TPUs do not.
@@ -35,11 +38,14 @@ def remat(model: M, paths: str | Iterable[str]) -> M:
     'RematLayer'
 
     Raises:
-      UnmatchedRule: a pattern that matches no module.
+      UnmatchedRule: a pattern that matches no module, and no pattern at all.
     """
     changed = nnx.clone(model)
     modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(changed) if path}
-    for text in [paths] if isinstance(paths, str) else paths:
+    texts = [paths] if isinstance(paths, str) else list(paths)
+    if not texts:
+        raise UnmatchedRule("remat: found no pattern, so nothing would change. Write 'layers/*', for example.")
+    for text in texts:
         pattern = Pattern.of(text)
         matched = [module for path, module in modules.items() if pattern.matches(path) and callable(module)]
         if not matched:
@@ -53,16 +59,11 @@ def remat(model: M, paths: str | Iterable[str]) -> M:
     return changed
 
 
-def plain_class(module: nnx.Module) -> type[nnx.Module]:
-    """The class of a module, without rematerialisation."""
-    return getattr(type(module), "_plain", type(module))
-
-
 def remat_like(model: M, other: nnx.Module) -> M:
     """`model`, with rematerialisation where `other`, a model with the same modules, has it; `model` is changed."""
     modules = dict(nnx.iter_modules(model))
     for path, module in nnx.iter_modules(other):
-        if plain_class(module) is not type(module):
+        if is_rematerialised(module):
             modules[path].__class__ = _rematerialised(plain_class(modules[path]))
     return model
 
@@ -98,4 +99,13 @@ def _rematerialised(plain: Any) -> Any:
         return result
 
     call.__doc__ = plain.__call__.__doc__
-    return type(f"Remat{plain.__name__}", (plain,), {"__call__": call, "__module__": plain.__module__, "_plain": plain})
+    names = {"__call__": call, "__module__": plain.__module__, "_plain": plain}
+    return _metaclass(type(plain))(f"Remat{plain.__name__}", (plain,), names)
+
+
+@functools.cache
+def _metaclass(metaclass: type) -> type:
+    """A metaclass whose classes are pickled as the class that they rematerialise: they are in no module by name."""
+    result = type(f"Remat{metaclass.__name__}", (metaclass,), {})
+    copyreg.pickle(result, lambda made: (_rematerialised, (made._plain,)))  # type: ignore[attr-defined]
+    return result

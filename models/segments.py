@@ -6,6 +6,7 @@ As in MaxText and Flax, the tokens of a sequence have the same positive segment 
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..policies.errors import InvalidTokens, count
+from ..policies.errors import InvalidTokens, count, shown
 from .kv_cache import EMPTY
 from .tokens import integers
+
+_LARGEST = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,33 +46,81 @@ def pack(sequences: Iterable[ArrayLike], length: int) -> PackedBatch:
     ([[5, 6, 7, 11], [8, 9, 10, 0]], [[1, 1, 1, 2], [1, 1, 1, 0]], [[0, 1, 2, 0], [0, 1, 2, 0]])
 
     Raises:
-      InvalidTokens: a sequence that is longer than `length`, has no tokens, or is not a list of token ids.
+      InvalidTokens: a sequence that is longer than `length`, has no tokens, or is not a list of token ids; a length
+        that is no positive integer.
     """
-    rows: list[list[np.ndarray]] = []
-    room = np.zeros(0, np.int64)
-    for i, sequence in enumerate(sequences):
-        ids = np.asarray(integers(f"sequences[{i}]", sequence))
+    if not isinstance(length, numbers.Integral) or length < 1:
+        raise InvalidTokens(
+            f"length: expected a positive number of tokens, found {shown(length)}. Write 2048, for example."
+        )
+    found = [np.asarray(integers(f"sequences[{i}]", sequence)) for i, sequence in enumerate(sequences)]
+    for i, ids in enumerate(found):
         if ids.ndim != 1 or not 0 < ids.size <= length:
             raise InvalidTokens(
                 f"sequences[{i}]: expected 1 to {length} token ids, found shape {ids.shape}. Remove empty sequences, "
                 "and cut longer ones, or increase the length."
             )
-        fits = np.flatnonzero(room >= ids.size)
-        if not fits.size:
-            rows.append([])
-            room = np.append(room, length)
-        row = fits[0] if fits.size else len(rows) - 1
-        rows[row].append(ids)
-        room[row] -= ids.size
-    batch = PackedBatch(*(np.zeros((len(rows), length), np.int32) for _ in range(3)))
-    for row, parts in enumerate(rows):
-        start = 0
-        for segment, ids in enumerate(parts, 1):
-            place = row, slice(start, start + ids.size)
-            batch.input_ids[place], batch.segment_ids[place] = ids, segment
-            batch.positions[place] = np.arange(ids.size)
-            start += ids.size
+    sizes = np.array([ids.size for ids in found], np.int64)
+    row, segment, start = _first_fit(sizes.tolist(), int(length))
+    batch = PackedBatch(*(np.zeros((row.max(initial=-1) + 1, length), np.int32) for _ in range(3)))
+    if not found:
+        return batch
+    positions = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    place = np.repeat(row * length + start, sizes) + positions
+    batch.input_ids.ravel()[place] = _joined(found, sizes)
+    batch.segment_ids.ravel()[place] = np.repeat(segment, sizes)
+    batch.positions.ravel()[place] = positions
     return batch
+
+
+def _joined(sequences: list[np.ndarray], sizes: np.ndarray) -> np.ndarray:
+    """The token ids of all sequences, int64.
+
+    Raises:
+      InvalidTokens: an id that is negative or outside int32.
+    """
+    # Of uint64, the ids beyond int64 become negative.
+    ids = np.concatenate([each.astype(np.int64, copy=False) for each in sequences])
+    outside = np.flatnonzero((ids < 0) | (ids > _LARGEST))
+    if outside.size:
+        i = int(np.searchsorted(np.cumsum(sizes), outside[0], side="right"))
+        at = int(outside[0] - sizes[:i].sum())
+        raise InvalidTokens(
+            f"sequences[{i}][{at}] is {sequences[i][at]}, expected a token id from 0 to {_LARGEST}. Use the ids of a "
+            "tokenizer, and -100 in labels only."
+        )
+    return ids
+
+
+def _first_fit(sizes: list[int], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`(row, segment, start)` of each sequence, from its size.
+
+    The first row with room is found in a binary tree of the largest room of any row, which is that of all rows at the
+    root (Johnson 1974, "Fast algorithms for bin packing"). Rows without a sequence have room for any, and are last.
+    """
+    leaves = 1 << max(len(sizes) - 1, 0).bit_length()
+    room = [length] * (2 * leaves)
+    segments = [0] * leaves
+    places = []
+    for size in sizes:
+        node = 1
+        while node < leaves:
+            node *= 2
+            if room[node] < size:
+                node += 1
+        row = node - leaves
+        segments[row] += 1
+        places.append((row, segments[row], length - room[node]))
+        room[node] -= size
+        while node > 1:
+            left, right = room[node], room[node ^ 1]
+            largest = left if left > right else right
+            node //= 2
+            if room[node] == largest:
+                break
+            room[node] = largest
+    row, segment, start = np.array(places, np.int64).reshape(-1, 3).T
+    return row, segment, start
 
 
 def checked_segments(segment_ids: ArrayLike, input_ids: ArrayLike) -> Any:

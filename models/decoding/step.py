@@ -28,7 +28,7 @@ from .. import taps
 from ..by_platform import batched_as
 from ..kv_cache import LayerCache
 from ..layers import Linear, RMSNorm, pair
-from ..remat import plain_class
+from ..plain import plain_class
 from ..transformer import MLP, Attention, Layer, Step
 from .reference import Operand, product
 

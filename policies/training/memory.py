@@ -30,7 +30,7 @@ from .trained import TrainedParameters, keep, pure
 class ParamMemory:
     """What training adds to one parameter.
 
-    gradient        dtype of the gradient that the optimizer receives, as text
+    gradient        dtype of the gradient that `value_and_grad` with this policy gives the optimizer, as text
     gradient_bytes  its bytes
     state           format of each field of the optimizer's state, as text
     state_bytes     bytes of each field, including scales

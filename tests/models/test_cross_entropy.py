@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -280,6 +281,21 @@ def test_labels_are_integers_for_each_state():
 def test_a_chunk_is_a_positive_number(chunk):
     with pytest.raises(UnsupportedCast, match=r"chunk: expected a positive number of outputs, found .* Write 4096"):
         slice_size(100, 1, chunk)
+
+
+def test_a_chunk_may_be_an_integer_of_numpy():
+    assert slice_size(100, 16, np.int64(20)) == 32
+    assert type(slice_size(100, 1, np.int64(20))) is int
+
+
+def test_hidden_states_and_head_are_arrays():
+    hidden, head, labels = case(2, 8)
+    with pytest.raises(
+        UnsupportedCast, match=r"head: expected an array, found Param\. Pass .* variable, head\[\.\.\.\]"
+    ):
+        chunked_cross_entropy(hidden, nnx.Param(head), labels)
+    with pytest.raises(UnsupportedCast, match=r"hidden: expected an array, found list\. Pass an array\."):
+        chunked_cross_entropy(hidden.tolist(), head, labels)
 
 
 def test_values_without_their_scales_are_an_error():

@@ -285,6 +285,12 @@ def test_a_model_without_a_language_model_head_is_an_error():
         next_token_loss(build(task="feature_extraction"), IDS)
 
 
+def test_a_model_of_another_kind_is_an_error():
+    other = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(UnsupportedTask, match=r"expected a Decoder, .* found Linear\. Pass .*chunked_cross_entropy"):
+        next_token_loss(other, IDS)
+
+
 def test_a_head_whose_outputs_cannot_be_sliced_is_an_error():
     class Gated(Linear):
         def __init__(self, *sizes, **others):

@@ -1,5 +1,7 @@
 """`remat`: the same results and gradients from fewer values, and nothing else changes."""
 
+import pickle
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from perparam.models import Qwen3, Qwen3Config
-from perparam.models.remat import plain_class
+from perparam.models import Linear, Qwen3, Qwen3Config, layers
+from perparam.models.plain import plain_class
 from perparam.models.transformer import Layer
 from perparam.policies import UnmatchedRule
 from perparam.training import next_token_loss, remat
@@ -132,3 +134,37 @@ def test_a_pattern_that_matches_no_module_is_an_error(model, paths):
     with pytest.raises(UnmatchedRule, match=r"\(remat\) matches none of .* modules, such as .*Write the path") as error:
         remat(model, paths)
     assert repr(text) in str(error.value)
+
+
+def test_no_pattern_at_all_is_an_error(model):
+    with pytest.raises(UnmatchedRule, match=r"remat: found no pattern, so nothing would change\. Write 'layers/\*'"):
+        remat(model, [])
+
+
+@pytest.mark.parametrize("paths", ["**", "q"])
+def test_projections_that_share_a_launch_still_do_and_are_computed_again(monkeypatch, paths):
+    policy, together, product = {"params": {"kernel": "f8_e4m3fn"}, "block": (4, 4)}, [], layers.scaled_matmuls
+    plain = nnx.Dict({name: Linear(8, 4, policy=policy, rngs=nnx.Rngs(i)) for i, name in enumerate("qk")})
+    changed = remat(plain, paths)
+    monkeypatch.setattr(
+        layers, "scaled_matmuls", lambda x, kernels, **how: together.append(len(kernels)) or product(x, kernels, **how)
+    )
+    x = jax.random.normal(jax.random.key(0), (3, 8))
+
+    def run(model):
+        return lambda x: layers.project(x, model.q, model.k)
+
+    programs = [jax.make_jaxpr(run(model))(x).eqns for model in (plain, changed)]
+    assert together == [2, 2]
+    assert ["prevent_cse" in program[0].params for program in programs] == [False, True]
+    (q, pull), (expected_q, expected_pull) = jax.vjp(run(changed), x), jax.vjp(run(plain), x)
+    chex.assert_trees_all_equal((q, pull(q)), (expected_q, expected_pull(q)))
+
+
+def test_a_model_is_pickled_with_its_structure(model):
+    changed = remat(model, ["layers/1", "layers/2/mlp"])
+    again, graphdef = pickle.loads(pickle.dumps((changed, nnx.graphdef(changed))))
+    assert [type(layer) for layer in again.layers] == [type(layer) for layer in changed.layers]
+    assert type(again.layers[2].mlp) is type(changed.layers[2].mlp) is not type(model.layers[2].mlp)
+    assert graphdef == nnx.graphdef(changed)
+    chex.assert_trees_all_equal(nnx.state(again), nnx.state(model))

@@ -72,6 +72,22 @@ def test_a_sequence_is_of_integers():
         pack([[1.5]], 9)
 
 
+@pytest.mark.parametrize("bad", [-1, 2**31, 2**64 - 1])
+def test_a_token_id_is_from_0_to_the_largest_int32(bad):
+    with pytest.raises(InvalidTokens, match=rf"sequences\[1\]\[2\] is {bad}, expected a token id from 0 to 2147483647"):
+        pack([[1, 2], np.array([3, 4, bad], np.uint64 if bad > 2**63 else np.int64), [5]], 9)
+
+
+@pytest.mark.parametrize("length", [4.0, 0, "9"])
+def test_a_length_is_a_positive_integer(length):
+    with pytest.raises(InvalidTokens, match=r"length: expected a positive number of tokens, found .* Write 2048"):
+        pack([[1]], length)
+
+
+def test_no_sequence_gives_no_row():
+    assert pack([], np.int64(4)).input_ids.shape == (0, 4)
+
+
 # Positions.
 
 
