@@ -32,6 +32,7 @@ from .rules import Rule, SlotRules
 from .scaled_array import ScaledArray, dequantize, quantize
 from .scope import ParamSpec, Scope
 from .slots import SLOTS, Slot
+from .training import serialization as _serialization  # noqa: F401 - registers types with Flax
 from .training.by_path import path_labels, path_mask, trainable
 from .training.partition import combine, partition, refuse_narrow
 from .trees import ArrayInfo, Narrow, describe, parameters

@@ -40,4 +40,5 @@ def on_auto_axes(function: Callable[..., Any], *arrays: jax.Array | None) -> Any
 def _divides(mesh: Any, names: Any, size: int) -> bool:
     """Returns whether an axis of `size` can be divided over these axes of a mesh."""
     names = (names,) if isinstance(names, str) else names or ()
-    return bool(size % math.prod(mesh.shape[name] for name in names) == 0)
+    devices: int = math.prod(mesh.shape[name] for name in names)
+    return size % devices == 0
