@@ -79,8 +79,8 @@ def chunked_cross_entropy(
     def logits(x: jax.Array, part: Head) -> jax.Array:
         return scaled_matmul(x, part.kernel, compute=compute, backward=backward)
 
-    formats = [None if each is None else as_format(each) for each in (compute, backward)]
-    size_of = functools.partial(slice_size_of, head, *formats, chunk=chunk)
+    in_compute, in_backward = (None if each is None else as_format(each) for each in (compute, backward))
+    size_of = functools.partial(slice_size_of, head, in_compute, in_backward, chunk=chunk)
     return head_losses(logits, hidden, Head(head), labels, size_of)
 
 

@@ -66,7 +66,7 @@ def next_token_loss(
             "the hidden states and the head of another model to perparam.training.chunked_cross_entropy."
         )
     check_causal_lm(model.config.task, "next_token_loss")
-    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    head: Any = model.embed_tokens if model.lm_head is None else model.lm_head
     path = "embed_tokens" if model.lm_head is None else "lm_head"
     name = _kernel_name(path, head)
     vocabulary = model.config.vocab_size

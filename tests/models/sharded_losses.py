@@ -1,9 +1,9 @@
 """A program for eight devices: `next_token_loss` of models over several meshes, with a line of JSON for each.
 
-A line is `{"name", "loss", "gradient", "placed", "gathers", "slices", "divided"}`: the relative errors of the loss and of
-the worst gradient against one device; whether each gradient is divided as its parameter; the all-gathers of a step
-whose result has the shape of the whole head or of a device's rows of it, and the number of those of a slice; whether the
-head's own layout is used. Or it is `{"name", "raised"}`.
+A line is `{"name", "loss", "gradient", "placed", "gathers", "slices", "divided"}`: the relative errors of the loss and
+of the worst gradient against one device; whether each gradient is divided as its parameter; the all-gathers of a step
+whose result has the shape of the whole head or of a device's rows of it, and the number of those of a slice; whether
+the head's own layout is used. Or it is `{"name", "raised"}`.
 """
 
 import json
