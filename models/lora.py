@@ -14,7 +14,7 @@ from flax import nnx
 
 from ..policies.errors import InvalidAdapter, UnmatchedRule, count, shown
 from ..policies.formats import Format
-from ..policies.patterns import Pattern
+from ..policies.patterns import GLOBS, Pattern
 from ..policies.policy import Policy
 from ..policies.scales import F32
 from ..policies.scope import Scope
@@ -26,6 +26,8 @@ from .lora_layers import Draw, insert_adapters, linear_layers, peft_uniform, sha
 from .sharding.arrays import shardings, splits
 
 M = TypeVar("M", bound=nnx.Module)
+
+_PARAMETERS = ("kernel", "weight", "scale_inv", "bias", "lora_a", "lora_b")
 
 
 def add_lora(
@@ -155,8 +157,17 @@ def _unmatched(model: nnx.Module, text: str, pattern: Pattern, paths: Sequence[s
     message = f"{text!r} (targets) matches none of {count(len(paths), 'linear layer')}."
     others = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if path}
     matched = {path: type(module).__name__ for path, module in others.items() if pattern.matches(path)}
-    if any(pattern.matches(f"{path}/kernel") for path in paths):
-        return f"{message} Targets are layers, not their parameters: write the pattern without '/kernel'."
+    last = text.removesuffix("?").rpartition("/")[2]
+    if any(pattern.matches(f"{path}/kernel") for path in paths) or last in _PARAMETERS:
+        name = last if last in _PARAMETERS else "kernel"
+        return f"{message} Targets are layers, not their parameters: write the pattern without '/{name}'."
+    if text == "all-linear":
+        return f"{message} Targets are patterns of the paths of layers: write '**' for all."
+    if ".*" in text:
+        return f"{message} {GLOBS} A name such as 'q_proj' is of all layers that have it."
+    dotted = text.replace(".", "/")
+    if "." in text and any(f"/{path}".endswith(f"/{dotted}") for path in paths):
+        return f"{message} Paths have '/' between names: write '**/{dotted}'."
     if inside := [path for path in paths if any(pattern.matches(path.rsplit("/", i)[0]) for i in (1, 2))]:
         return f"{message} It matches modules with linear layers in them, such as {inside[0]}: add '/**'."
     tied = isinstance(others.get("embed_tokens"), Embedding) and getattr(model, "lm_head", None) is None
@@ -169,8 +180,8 @@ def _unmatched(model: nnx.Module, text: str, pattern: Pattern, paths: Sequence[s
         path, kind = next(iter(matched.items()))
         return f"{message} {path} is of class {kind}, and only linear layers can have adapters. Remove the pattern."
     near = difflib.get_close_matches(text.replace("*", "0"), paths, n=1, cutoff=0.0)
-    last = difflib.get_close_matches(text, {path.rpartition("/")[2]: 0 for path in paths}, n=1, cutoff=0.0)
-    nearest = (last if pattern.bare else near) or ["none"]
+    named = difflib.get_close_matches(text, {path.rpartition("/")[2]: 0 for path in paths}, n=1, cutoff=0.0)
+    nearest = (named if pattern.bare else near) or ["none"]
     return (
         f"{message}\n  nearest: {nearest[0]}\n"
         "  Correct the pattern, remove it, or end it with '?' if it may match nothing."

@@ -14,6 +14,8 @@ from flax import nnx
 from ..policies.dtypes import saturating_cast
 from ..policies.errors import InvalidAdapter, count
 from ..policies.formats import Format
+from ..policies.policy import Policy
+from ..policies.rules import Rule, SlotRules
 from ..policies.scaled_array import ScaledArray, quantize
 from ..policies.tables import Column, Report, Table, json_lines
 from .layers import Linear, pair
@@ -88,7 +90,8 @@ def merge_lora(model: M) -> tuple[M, MergeReport]:
     """Returns the model with its adapters merged into the kernels, and without them, and the errors of each layer.
 
     A kernel becomes `kernel + scaling * lora_b @ lora_a` in float32, and is stored in the format that it had: quantised
-    anew, with the same block and dtype of scales. `model` is not changed, and other arrays are shared.
+    anew, with the same block and dtype of scales. `model` is not changed, and other arrays are shared. The result's
+    policy is without the rules that are for adapters only, such as `lora_a: f32`.
 
     The values of a narrow kernel are far apart (e4m3 has 4 significant bits), so a small adapter can be lost in part;
     see `MergedLayer.kept`. Such a model is better served with its adapters, or merged into bf16 kernels:
@@ -112,7 +115,20 @@ def merge_lora(model: M) -> tuple[M, MergeReport]:
             remove_adapter(layer)
     if not rows:
         raise InvalidAdapter(f"{type(model).__name__}: has no adapters to merge. Add them with add_lora or load_lora.")
+    if isinstance(policy := getattr(merged, "policy", None), Policy):
+        merged.policy = _without_adapters(policy)  # type: ignore[attr-defined]
     return merged, MergeReport(tuple(rows))
+
+
+def _without_adapters(policy: Policy) -> Policy:
+    """The policy without the rules whose patterns end with the names of adapters, which would match nothing."""
+
+    def kept(rule: Rule) -> bool:
+        return not all(name.startswith("lora_") for name in rule.compiled.names)
+
+    return policy.replace(
+        **{name: SlotRules(tuple(filter(kept, slot.rules)), slot.default) for name, slot in policy.slots}
+    )
 
 
 def _merge(path: str, layer: Linear | ExpertLinear) -> MergedLayer:

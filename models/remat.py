@@ -100,12 +100,13 @@ def _rematerialised(plain: Any) -> Any:
 
     call.__doc__ = plain.__call__.__doc__
     names = {"__call__": call, "__module__": plain.__module__, "_plain": plain}
-    return _metaclass(type(plain))(f"Remat{plain.__name__}", (plain,), names)
+    metaclass: Any = type(plain)
+    return _metaclass(metaclass)(f"Remat{plain.__name__}", (plain,), names)
 
 
 @functools.cache
-def _metaclass(metaclass: type) -> type:
+def _metaclass(metaclass: Any) -> Any:
     """A metaclass whose classes are pickled as the class that they rematerialise: they are in no module by name."""
     result = type(f"Remat{metaclass.__name__}", (metaclass,), {})
-    copyreg.pickle(result, lambda made: (_rematerialised, (made._plain,)))  # type: ignore[attr-defined]
+    copyreg.pickle(result, lambda made: (_rematerialised, (made._plain,)))
     return result

@@ -119,8 +119,8 @@ def _first_fit(sizes: list[int], length: int) -> tuple[np.ndarray, np.ndarray, n
             if room[node] == largest:
                 break
             room[node] = largest
-    row, segment, start = np.array(places, np.int64).reshape(-1, 3).T
-    return row, segment, start
+    rows, numbers_in_row, starts = np.array(places, np.int64).reshape(-1, 3).T
+    return rows, numbers_in_row, starts
 
 
 def checked_segments(segment_ids: ArrayLike, input_ids: ArrayLike) -> Any:

@@ -11,7 +11,7 @@ from helpers import reference_quantize
 
 import perparam
 from perparam.models.moe import ExpertLinear
-from perparam.policies.errors import InvalidAdapter
+from perparam.policies.errors import InvalidAdapter, UnmatchedRule
 from perparam.training import add_lora, merge_lora
 
 ULP = 2.0**-23
@@ -133,6 +133,23 @@ def test_the_merged_model_is_another_one():
     merged, _ = merge_lora(model)
     assert np.asarray(model.up_proj.kernel[...]).tobytes() == kernel != np.asarray(merged.up_proj.kernel[...]).tobytes()
     np.testing.assert_array_equal(delta(model.up_proj), added)
+
+
+def test_the_merged_models_policy_has_no_rules_for_adapters():
+    rules = {"**/lora_{a,b}": "f32", "default": "bf16"}
+    policy = perparam.Policy(
+        rules, {"lora_a": "f16", "default": "bf16"}, master={"lora_b": "f32"},
+        opt_state={"mu/**/lora_*": "bf16", "nu": "f32"},
+    )  # fmt: skip
+    model = layer("f32")
+    model.policy = nnx.static(policy)
+    policy.explain(model)
+    merged, _ = merge_lora(model)
+    with pytest.raises(UnmatchedRule, match="matches none of 1 parameter"):
+        policy.explain(merged)
+    assert merged.policy == perparam.Policy("bf16", "bf16", opt_state={"nu": "f32"})
+    assert merged.policy.explain(merged).rows
+    assert model.policy == policy
 
 
 def test_the_report_is_a_table_and_json():
