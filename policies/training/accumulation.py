@@ -100,7 +100,7 @@ def _as_pure(value_and_grad: ValueAndGrad, parameters: Any) -> tuple[Callable[..
 
 
 def _divide(tree: Any, steps: int) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], Any]]:
-    """Returns `(divided, whole, join)`: arrays (steps, n / steps, ...) and keys, others, and the inverse for one step."""
+    """Returns `(divided, whole, join)`: arrays (steps, n / steps, ...), other leaves, and the inverse for one step."""
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     divided, whole, is_divided = [], [], []
     for keys, leaf in paths:

@@ -30,8 +30,8 @@ def _register(kind: type, fields: tuple[str, ...]) -> None:
         if not isinstance(state, dict) or state.keys() != expected.keys():
             found = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise InvalidCheckpoint(
-                f"{_place()}: found {found}, expected {sorted(expected)}, the arrays of a {kind.__name__}. Restore into "
-                "a state of the policy under which it was saved."
+                f"{_place()}: found {found}, expected {sorted(expected)}, the arrays of a {kind.__name__}. Restore "
+                "into a state of the policy under which it was saved."
             )
         for name, x in expected.items():
             if _described(state[name]) != _described(x):

@@ -253,8 +253,8 @@ def _check_scales(by_path: Mapping[str | None, Any], policy: PolicyRules) -> Non
         if scale_path(path) in by_path or dtypes.is_floating(value.dtype) or (format is not None and format.narrow):
             raise UnpairedScale(
                 f"{path}: {dtypes.dtype_name(value.dtype)} {tuple(value.shape)} without its scales "
-                f"{scale_path(path)!r}, so it cannot be trained. Give the optimizer both, or neither: a mask or a label "
-                "of the kernel is that of its scales too, as those of perparam.training.path_mask and path_labels are."
+                f"{scale_path(path)!r}, so it cannot be trained. Give the optimizer both, or neither: a mask or a "
+                "label of the kernel is that of its scales too, as by perparam.training.path_mask and path_labels."
             )
 
 
