@@ -46,7 +46,7 @@ def with_policy(
     """Returns `tx` with its state, gradients and masters in the formats of the policy's slots, and float32 arithmetic.
 
     tx        any optax transformation; extra arguments of `update` are passed on
-    policy    any value that `get_policy` accepts; its slots `grads`, `opt_state` and `master` apply, and parameters keep
+    policy    any value that `get_policy` accepts; its slots `grads`, `opt_state` and `master` apply. Parameters keep
               the format in which they are stored
     rounding  how new values are rounded to the dtype that keeps them from step to step, which is the master's, or the
               parameter's without a master, and to 16-bit state.  "nearest", or "stochastic": up or down with the
