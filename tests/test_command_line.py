@@ -195,7 +195,7 @@ def test_audit_prints_what_a_policy_costs(folder, capsys):
     assert "dequantised" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_demo_shows_text_a_plan_and_the_cost_of_policies(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["demo", "--folder", str(tmp_path / "kept")]) == 0

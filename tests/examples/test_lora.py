@@ -8,7 +8,7 @@ import pytest
 from perparam.examples import lora
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_example_trains_saves_and_merges(capsys):
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies by Python numbers
         lora.main(steps=25)

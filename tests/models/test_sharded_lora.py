@@ -35,7 +35,7 @@ def assert_the_same(line):
     assert line["gradient"] <= 4 * FLOAT32_ERROR  # back through all layers
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FIRST)
 def test_adapters_over_a_mesh_compute_and_train_as_on_one_device(lines, name):
     assert_the_same(lines[name])

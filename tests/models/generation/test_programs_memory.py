@@ -152,7 +152,7 @@ class TestAModelOfThePublishedSize:
     def test_prefill(self):
         assert temporary(read(self.model(), 1, 512, 768).compile()) <= 64
 
-    @pytest.mark.slow
+    @pytest.mark.thorough
     def test_a_long_prefill(self):
         """What one layer needs, with the scores of a chunk and their softmax, however many layers there are."""
         one, all_layers = (temporary(read(self.model(**few), 1, 8192, 8192 + 256).compile()) for few in FEW)

@@ -59,10 +59,12 @@ class TestEveryShape:
     def test_w8a8_of_many_rows_is_a_kernel_that_quantises_and_one_that_multiplies(self, shape):
         assert kernels_of(Case(512, shape, compute=FP8)) == 2
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize(("shape", "rows"), each_with(1, 64, 512, 4096), ids=str)
     def test_w8a16_of_any_number_of_rows(self, shape, rows):
         assert kernels_of(Case(rows, shape)) == 1
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize(("shape", "call"), each_with((1, 1), (64, 1), (4096, 2)), ids=str)
     def test_w8a8_of_any_number_of_rows(self, shape, call):
         rows, expected = call

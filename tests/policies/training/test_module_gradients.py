@@ -190,6 +190,7 @@ class TestTraining:
         start = np.random.default_rng(0).integers(0, 48, (self.STEPS, 8, 1))
         return [float(step(model, optimizer, ids)) for ids in (start + np.arange(8)) % 48]
 
+    @pytest.mark.thorough
     def test_stochastic_rounding_learns_where_rounding_to_nearest_stalls(self):
         nearest, stochastic = self.losses("nearest", False), self.losses("stochastic", False)
         fell = [losses[0] - np.mean(losses[-5:]) for losses in (nearest, stochastic)]
