@@ -77,7 +77,7 @@ def test_an_answer_comes_with_its_summary(talk):
     assert dimmed(talk.say("hello there, hello"))[0].startswith(" world there\r\n3 tokens")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_thinking_is_dimmed_on_the_terminal(talk):
     assert f"{DIM}<think> think string</think>{PLAIN} answer\r\n" in talk.say("why")
 
@@ -122,7 +122,7 @@ def test_ctrl_d_ends_the_program(talk):
     assert "Traceback" not in printed
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_quit_ends_the_program_and_no_color_is_respected(folder):
     with Talk(folder, "--max-new-tokens", 4, "--temperature", 0, "--system", "the", NO_COLOR="1") as talk:
         talk.prompt()

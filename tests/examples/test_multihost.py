@@ -36,7 +36,7 @@ def command(checkpoint, saved, timeout=60):
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_generate_and_save_what_one_does(checkpoint, tmp_path):
     first, _ = run_together(command(checkpoint, tmp_path / "saved"), 2)
     model = perparam.load_model(checkpoint)

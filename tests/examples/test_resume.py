@@ -24,7 +24,7 @@ def leaves(state):
     return {jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_restored_state_has_every_bit_and_continues_with_the_same_ones(tmp_path):
     graphdef, state = resume.begin()
     assert {str(leaf.dtype) for leaf in leaves(state).values()} == DTYPES

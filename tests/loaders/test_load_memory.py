@@ -35,8 +35,11 @@ def folders(load, tmp_path_factory):
 @pytest.mark.parametrize(
     "name",
     [
-        *(pytest.param(name, marks=slow) for name in ("kept", "dequantised", "quantised", "saved")),
-        *(pytest.param(name, marks=thorough) for name in ("requantised", "sharded", "converted")),
+        *(pytest.param(name, marks=slow) for name in ("kept", "quantised")),
+        *(
+            pytest.param(name, marks=thorough)
+            for name in ("dequantised", "requantised", "saved", "sharded", "converted")
+        ),
     ],
 )
 def test_no_more_than_one_parameter_and_a_few_slabs_beyond_the_model(load, folders, name):

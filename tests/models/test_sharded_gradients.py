@@ -39,7 +39,7 @@ def assert_those_of_one_device(line, error):
     assert line["elsewhere"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_they_are_those_of_one_device_and_divided_as_their_kernels(tmp_path):
     assert_those_of_one_device(printed(tmp_path, "tokens travel")["tokens travel"], FLOAT32_ERROR)
 

@@ -35,7 +35,7 @@ def test_a_checkpoint_that_is_loaded_and_saved_is_the_same_bit_for_bit(case, tmp
 
 # A model is its config, its dtypes and its tensors, and those are compared for all: one is enough for the quick run.
 @pytest.mark.parametrize(
-    "case", [case if case == "bf16_yarn_new_form" else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+    "case", [case if case == "bf16_yarn_new_form" else pytest.param(case, marks=pytest.mark.thorough) for case in CASES]
 )
 def test_a_saved_model_gives_the_same_logits_bit_for_bit(case, tmp_path):
     model = load_model(GOLDEN / case)

@@ -197,13 +197,8 @@ def test_the_layers_are_the_same(mode, family):
     assert decoding._fused_layer._cache_size() <= 2  # the first layer has no sums before it
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        pytest.param(lambda f: f, id="eager", marks=pytest.mark.thorough),
-        pytest.param(jax.jit, id="jit", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("run", [pytest.param(lambda f: f, id="eager"), pytest.param(jax.jit, id="jit")])
 def test_derivatives_and_batches_are_those_of_the_layers(run):
     model = built()
     _, cache = model.hidden(np.arange(1, 7).reshape(2, 3), None, model.empty_cache(2, 64))

@@ -216,7 +216,7 @@ def _last_tile_lost(x, x_scales, tiles, *rest, **options):
 
 
 class TestTrial:
-    @pytest.mark.parametrize("compute", [FP8, *slow(None)])
+    @pytest.mark.parametrize("compute", [FP8, pytest.param(None, marks=pytest.mark.thorough)])
     def test_a_right_kernel_is_used(self, tmp_path, compute):
         with planted.device(tmp_path, grouped=planted.grouped) as compared:
             assert chosen(call_of(compute=compute)) == "hopper grouped"

@@ -53,11 +53,8 @@ def test_this_processor_has_more_than_one():
 FILES = [str(HERE / f"test_native{what}.py") for what in ("", "_gradients", "_bits")]
 
 
-@pytest.mark.parametrize(
-    "instructions",
-    [pytest.param(name, marks=slow if name == "avx2" else pytest.mark.thorough) for name in SETS],
-    indirect=True,
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("instructions", SETS, indirect=True)
 def test_each_passes_the_quick_tests_of_the_library(instructions):
     if instructions == library.instructions():
         pytest.skip("the quick run has it")
