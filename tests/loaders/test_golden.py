@@ -68,7 +68,7 @@ def cases_and_policies():
         yield pytest.param(case, "dequantised", marks=pytest.mark.thorough if case in SLOW else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("case", "policy"), cases_and_policies())
+@pytest.mark.parametrize(("case", "policy"), list(cases_and_policies()))
 def test_float32_logits_are_those_of_transformers(case, policy):
     found, exact = logits(case, EXACT_POLICIES[policy]), expected(case)
     assert found.dtype == np.float32
