@@ -40,8 +40,7 @@ class ParamMemory:
     master_bytes    its bytes; 0 without
     amax_bytes      bytes of the magnitudes for delayed scales; 0 without
     item_bytes      bytes for one value of the parameter in the arrays of the optimizer that have its shape: these are
-                    divided over devices as it is; the others, such as the scales of 8-bit state, are planned whole on
-                    each device, which is an upper bound where they are divided too
+                    divided over devices as it is; the others, such as the scales of 8-bit state, are on each device
     """
 
     gradient: str

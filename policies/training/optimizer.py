@@ -279,8 +279,5 @@ def _delayed_scales(before: jax.Array, values: jax.Array, format: Format) -> tup
 
 
 def _like_parameter(x: Any, leaf: StateLeaf, view: TrainedParameters) -> Any:
-    """Returns an array of the state, on the devices of its parameter if it has its shape."""
-    if leaf.path is None:
-        return x
-    param = view.trained[leaf.path]
-    return jax.tree.map(lambda part: placed(part, param.values) if part.shape == param.values.shape else part, x)
+    """Returns an array of the state, divided as its parameter if it has its shape, and whole on its devices if not."""
+    return x if leaf.path is None else jax.tree.map(lambda part: placed(part, view.trained[leaf.path].values), x)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import dtypes
 from ..blocks import DEFAULT_BLOCK
@@ -204,11 +205,19 @@ def in_variables(updates: Any, params: Any) -> Any:
 
 
 def placed(array: jax.Array, like: Any) -> jax.Array:
-    """Returns an array of a parameter's shape on the parameter's devices; traced arrays are left to the compiler."""
+    """Returns an array on the devices of a parameter: divided as the parameter if it has its shape, else whole.
+
+    Traced arrays are left to the compiler.
+    """
     concrete = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)
-    if not concrete or isinstance(array, jax.core.Tracer) or array.sharding == like.sharding:
+    if not concrete or isinstance(array, jax.core.Tracer):
         return array
-    placed: jax.Array = jax.device_put(array, like.sharding)
+    sharding = like.sharding
+    if array.shape != like.shape and isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(), memory_kind=sharding.memory_kind)
+    elif array.shape != like.shape:
+        return array
+    placed: jax.Array = array if array.sharding == sharding else jax.device_put(array, sharding)
     return placed
 
 
