@@ -242,7 +242,9 @@ class TestRules:
         policy = Policy(grads={"embedding": "f32"}, master={"embedding": "f32"}, opt_state={"mu/**/embedding": "f32"})
         tx = with_policy(optax.adam(1e-2), policy)
         for frozen in (None, optax.MaskedNode()):
-            tx.init(PARAMS | {"embed": {"embedding": frozen}})
+            state = tx.init(PARAMS | {"embed": {"embedding": frozen}})
+            assert jax.tree.leaves(state.master) == []
+            assert jax.tree.leaves(state.inner[0].mu["embed"]) == []
 
     def test_linear_codes_of_second_moments_are_refused_whatever_rule_asks_for_them(self):
         policy = Policy.loads("opt_state:\n  mu: f32\n  '*/**/kernel': int8\n", "p.yaml")
