@@ -280,4 +280,7 @@ def _delayed_scales(before: jax.Array, values: jax.Array, format: Format) -> tup
 
 def _like_parameter(x: Any, leaf: StateLeaf, view: TrainedParameters) -> Any:
     """Returns an array of the state, divided as its parameter if it has its shape, and whole on its devices if not."""
-    return x if leaf.path is None else jax.tree.map(lambda part: placed(part, view.trained[leaf.path].values), x)
+    if leaf.path is None:
+        return x
+    values = view.trained[leaf.path].values
+    return jax.tree.map(lambda part: placed(part, values), x)
